@@ -1,0 +1,218 @@
+"""RMSNorm: `rms_norm`, optionally with the residual add of the layer before it, and `gated_rms_norm` of Mamba-2."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _checks, _device
+from ._library import Choice, define, explains
+from ._torch import norm as _torch_norm
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Root-mean-square normalisation of the last dimension, optionally fused with a residual add.
+
+    ``y = h / sqrt(mean(h^2) + eps) * weight``, where ``h = x``, or ``h = x + residual`` in the residual's dtype.
+
+    Args:
+        x: (..., hidden), any strides.
+        weight: (hidden,).
+        eps: added to the mean square.
+        residual: like x in shape; its dtype is the dtype of the residual stream.
+        out: y is written here; x's shape and dtype. Not where a gradient is needed.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        y, in x's dtype; with a residual (y, h), h in the residual's dtype.
+
+    float32, bfloat16, float16 (float64 on the CPU). Arithmetic is float32, the weight is multiplied before the one
+    cast. Differentiable in x, weight and residual.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or name that is not the one expected.
+
+    Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4.
+
+    >>> y, h = hybrid_ops.rms_norm(torch.randn(2, 8), torch.ones(8), residual=torch.randn(2, 8))
+    """
+    _device.check_impl(impl)
+    hidden = _check_x(x)
+    _checks.tensor("weight", weight, (hidden,), device=x.device)
+    if residual is not None:
+        _checks.tensor("residual", residual, x.shape, device=x.device)
+    needs_grad = _checks.needs_grad(x, weight, residual)
+    _checks.out(out, x, needs_grad)
+    if needs_grad:
+        return _RMSNorm.apply(x, weight, residual, eps, impl)
+    return _rms_norm(x, weight, residual, eps, out, impl)
+
+
+def gated_rms_norm(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    *,
+    eps: float = 1e-5,
+    group_size: int | None = None,
+    norm_before_gate: bool = False,
+    out: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Grouped RMSNorm of Mamba-2's output, gated by ``silu(z)``.
+
+    ``y = norm(x * silu(z)) * weight``, or with `norm_before_gate` ``y = norm(x) * weight * silu(z)``, where
+    ``norm(u) = u / sqrt(mean(u^2) + eps)`` takes the mean over each group of `group_size` neighbouring features.
+    Mamba-2 checkpoints of NVIDIA's hybrid models gate first and have 8 groups.
+
+    Args:
+        x: (..., hidden), any strides.
+        z: like x in shape, any strides and floating dtype; None for no gate.
+        weight: (hidden,).
+        eps: added to the mean square.
+        group_size: a divisor of hidden; None is all of it.
+        norm_before_gate: the order of norm and gate.
+        out: y is written here; x's shape and dtype. Not where a gradient is needed.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        y, in x's dtype.
+
+    float32, bfloat16, float16 (float64 on the CPU). Arithmetic is float32 with one cast at the end.
+    Differentiable in x, z and weight.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or name that is not the one expected.
+
+    Source: Dao and Gu 2024, "Transformers are SSMs", section 7.1 (the extra normalisation layer).
+
+    >>> y = hybrid_ops.gated_rms_norm(torch.randn(2, 8), torch.randn(2, 8), torch.ones(8), group_size=4)
+    """
+    _device.check_impl(impl)
+    hidden = _check_x(x)
+    _checks.tensor("weight", weight, (hidden,), device=x.device)
+    if z is not None:
+        _checks.tensor("z", z, x.shape, device=x.device)
+    if group_size is None:
+        group_size = hidden
+    elif not isinstance(group_size, int) or group_size < 1 or hidden % group_size:
+        raise ValueError(f"group_size must divide the last dimension of x, {hidden}, got {group_size}")
+    needs_grad = _checks.needs_grad(x, z, weight)
+    _checks.out(out, x, needs_grad)
+    if needs_grad:
+        return _GatedRMSNorm.apply(x, z, weight, eps, group_size, norm_before_gate, impl)
+    return _gated_rms_norm(x, z, weight, eps, group_size, norm_before_gate, out, impl)
+
+
+def _check_x(x: Tensor) -> int:
+    if isinstance(x, Tensor) and (x.dim() == 0 or x.shape[-1] == 0):
+        raise ValueError(f"x must have shape (..., hidden) with hidden >= 1, got {tuple(x.shape)}")
+    _checks.tensor("x", x, (None,) * x.dim() if isinstance(x, Tensor) else ())
+    return x.shape[-1]
+
+
+@explains("rms_norm")
+@explains("gated_rms_norm")
+def _choose(*, device: str = "cuda", impl: str = "auto", group_size: int = 4096, **_: Any) -> Choice:
+    chosen, reason = _device.choose(impl, torch.device(device))
+    if chosen != "triton":
+        return Choice(chosen, {}, reason)
+    from .triton_kernels import norm as kernels
+
+    return Choice(chosen, kernels.config(group_size)._asdict(), reason)
+
+
+def _norm_fwd(
+    x: Tensor,
+    z: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    y: Tensor,
+    h: Tensor | None,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    impl: str,
+) -> None:
+    if _device.choose(impl, x.device)[0] == "triton":
+        from .triton_kernels import norm as kernels
+
+        kernels.norm(x, z, residual, weight, y, h, eps, group_size, norm_before_gate)
+    else:
+        _torch_norm.norm_fwd(x, z, residual, weight, y, h, eps, group_size, norm_before_gate)
+
+
+_norm_fwd_op = define(
+    "norm_fwd(Tensor x, Tensor? z, Tensor? residual, Tensor weight, Tensor(a!) y, Tensor(b!)? h, float eps, "
+    "int group_size, bool norm_before_gate, str impl)",
+    _norm_fwd,
+)
+
+
+def _rms_norm(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, out: Tensor | None, impl: str
+) -> Tensor | tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape) if out is None else out
+    h = None if residual is None else residual.new_empty(residual.shape)
+    _norm_fwd_op(x, None, residual, weight, y, h, eps, x.shape[-1], False, impl)
+    return y if h is None else (y, h)
+
+
+def _gated_rms_norm(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    out: Tensor | None,
+    impl: str,
+) -> Tensor:
+    y = x.new_empty(x.shape) if out is None else out
+    _norm_fwd_op(x, z, None, weight, y, None, eps, group_size, norm_before_gate, impl)
+    return y
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, residual, eps, impl):  # type: ignore[override]
+        result = _rms_norm(x, weight, residual, eps, None, impl)
+        ctx.save_for_backward(x if residual is None else result[1], weight)
+        ctx.eps, ctx.dtypes = eps, (x.dtype, None if residual is None else residual.dtype)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dh=None):  # type: ignore[override]
+        h, weight = ctx.saved_tensors
+        grad, _, dweight = _torch_norm.norm_bwd(dy, h, None, weight, ctx.eps, h.shape[-1], False)
+        x_dtype, residual_dtype = ctx.dtypes
+        if residual_dtype is None:
+            return grad.to(x_dtype), dweight.to(weight.dtype), None, None, None
+        grad = grad + dh.to(grad.dtype)
+        return grad.to(x_dtype), dweight.to(weight.dtype), grad.to(residual_dtype), None, None
+
+
+class _GatedRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, z, weight, eps, group_size, norm_before_gate, impl):  # type: ignore[override]
+        ctx.save_for_backward(x, z, weight)
+        ctx.options = eps, group_size, norm_before_gate
+        return _gated_rms_norm(x, z, weight, eps, group_size, norm_before_gate, None, impl)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[override]
+        x, z, weight = ctx.saved_tensors
+        dx, dz, dweight = _torch_norm.norm_bwd(dy, x, z, weight, *ctx.options)
+        dz = None if dz is None else dz.to(z.dtype)
+        return dx.to(x.dtype), dz, dweight.to(weight.dtype), None, None, None, None

@@ -1,0 +1,66 @@
+import os
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("ops", deadline=None, print_blob=True, max_examples=100)
+hypothesis.settings.load_profile("ops")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(items):
+    """Interpreter tests need a process in which triton was imported with TRITON_INTERPRET=1, all others one without."""
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if ("interpreter" in item.keywords) != INTERPRETED:
+            item.add_marker(
+                pytest.mark.skip(reason="runs with TRITON_INTERPRET=1" if not INTERPRETED else "runs without")
+            )
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan(monkeypatch, request):
+    """`new_empty` returns NaN in the library's own calls: whoever reads memory that nothing wrote is found out."""
+    if "compile_once" in request.fixturenames:  # dynamo traces torch's own function, not a stand-in
+        return
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        tensor = new_empty(self, *args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.fixture
+def compile_once():
+    """Compile a function with dynamic shapes; fail if three lengths take more than one graph or give other values."""
+    import sysconfig
+    from pathlib import Path
+
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    def run(function, backend, inputs, lengths=(5, 9, 14), device="cpu"):
+        if backend == "inductor" and not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+            pytest.skip("CPU inductor needs Python.h: apt-get install python3-dev")
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend(backend)
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+        for grad in (False, True):
+            counter.clear()
+            for length in lengths:
+                arguments = [t.to(device).requires_grad_(grad and t.is_floating_point()) for t in inputs(length)]
+                got, expected = compiled(*arguments), function(*arguments)
+                torch.testing.assert_close(got, expected)
+                if grad:
+                    leaves = [t for t in arguments if t.requires_grad]
+                    for mine, theirs in zip(
+                        torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+                    ):
+                        torch.testing.assert_close(mine, theirs)
+            assert counter.frame_count == 1, f"{counter.frame_count} graphs for lengths {lengths}"
+
+    return run

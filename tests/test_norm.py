@@ -1,0 +1,255 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hybrid_ops
+from hybrid_ops.reference import norm as reference
+
+from .budget import assert_within, round_to, to_numpy
+
+CPU_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+INTERPRETER_DTYPES = [torch.float32, torch.float16]  # the interpreter truncates float32 to bfloat16
+
+
+@st.composite
+def cases(draw, dtypes, max_rows=8, max_groups=3, min_group_size=1, max_group_size=40):
+    group_size, groups = draw(st.integers(min_group_size, max_group_size)), draw(st.integers(1, max_groups))
+    return dict(
+        seed=draw(st.integers(0, 2**31 - 1)),
+        dtype=draw(st.sampled_from(dtypes)),
+        batch=draw(st.sampled_from([0, 1, 2])),
+        seqlen=draw(st.sampled_from([0, 1, max_rows])),
+        group_size=group_size,
+        hidden=group_size * groups,
+        strided=draw(st.booleans()),
+        scale=draw(st.sampled_from([1e-2, 1.0, 1e2])),  # the residual stream ranges over four orders of magnitude
+        weight_fp32=draw(st.booleans()),
+    )
+
+
+def randn(case, generator, *, scale=1.0):
+    """(batch, seqlen, hidden), contiguous or a slice of a wider tensor as in_proj returns it."""
+    width = case["hidden"] + (7 if case["strided"] else 0)
+    wide = torch.randn(case["batch"], case["seqlen"], width, generator=generator) * scale
+    return wide.to(case["dtype"])[..., width - case["hidden"] :]
+
+
+def weight_of(case, generator):
+    weight = 1 + torch.randn(case["hidden"], generator=generator)
+    return weight if case["weight_fp32"] else weight.to(case["dtype"])
+
+
+def check_rms_norm(case, residual, impl, device="cpu"):
+    generator = torch.Generator().manual_seed(case["seed"])
+    x, r, weight = randn(case, generator, scale=case["scale"]), randn(case, generator), weight_of(case, generator)
+    if not residual:
+        y = hybrid_ops.rms_norm(x.to(device), weight.to(device), impl=impl)
+        ref, base = (reference.rms_norm(to_numpy(x, d), to_numpy(weight, d), dtype=d) for d in (np.float64, np.float32))
+    else:
+        y, h = hybrid_ops.rms_norm(x.to(device), weight.to(device), residual=r.to(device), impl=impl)
+        (ref, ref_h), (base, _) = (
+            reference.rms_norm(
+                to_numpy(x, d),
+                to_numpy(weight, d),
+                residual=to_numpy(r, d),
+                round_residual=lambda h: round_to(h, case["dtype"]),
+                dtype=d,
+            )
+            for d in (np.float64, np.float32)
+        )
+        # a float32 sum may round to the other neighbour than the float64 one: one ulp of the stream
+        np.testing.assert_allclose(to_numpy(h), ref_h, rtol=torch.finfo(case["dtype"]).eps, atol=0)
+        ref, base = (reference.rms_norm(to_numpy(h, d), to_numpy(weight, d), dtype=d) for d in (np.float64, np.float32))
+    assert_within("y", y, ref, base, case["dtype"], axis=-2)
+
+
+def check_gated_rms_norm(case, gate, norm_before_gate, impl, device="cpu"):
+    generator = torch.Generator().manual_seed(case["seed"])
+    x, z, weight = randn(case, generator, scale=case["scale"]), randn(case, generator), weight_of(case, generator)
+    z = z if gate else None
+    options = dict(group_size=case["group_size"], norm_before_gate=norm_before_gate)
+    y = hybrid_ops.gated_rms_norm(
+        x.to(device), None if z is None else z.to(device), weight.to(device), impl=impl, **options
+    )
+    ref, base = (
+        reference.gated_rms_norm(to_numpy(x, d), to_numpy(z, d), to_numpy(weight, d), dtype=d, **options)
+        for d in (np.float64, np.float32)
+    )
+    assert_within("y", y, ref, base, case["dtype"], axis=-2)
+
+
+@given(case=cases(CPU_DTYPES), residual=st.booleans())
+def test_rms_norm(case, residual):
+    check_rms_norm(case, residual, "torch")
+
+
+@given(case=cases(CPU_DTYPES), gate=st.booleans(), norm_before_gate=st.booleans())
+def test_gated_rms_norm(case, gate, norm_before_gate):
+    check_gated_rms_norm(case, gate, norm_before_gate, "torch")
+
+
+@pytest.mark.interpreter
+@settings(max_examples=15)
+@given(case=cases(INTERPRETER_DTYPES), residual=st.booleans())
+def test_rms_norm_interpreter(case, residual):
+    check_rms_norm(case, residual, "triton")
+
+
+@pytest.mark.interpreter
+@settings(max_examples=15)
+@given(case=cases(INTERPRETER_DTYPES), gate=st.booleans(), norm_before_gate=st.booleans())
+def test_gated_rms_norm_interpreter(case, gate, norm_before_gate):
+    check_gated_rms_norm(case, gate, norm_before_gate, "triton")
+
+
+@pytest.mark.gpu
+@settings(max_examples=40)
+@given(case=cases(CPU_DTYPES, max_rows=300, max_group_size=1500), residual=st.booleans())
+def test_rms_norm_gpu(case, residual):
+    check_rms_norm(case, residual, "triton", "cuda")
+
+
+@pytest.mark.gpu
+@settings(max_examples=40)
+@given(case=cases(CPU_DTYPES, max_rows=300, max_group_size=1500), gate=st.booleans(), norm_before_gate=st.booleans())
+def test_gated_rms_norm_gpu(case, gate, norm_before_gate):
+    check_gated_rms_norm(case, gate, norm_before_gate, "triton", "cuda")
+
+
+def test_gradients():
+    torch.manual_seed(0)
+
+    def leaf(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    x, r, w = leaf(2, 3, 12), leaf(2, 3, 12), leaf(12)
+    assert torch.autograd.gradcheck(hybrid_ops.rms_norm, (x, w))
+    assert torch.autograd.gradcheck(lambda x, w, r: hybrid_ops.rms_norm(x, w, residual=r), (x, w, r))
+    for before in (False, True):
+        for z in (leaf(2, 3, 12), None):
+            inputs = (x, w) if z is None else (x, w, z)
+            assert torch.autograd.gradcheck(
+                lambda x, w, z=None, before=before: hybrid_ops.gated_rms_norm(
+                    x, z, w, group_size=4, norm_before_gate=before
+                ),
+                inputs,
+            )
+
+
+# a group of one feature has no gradient but rounding: dn - n * mean(dn * n) cancels
+@given(case=cases(CPU_DTYPES, min_group_size=8), gate=st.booleans(), norm_before_gate=st.booleans())
+def test_gated_rms_norm_backward(case, gate, norm_before_gate):
+    check_gated_backward(case, gate, norm_before_gate)
+
+
+@pytest.mark.gpu
+@settings(max_examples=40)
+@given(
+    case=cases(CPU_DTYPES, max_rows=300, min_group_size=8, max_group_size=1500),
+    gate=st.booleans(),
+    norm_before_gate=st.booleans(),
+)
+def test_gated_rms_norm_backward_gpu(case, gate, norm_before_gate):
+    check_gated_backward(case, gate, norm_before_gate, "cuda")
+
+
+def check_gated_backward(case, gate, norm_before_gate, device="cpu"):
+    generator = torch.Generator().manual_seed(case["seed"])
+    x, z, dy = (randn(case, generator) for _ in range(3))
+    weight = weight_of(case, generator)
+    options = dict(group_size=case["group_size"], norm_before_gate=norm_before_gate)
+    leaves = [t.to(device).detach().requires_grad_() for t in (x, z, weight)]
+    y = hybrid_ops.gated_rms_norm(leaves[0], leaves[1] if gate else None, leaves[2], **options)
+    y.backward(dy.to(device))
+    ref, base = (
+        reference.gated_rms_norm_bwd(
+            to_numpy(dy, d), to_numpy(x, d), to_numpy(z, d) if gate else None, to_numpy(weight, d), dtype=d, **options
+        )
+        for d in (np.float64, np.float32)
+    )
+    assert_within("dx", leaves[0].grad, ref[0], base[0], case["dtype"], axis=None)
+    assert_within("dweight", leaves[2].grad, ref[2], base[2], case["dtype"], axis=None)
+    if gate:
+        assert_within("dz", leaves[1].grad, ref[1], base[1], case["dtype"], axis=None)
+
+
+def test_out_and_residual_dtype():
+    x, w, out = torch.randn(3, 16).bfloat16(), torch.ones(16), torch.full((16, 3), float("nan")).bfloat16().T
+    assert hybrid_ops.rms_norm(x, w, out=out) is out
+    torch.testing.assert_close(out, hybrid_ops.rms_norm(x, w), rtol=0, atol=0)
+    y, h = hybrid_ops.rms_norm(x, w, residual=torch.randn(3, 16))
+    assert (y.dtype, h.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(x="x"), TypeError, "x must be a torch.Tensor, got str"),
+        (dict(x=torch.randn(3, 0)), ValueError, r"x must have shape \(..., hidden\) with hidden >= 1, got \(3, 0\)"),
+        (dict(x=torch.ones(3, 8, dtype=torch.int32)), TypeError, "x must have dtype float32 or .*, got int32"),
+        (dict(weight=torch.ones(7)), ValueError, r"weight must have shape \(8,\), got \(7,\)"),
+        (dict(weight=torch.ones(8, device="meta")), ValueError, "weight must be on cpu, got meta"),
+        (dict(residual=torch.ones(2, 8)), ValueError, r"residual must have shape \(3, 8\), got \(2, 8\)"),
+        (dict(out=torch.ones(2, 8)), ValueError, r"out must have shape \(3, 8\), got \(2, 8\)"),
+        (dict(out=torch.ones(3, 8).half()), TypeError, "out must have dtype float32, got float16"),
+        (dict(impl="fast"), ValueError, "impl must be one of 'auto', 'cuda', 'triton', 'torch', got 'fast'"),
+    ],
+)
+def test_bad_input(change, error, message):
+    arguments = dict(x=torch.randn(3, 8), weight=torch.ones(8)) | change
+    with pytest.raises(error, match=message):
+        hybrid_ops.rms_norm(arguments.pop("x"), arguments.pop("weight"), **arguments)
+
+
+def test_bad_group_size():
+    with pytest.raises(ValueError, match="group_size must divide the last dimension of x, 8, got 3"):
+        hybrid_ops.gated_rms_norm(torch.randn(3, 8), None, torch.ones(8), group_size=3)
+
+
+def test_named_implementation_does_not_fall_back():
+    with pytest.raises(RuntimeError, match="impl='triton' needs CUDA tensors"):
+        hybrid_ops.rms_norm(torch.randn(3, 8), torch.ones(8), impl="triton")
+
+
+def launch(dtype, hidden, group_size, gated):
+    """Plain with a residual, or gated; tensors on the CPU, for `compiling_for`."""
+    from hybrid_ops.triton_kernels import norm as kernels
+
+    x, z, w = (torch.empty(4, hidden, dtype=dtype) for _ in range(3))
+    residual, h = (None, None) if gated else (z, torch.empty_like(x))
+    kernels.norm(x, z if gated else None, residual, w[0], torch.empty_like(x), h, 1e-5, group_size, False)
+
+
+@pytest.mark.parametrize("sm", [80, 89, 90, 100, 120])
+def test_compiles(sm, monkeypatch):
+    from .triton_targets import check, compiling_for
+
+    with compiling_for(sm, monkeypatch) as compiled:
+        for dtype in [torch.bfloat16] if sm not in (90, 100) else CPU_DTYPES:
+            launch(dtype, 4096, 4096, False)
+            launch(dtype, 7680, 960, True)
+    check(compiled, sm)
+
+
+def test_opcheck():
+    x, z, r, w = torch.randn(2, 5, 12).transpose(0, 1), torch.randn(5, 2, 12), torch.randn(5, 2, 12), torch.ones(12)
+    y, h = torch.empty(5, 2, 12), torch.empty(5, 2, 12)
+    op = torch.ops.hybrid_ops.norm_fwd.default
+    torch.library.opcheck(op, (x, None, r, w, y, h, 1e-5, 12, False, "torch"))
+    torch.library.opcheck(op, (x, z, None, w, y, None, 1e-5, 4, True, "torch"))
+
+
+def compiled_layer(x, z, r, w):
+    y, h = hybrid_ops.rms_norm(x, w, residual=r)
+    return hybrid_ops.gated_rms_norm(y, z, w, group_size=4) + h
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_torch_compile(backend, compile_once):
+    compile_once(
+        compiled_layer,
+        backend,
+        lambda n: (torch.randn(2, n, 12), torch.randn(2, n, 12), torch.randn(2, n, 12), torch.ones(12)),
+    )

@@ -1,0 +1,124 @@
+"""RMSNorm, plain, with a residual, or gated. One pass over memory: a program normalises a few rows of one group.
+
+Letters: R rows of a program, S padded group size. All arithmetic is float32; every result is cast once.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import on_device, rows
+
+
+class Config(NamedTuple):
+    BLOCK_R: int
+    BLOCK_S: int
+    num_warps: int
+
+
+def config(group_size: int) -> Config:
+    """About 4096 elements a program keep 16-byte loads in flight without spilling; rows never split."""
+    block = triton.next_power_of_2(max(group_size, 16))
+    return Config(BLOCK_R=max(1, 4096 // block), BLOCK_S=block, num_warps=min(16, max(4, block // 512)))
+
+
+@triton.jit
+def norm_kernel(
+    x_ptr,
+    z_ptr,
+    residual_ptr,
+    weight_ptr,
+    y_ptr,
+    h_ptr,
+    num_rows,
+    group_size,
+    x_stride,
+    z_stride,
+    residual_stride,
+    y_stride,
+    h_stride,
+    eps,
+    HAS_Z: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    NORM_BEFORE_GATE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]  # [R, 1]
+    feature = tl.arange(0, BLOCK_S)[None, :]  # [1, S]
+    column = tl.program_id(1) * group_size + feature
+    mask = (row < num_rows) & (feature < group_size)
+
+    u = tl.load(x_ptr + row * x_stride + column, mask, other=0.0).to(tl.float32)  # [R, S]
+    if HAS_RESIDUAL:
+        u += tl.load(residual_ptr + row * residual_stride + column, mask, other=0.0).to(tl.float32)
+        h = u.to(h_ptr.dtype.element_ty)
+        tl.store(h_ptr + row * h_stride + column, h, mask)
+        u = h.to(tl.float32)  # the next layer sees the rounded stream, so the norm does too
+    if HAS_Z:
+        z = tl.load(z_ptr + row * z_stride + column, mask, other=0.0).to(tl.float32)
+        gate = z * tl.sigmoid(z)
+        if not NORM_BEFORE_GATE:
+            u *= gate
+
+    rstd = tl.rsqrt(tl.sum(u * u, axis=1, keep_dims=True) / group_size + eps)  # [R, 1]
+    weight = tl.load(weight_ptr + column, feature < group_size, other=0.0).to(tl.float32)  # [1, S]
+    y = u * rstd * weight
+    if HAS_Z:
+        if NORM_BEFORE_GATE:
+            y *= gate
+    tl.store(y_ptr + row * y_stride + column, y.to(y_ptr.dtype.element_ty), mask)
+
+
+def norm(
+    x: Tensor,
+    z: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    y: Tensor,
+    h: Tensor | None,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> None:
+    """Fill y, and h = x + residual where there is a residual."""
+    if x.numel() == 0:
+        return
+    if not (y.is_contiguous() and (h is None or h.is_contiguous())):  # odd `out=` strides: one copy
+        dense_y, dense_h = y.new_empty(y.shape), None if h is None else h.new_empty(h.shape)
+        norm(x, z, residual, weight, dense_y, dense_h, eps, group_size, norm_before_gate)
+        y.copy_(dense_y)
+        if h is not None:
+            h.copy_(dense_h)
+        return
+    x2, y2 = rows(x), rows(y)
+    z2 = x2 if z is None else rows(z)
+    r2 = x2 if residual is None else rows(residual)
+    h2 = y2 if h is None else rows(h)
+    block_r, block_s, num_warps = config(group_size)
+    grid = (triton.cdiv(x2.shape[0], block_r), x2.shape[1] // group_size)
+    with on_device(x):
+        norm_kernel[grid](
+            x2,
+            z2,
+            r2,
+            weight.contiguous(),
+            y2,
+            h2,
+            x2.shape[0],
+            group_size,
+            x2.stride(0),
+            z2.stride(0),
+            r2.stride(0),
+            y2.stride(0),
+            h2.stride(0),
+            eps,
+            HAS_Z=z is not None,
+            HAS_RESIDUAL=residual is not None,
+            NORM_BEFORE_GATE=norm_before_gate,
+            BLOCK_R=block_r,
+            BLOCK_S=block_s,
+            num_warps=num_warps,
+        )
