@@ -1,0 +1,363 @@
+"""The state space dual scan of Mamba-2 over whole sequences: `ssd_chunk_scan`."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _checks, _device
+from ._library import Choice, define, explains
+from ._torch import ssd as _torch_ssd
+from ._torch import ssd_bwd as _torch_ssd_bwd
+
+# kernels cut sequences into pieces of at most this many tokens: a split there is a split between pieces for all of them
+_LARGEST_CHUNK = 128
+
+
+def ssd_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    chunk_size: int = 128,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_states: bool = False,
+    state_interval: int = 0,
+    seq_offsets: Tensor | None = None,
+    state_dtype: torch.dtype | None = None,
+    ssm_state: Tensor | None = None,
+    read_slots: Tensor | None = None,
+    write_slots: Tensor | None = None,
+    interval_slots: Tensor | None = None,
+    null_slot: int = -1,
+    batch_invariant: bool = False,
+    out: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """Scan of Mamba-2's selective state space over sequences (prefill and training).
+
+    For every head, with g = h // (nheads / ngroups), and step by step in t::
+
+        dt'_t = clamp(softplus(dt_t + dt_bias), *dt_limit)          softplus only with dt_softplus
+        S_t   = exp(dt'_t A) S_{t-1} + dt'_t x_t (outer) B_t[g]     S: (headdim, dstate)
+        y_t   = (S_t C_t[g] + D x_t) * silu(z_t)
+
+    Args:
+        x: (batch, seqlen, nheads, headdim), any strides.
+        dt: (batch, seqlen, nheads), the step in units of 1/A, before bias and softplus.
+        A: (nheads,), negative; float32 (float64 where x is).
+        B, C: (batch, seqlen, ngroups, dstate), x's dtype; ngroups divides nheads.
+        D: (nheads,) or (nheads, headdim), the skip weight.
+        z: like x, the gate.
+        dt_bias: (nheads,).
+        dt_softplus: apply softplus to dt + dt_bias.
+        dt_limit: (low, high) bounds of dt'; the default removes negative steps only. A clamped dt has no gradient.
+        chunk_size: a power of two >= 16. It sets where states may be kept and where prompts may be cut (see
+            `state_interval`, `batch_invariant`), never the meaning.
+        initial_states: (B, nheads, headdim, dstate), any float dtype; None is zeros. Here and below B is batch, or the
+            number of sequences when packed.
+        seq_idx: (batch, seqlen) int32, the number of the sequence that a token belongs to. Where it changes the state
+            starts from zero; negative is padding: y = 0, state unchanged. initial_states belong to the first sequence
+            of a row, final_states are those after its last token. Not with `cu_seqlens` or `state_interval`.
+        cu_seqlens: (nseq + 1,) int32, boundaries of sequences packed along seqlen; batch is 1. An empty sequence's
+            final state is its initial state.
+        return_final_states: also return the states after the last token, (B, nheads, headdim, dstate).
+        state_interval: tokens, a multiple of chunk_size; 0 is off. Also return the states after every position p with
+            (p + 1) % state_interval == 0: (batch, seqlen // state_interval + 1, nheads, headdim, dstate), each row from
+            index 0; packed (total // state_interval + nseq, ...), sequence after sequence without gaps; the rest is 0.
+        seq_offsets: (B,) int32 >= 0, the position of each sequence's first token (tokens read by earlier calls).
+        state_dtype: of the returned states; None is float32 (float64 where x is).
+        ssm_state: (nslots, nheads, headdim, dstate), any float dtype and strides: a pool of states, read and written in
+            place instead of initial_states and the returned states.
+        read_slots: (B,) int32, rows of the pool that sequences start from; None starts all from zeros.
+        write_slots: (B,) int32, rows that get the final states; None keeps none. They differ from each other and from
+            rows that other sequences read.
+        interval_slots: (B, m) int32, with state_interval: the j-th kept state of sequence b goes to
+            row interval_slots[b, j]; states beyond m are not kept.
+        null_slot: this slot, and any outside the pool, reads zeros and writes nothing.
+        batch_invariant: a sequence's bits depend neither on the others nor on cuts at positions that are multiples of
+            chunk_size (>= 128), given float32 states and `seq_offsets`.
+        out: y is written here; x's shape and dtype. Not where a gradient is needed.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        y in x's dtype and shape, followed by the final states and the interval states where asked for; with a pool y
+        alone.
+
+    x in float32, bfloat16 or float16 (float64 on the CPU); D, z, dt, dt_bias in any of them. Arithmetic and the state
+    between tokens are float32 (float64). Differentiable in all floating arguments, in y and in the returned states; not
+    with a pool.
+
+    Raises:
+        ValueError, TypeError: an argument that is not the one expected; nothing has been written then.
+
+    Source: Dao and Gu 2024, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured
+    State Space Duality", eq. 1 (recurrence) and section 6 (chunks).
+
+    >>> x, dt = torch.randn(1, 100, 4, 8), torch.rand(1, 100, 4)
+    >>> B, C = torch.randn(1, 100, 1, 16), torch.randn(1, 100, 1, 16)
+    >>> y, states = hybrid_ops.ssd_chunk_scan(x, dt, -torch.ones(4), B, C, D=torch.ones(4), return_final_states=True)
+    >>> y.shape, states.shape
+    (torch.Size([1, 100, 4, 8]), torch.Size([1, 4, 8, 16]))
+    """
+    _device.check_impl(impl)
+    compute = _check_inputs(x, dt, A, B, C, D, z, dt_bias)
+    low, high = _check_options(dt_limit, chunk_size, state_interval, batch_invariant)
+    nseq = _check_sequences(x, seq_idx, cu_seqlens, seq_offsets, state_interval)
+    state_shape = (nseq, *x.shape[2:], B.shape[3])
+    floats = _floats(compute)
+    if initial_states is not None:
+        _checks.tensor("initial_states", initial_states, state_shape, dtype=floats, device=x.device)
+    if state_dtype is not None:
+        _checks.one_of("state_dtype", state_dtype, floats)
+    needs_grad = _checks.needs_grad(x, dt, A, B, C, D, z, dt_bias, initial_states)
+    _checks.out(out, x, needs_grad)
+    options = (dt_softplus, low, high, state_interval, null_slot, batch_invariant, impl)
+    slots = dict(read_slots=read_slots, write_slots=write_slots, interval_slots=interval_slots)
+    if ssm_state is not None:
+        if initial_states is not None or return_final_states or state_dtype is not None:
+            raise ValueError(
+                "with ssm_state, initial_states and state_dtype must be None and return_final_states False: "
+                "states are read from and written to the pool"
+            )
+        _check_pool(x, ssm_state, state_shape, slots, state_interval, null_slot, floats)
+        if needs_grad or _checks.needs_grad(ssm_state):
+            raise ValueError("ssm_state must be None where a gradient is needed: pools are not differentiable")
+        y = x.new_empty(x.shape) if out is None else out
+        _ssd_fwd_op(
+            *(x, dt, A, B, C, D, z, dt_bias, None, seq_idx, cu_seqlens, seq_offsets),
+            *slots.values(),
+            *(y, None, None, ssm_state),
+            *options,
+        )
+        return y
+    for name, value in slots.items():
+        if value is not None:
+            raise ValueError(f"{name} must be None without ssm_state, got a tensor")
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, seq_offsets)
+    stored = state_dtype or compute
+    if needs_grad:
+        results = _SSDChunkScan.apply(*tensors, return_final_states, stored, options)
+    else:
+        results = _ssd_chunk_scan(*tensors, return_final_states, stored, options, out)
+    return results[0] if len(results) == 1 else results
+
+
+def _floats(compute: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Dtypes of the smaller operands: float64 only where everything is computed so."""
+    return _checks.FLOATS if compute == torch.float64 else _checks.FLOATS[:3]
+
+
+def _check_inputs(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None
+) -> torch.dtype:
+    _checks.rank("x", x, (4,), "(batch, seqlen, nheads, headdim)")
+    _checks.tensor("x", x, (None,) * 4)
+    batch, seqlen, nheads, headdim = x.shape
+    if nheads < 1 or headdim < 1:
+        raise ValueError(f"x must have at least one head and one feature per head, got {tuple(x.shape)}")
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    floats = _floats(compute)
+    _checks.tensor("dt", dt, (batch, seqlen, nheads), dtype=floats, device=x.device)
+    _checks.tensor("A", A, (nheads,), dtype=compute, device=x.device)
+    _checks.rank("B", B, (4,), "(batch, seqlen, ngroups, dstate)")
+    _checks.tensor("B", B, (batch, seqlen, None, None), dtype=x.dtype, device=x.device)
+    ngroups, dstate = B.shape[2:]
+    if ngroups < 1 or nheads % ngroups:
+        raise ValueError(f"B must have a number of groups that divides the {nheads} heads of x, got {tuple(B.shape)}")
+    if dstate < 1:
+        raise ValueError(f"B must have dstate >= 1, got {tuple(B.shape)}")
+    _checks.tensor("C", C, B.shape, dtype=x.dtype, device=x.device)
+    if D is not None:
+        _checks.rank("D", D, (1, 2), "(nheads,) or (nheads, headdim)")
+        _checks.tensor("D", D, (nheads, headdim)[: D.dim()], dtype=floats, device=x.device)
+    if z is not None:
+        _checks.tensor("z", z, x.shape, dtype=floats, device=x.device)
+    if dt_bias is not None:
+        _checks.tensor("dt_bias", dt_bias, (nheads,), dtype=floats, device=x.device)
+    return compute
+
+
+def _check_options(
+    dt_limit: tuple[float, float], chunk_size: int, state_interval: int, batch_invariant: bool
+) -> tuple[float, float]:
+    if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
+        raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, got {dt_limit}")
+    if chunk_size < 16 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"chunk_size must be a power of two >= 16, got {chunk_size}")
+    if batch_invariant and chunk_size < _LARGEST_CHUNK:
+        raise ValueError(f"chunk_size must be >= {_LARGEST_CHUNK} with batch_invariant, got {chunk_size}")
+    if state_interval < 0 or state_interval % chunk_size:
+        raise ValueError(f"state_interval must be a multiple of chunk_size={chunk_size} or 0, got {state_interval}")
+    return float(dt_limit[0]), float(dt_limit[1])
+
+
+def _check_sequences(
+    x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None, seq_offsets: Tensor | None, state_interval: int
+) -> int:
+    """The number of sequences with states of their own."""
+    batch, seqlen = x.shape[:2]
+    _checks.at_most_one(seq_idx=seq_idx, cu_seqlens=cu_seqlens)
+    nseq = batch
+    if cu_seqlens is not None:
+        if batch != 1:
+            raise ValueError(f"x must have batch 1 with cu_seqlens, got {tuple(x.shape)}")
+        nseq = _checks.cu_seqlens(cu_seqlens, seqlen, x.device)
+    if seq_idx is not None:
+        _checks.tensor("seq_idx", seq_idx, (batch, seqlen), dtype=torch.int32, device=x.device)
+        if state_interval:
+            raise ValueError(f"state_interval must be 0 with seq_idx, got {state_interval}: use cu_seqlens")
+    if seq_offsets is not None:
+        _checks.tensor("seq_offsets", seq_offsets, (nseq,), dtype=torch.int32, device=x.device)
+        if _checks.readable(seq_offsets) and nseq and int(seq_offsets.min()) < 0:
+            raise ValueError(f"seq_offsets must not be negative, got {int(seq_offsets.min())}")
+    return nseq
+
+
+def _check_pool(
+    x: Tensor,
+    ssm_state: Tensor,
+    state_shape: tuple[int, ...],
+    slots: dict[str, Tensor | None],
+    state_interval: int,
+    null_slot: int,
+    floats: tuple[torch.dtype, ...],
+) -> None:
+    _checks.tensor("ssm_state", ssm_state, (None, *state_shape[1:]), dtype=floats, device=x.device)
+    nslots, nseq = ssm_state.shape[0], state_shape[0]
+    read, write, interval = slots["read_slots"], slots["write_slots"], slots["interval_slots"]
+    if read is None and write is None and interval is None:
+        raise ValueError("ssm_state must come with read_slots, write_slots or interval_slots, got none of them")
+    if (state_interval > 0) != (interval is not None):
+        raise ValueError(f"interval_slots and state_interval > 0 must come together, got {state_interval=}")
+    for name, value, shape in (
+        ("read_slots", read, (nseq,)),
+        ("write_slots", write, (nseq,)),
+        ("interval_slots", interval, (nseq, None)),
+    ):
+        if value is not None:
+            _checks.slots(name, value, shape, nslots, null_slot, x.device)
+    written = [t.flatten() for t in (write, interval) if t is not None]
+    if not written:
+        return
+    _checks.distinct("write_slots and interval_slots", torch.cat(written), nslots, null_slot)
+    if read is not None and _checks.readable(read):
+        # sequences run side by side: none may overwrite what another has yet to read
+        writer = {} if interval is None else dict.fromkeys(interval.flatten().tolist())
+        writer |= {} if write is None else {slot: b for b, slot in enumerate(write.tolist())}
+        for b, slot in enumerate(read.tolist()):
+            if slot != null_slot and writer.get(slot, b) != b:
+                raise ValueError(f"write_slots and interval_slots must not name a slot that is still read, got {slot}")
+
+
+@explains("ssd_chunk_scan")
+def _choose(*, device: str = "cuda", impl: str = "auto", headdim: int = 64, dstate: int = 128, **_: Any) -> Choice:
+    chosen, reason = _device.choose(impl, torch.device(device))
+    config = {"chunk": _torch_ssd.chunk_of(headdim, dstate, 0)} if chosen == "torch" else {}
+    return Choice(chosen, config, reason)
+
+
+def _ssd_fwd(*arguments: Any) -> None:
+    *tensors_and_options, impl = arguments
+    x = tensors_and_options[0]
+    if _device.choose(impl, x.device)[0] == "triton":
+        from .triton_kernels import ssd as kernels
+
+        kernels.ssd_chunk_scan(*tensors_and_options)
+    else:
+        _torch_ssd.ssd_chunk_scan(*tensors_and_options)
+
+
+_ssd_fwd_op = define(
+    "ssd_chunk_scan_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+    "Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, Tensor? seq_offsets, Tensor? read_slots, "
+    "Tensor? write_slots, Tensor? interval_slots, Tensor(a!) y, Tensor(b!)? final_states, Tensor(c!)? interval_states, "
+    "Tensor(d!)? ssm_state, bool dt_softplus, float dt_min, float dt_max, int state_interval, int null_slot, "
+    "bool batch_invariant, str impl)",
+    _ssd_fwd,
+)
+
+
+def _ssd_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_offsets: Tensor | None,
+    return_final_states: bool,
+    state_dtype: torch.dtype,
+    options: tuple[Any, ...],
+    out: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Allocate the results, fill them, and return those that were asked for."""
+    batch, seqlen, nheads, headdim = x.shape
+    state = (nheads, headdim, B.shape[3])
+    state_interval = options[3]
+    y = x.new_empty(x.shape) if out is None else out
+    nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final_states = x.new_empty((nseq, *state), dtype=state_dtype) if return_final_states else None
+    interval_states = None
+    if state_interval:
+        kept = seqlen // state_interval
+        places = (batch, kept + 1) if cu_seqlens is None else (kept + nseq,)
+        interval_states = x.new_empty((*places, *state), dtype=state_dtype)
+    _ssd_fwd_op(
+        *(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, seq_offsets),
+        *(None, None, None, y, final_states, interval_states, None),
+        *options,
+    )
+    return tuple(t for t in (y, final_states, interval_states) if t is not None)
+
+
+def _ssd_bwd(*arguments: Any) -> None:
+    _torch_ssd_bwd.ssd_chunk_scan_bwd(*arguments)
+
+
+_ssd_bwd_op = define(
+    "ssd_chunk_scan_bwd(Tensor dy, Tensor? dfinal_states, Tensor? dinterval_states, Tensor x, Tensor dt, Tensor A, "
+    "Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_states, Tensor? seq_idx, "
+    "Tensor? cu_seqlens, Tensor? seq_offsets, Tensor(a!) dx, Tensor(b!) ddt, Tensor(c!) dA, Tensor(d!) dB, "
+    "Tensor(e!) dC, Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? ddt_bias, Tensor(i!)? dinitial_states, "
+    "bool dt_softplus, float dt_min, float dt_max, int state_interval)",
+    _ssd_bwd,
+)
+
+
+class _SSDChunkScan(torch.autograd.Function):
+    """Keeps the inputs alone: the backward recomputes states and decays, which would take more memory than they."""
+
+    @staticmethod
+    def forward(ctx, *arguments):  # type: ignore[override]
+        *tensors, return_final_states, state_dtype, options = arguments
+        ctx.save_for_backward(*tensors)
+        ctx.options, ctx.return_final_states = options, return_final_states
+        return _ssd_chunk_scan(*tensors, return_final_states, state_dtype, options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, *dstates):  # type: ignore[override]
+        tensors = ctx.saved_tensors
+        dt_softplus, dt_min, dt_max, state_interval = ctx.options[:4]
+        dfinal_states = dstates[0] if ctx.return_final_states else None
+        dinterval_states = dstates[-1] if state_interval else None
+        grads = [None if t is None else t.new_empty(t.shape) for t in tensors[:9]]
+        _ssd_bwd_op(dy, dfinal_states, dinterval_states, *tensors, *grads, dt_softplus, dt_min, dt_max, state_interval)
+        return *grads, None, None, None, None, None, None
