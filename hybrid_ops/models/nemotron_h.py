@@ -1,0 +1,278 @@
+"""`NemotronHForCausalLM`: the reference hybrid model, layers of Mamba-2, attention and MLP on the public functions."""
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks
+from ..nn import MLP, Attention, KVCache, Mamba2Mixer, MambaState, RMSNorm
+from .cache import HybridCache
+from .config import NemotronHConfig
+
+
+def _mamba2(config: NemotronHConfig, **factory: Any) -> nn.Module:
+    return Mamba2Mixer(
+        config.hidden_size,
+        num_heads=config.mamba_num_heads,
+        head_dim=config.mamba_head_dim,
+        state_size=config.ssm_state_size,
+        num_groups=config.n_groups,
+        conv_kernel=config.conv_kernel,
+        chunk_size=config.chunk_size,
+        bias=config.use_bias,
+        conv_bias=config.use_conv_bias,
+        eps=config.layer_norm_epsilon,
+        **factory,
+    )
+
+
+def _attention(config: NemotronHConfig, **factory: Any) -> nn.Module:
+    return Attention(
+        config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        bias=config.attention_bias,
+        **factory,
+    )
+
+
+def _mlp(config: NemotronHConfig, **factory: Any) -> nn.Module:
+    return MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, **factory)
+
+
+# The mixer behind each letter of a pattern; `Layer` calls it.
+MIXERS: dict[str, Callable[..., nn.Module]] = {"M": _mamba2, "*": _attention, "-": _mlp}
+
+
+class Layer(nn.Module):
+    """One letter of the pattern: a norm and a mixer; the model adds the mixer's output to the residual stream."""
+
+    def __init__(self, letter: str, config: NemotronHConfig, **factory: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon, **factory)
+        self.mixer = MIXERS[letter](config, **factory)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: MambaState | KVCache | None,
+        cu_seqlens: Tensor | None,
+        bounds: list[int] | None,
+        decode: bool,
+    ) -> Tensor:
+        """The mixer's output for the normed x, (batch, seqlen, hidden)."""
+        if isinstance(self.mixer, Mamba2Mixer):
+            limit = self.config.dt_limit(prefill=not decode)
+            if decode:
+                return self.mixer.step(x.squeeze(1), state, dt_limit=limit).unsqueeze(1)  # type: ignore[arg-type]
+            return self.mixer(x, cu_seqlens=cu_seqlens, state=state, dt_limit=limit)
+        if isinstance(self.mixer, Attention):
+            return self.mixer(x, bounds=bounds, cache=state)
+        return self.mixer(x)
+
+
+class Backbone(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: NemotronHConfig, **factory: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
+        self.layers = nn.ModuleList([Layer(letter, config, **factory) for letter in config.hybrid_override_pattern])
+        self.norm_f = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon, **factory)
+
+    def forward(
+        self, input_ids: Tensor, cache: HybridCache | None, cu_seqlens: Tensor | None, bounds: list[int] | None
+    ) -> Tensor:
+        """(batch, seqlen) -> (batch, seqlen, hidden)."""
+        # one token on top of what the cache holds; the first token of all is a prefill of length 1
+        decode = cache is not None and bounds is None and input_ids.shape[1] == 1 and all(cache.lengths)
+        x = self.embeddings(input_ids)
+        residual = x.float() if self.config.residual_in_fp32 and x.dtype != torch.float64 else x
+        for index, layer in enumerate(self.layers):
+            # each norm also adds what the layer before it made to the residual stream
+            x, residual = (layer.norm(x), residual) if index == 0 else layer.norm.add(x, residual)
+            x = layer(x, None if cache is None else cache.layers[index], cu_seqlens, bounds, decode)
+        return self.norm_f.add(x, residual)[0]
+
+
+class NemotronHForCausalLM(nn.Module):
+    """A hybrid language model of the Nemotron-H family: embedding, layers, final norm, output projection.
+
+    ``h = h + mixer(RMSNorm(h))`` for every layer, no positional embedding; parameters have the names that Hugging Face
+    checkpoints of `nemotron_h` use. A new model is initialised for training: matrices normal with
+    `config.initializer_range`, those that write to the residual stream divided by sqrt(number of layers).
+
+    Args:
+        config: sizes and options.
+        device, dtype: of the parameters; A_log, D and dt_bias stay float32. On "meta" nothing is allocated.
+
+    >>> from hybrid_ops.models import NemotronHConfig, NemotronHForCausalLM
+    >>> model = NemotronHForCausalLM(NemotronHConfig.preset("tiny"))
+    >>> model(torch.tensor([[72, 105, 33]])).shape
+    torch.Size([1, 3, 256])
+    """
+
+    def __init__(
+        self,
+        config: NemotronHConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config, device=device, dtype=dtype)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype)
+        if not self.lm_head.weight.is_meta:
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, for training from scratch."""
+        config = self.config
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                module.weight.normal_(std=config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+            if isinstance(module, nn.Conv1d):
+                module.reset_parameters()
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(1)
+            if isinstance(module, Mamba2Mixer):
+                module.init_states(config.time_step_min, config.time_step_max, config.time_step_floor)
+                module.norm.weight.fill_(1)
+        if config.rescale_prenorm_residual:
+            for name, parameter in self.named_parameters():
+                if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
+                    parameter /= math.sqrt(config.num_hidden_layers)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    def new_cache(self, batch_size: int, *, max_length: int | None = None) -> HybridCache:
+        """An empty `HybridCache` on the model's device, in its dtype."""
+        return HybridCache(self.config, batch_size, device=self.device, dtype=self.dtype, max_length=max_length)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        cache: HybridCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits of the next token after every token.
+
+        Args:
+            input_ids: (batch, seqlen) integers; packed (1, total) with `cu_seqlens`.
+            cache: what earlier calls read; the tokens of this call go on from there and are added to it. A call with
+                a cache records no gradient. A prompt may be read at once, in pieces, or token by token.
+            cu_seqlens: (nseq + 1,) int32, boundaries of packed sequences; sequence i is the cache's row i. Its values
+                are read on the host.
+            attention_mask: (batch, seqlen), true or 1 for tokens, 0 for padding, which may be on either side. Padding
+                is left out of the computation: it changes no state, and its logits are zero.
+            last_only: only the logits after each sequence's last token.
+
+        Returns:
+            (batch, seqlen, vocab) float32 (float64 in a float64 model), (1, total, vocab) packed; with `last_only`
+            (nseq, 1, vocab).
+
+        Raises:
+            ValueError, TypeError: a shape, dtype, device, mask or boundary that is not the one expected.
+        """
+        nseq = self._check(input_ids, cache, cu_seqlens, attention_mask)
+        if attention_mask is not None:
+            return self._forward_padded(input_ids, attention_mask.bool(), cache, last_only)
+        bounds = None if cu_seqlens is None else cu_seqlens.tolist()
+        if last_only and (input_ids.shape[1] == 0 or (bounds and any(a == b for a, b in itertools.pairwise(bounds)))):
+            raise ValueError("last_only must be False where a sequence has no token, got True")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            hidden = self.backbone(input_ids, cache, cu_seqlens, bounds)
+            if last_only:
+                last = hidden[:, -1] if cu_seqlens is None else hidden[0, cu_seqlens[1:].long() - 1]
+                hidden = last.unsqueeze(1)
+            logits = self.lm_head(hidden)
+        if cache is not None:
+            counts = [input_ids.shape[1]] * nseq if bounds is None else [b - a for a, b in itertools.pairwise(bounds)]
+            cache.advance(counts)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _forward_padded(self, input_ids: Tensor, mask: Tensor, cache: HybridCache | None, last_only: bool) -> Tensor:
+        """A padded batch is computed packed, without its padding."""
+        cu_seqlens = torch.zeros(input_ids.shape[0] + 1, dtype=torch.int32, device=input_ids.device)
+        cu_seqlens[1:] = mask.sum(1).cumsum(0)
+        logits = self(input_ids[mask][None], cache=cache, cu_seqlens=cu_seqlens, last_only=last_only)
+        if last_only:
+            return logits
+        padded = logits.new_zeros(*input_ids.shape, logits.shape[-1])
+        return padded.masked_scatter(mask[..., None], logits)
+
+    def _check(
+        self, input_ids: Tensor, cache: HybridCache | None, cu_seqlens: Tensor | None, attention_mask: Tensor | None
+    ) -> int:
+        """Returns the number of sequences."""
+        _checks.at_most_one(cu_seqlens=cu_seqlens, attention_mask=attention_mask)
+        batch = 1 if cu_seqlens is not None else None
+        _checks.rank("input_ids", input_ids, (2,), "(batch, seqlen)")
+        _checks.tensor("input_ids", input_ids, (batch, None), dtype=(torch.int64, torch.int32), device=self.device)
+        if _checks.readable(input_ids) and input_ids.numel():
+            low, high = int(input_ids.min()), int(input_ids.max())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(f"input_ids must be in [0, {self.config.vocab_size}), got {low if low < 0 else high}")
+        if attention_mask is not None:
+            dtypes = (torch.bool, torch.int64, torch.int32)
+            _checks.tensor("attention_mask", attention_mask, input_ids.shape, dtype=dtypes, device=self.device)
+        nseq = input_ids.shape[0]
+        if cu_seqlens is not None:
+            nseq = _checks.cu_seqlens(cu_seqlens, input_ids.shape[1], self.device)
+        if cache is not None and cache.batch_size != nseq:
+            raise ValueError(f"cache must hold {nseq} sequences, got {cache.batch_size}")
+        return nseq
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """The new tokens, (nseq, up to max_new_tokens); options as in `hybrid_ops.models.generate`."""
+        from .generate import generate
+
+        return generate(self, input_ids, max_new_tokens, **options)
+
+    def stream(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
+        """The new tokens one step at a time, (nseq,); options as in `hybrid_ops.models.stream`."""
+        from .generate import stream
+
+        return stream(self, input_ids, max_new_tokens, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        config: NemotronHConfig | None = None,
+        progress: bool | None = None,
+    ) -> "NemotronHForCausalLM":
+        """A model from a Hugging Face folder; see `hybrid_ops.models.load_checkpoint`."""
+        from .checkpoint import load_checkpoint
+
+        return load_checkpoint(cls, folder, dtype=dtype, device=device, config=config, progress=progress)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:
+        """Write a Hugging Face folder; see `hybrid_ops.models.save_checkpoint`."""
+        from .checkpoint import save_checkpoint
+
+        save_checkpoint(self, folder, max_shard_bytes=max_shard_bytes)

@@ -1,0 +1,11 @@
+"""Modules of a hybrid model, each one layer's mixer, on the public functions of the library.
+
+Parameters have the names and shapes of Hugging Face's `nemotron_h` checkpoints.
+"""
+
+from .attention import Attention, KVCache
+from .mamba2 import Mamba2Mixer, MambaState
+from .mlp import MLP
+from .norm import GatedRMSNorm, RMSNorm
+
+__all__ = ["MLP", "Attention", "GatedRMSNorm", "KVCache", "Mamba2Mixer", "MambaState", "RMSNorm"]
