@@ -1,0 +1,294 @@
+"""`causal_conv1d`: the short causal depthwise convolution before the scan, for whole sequences."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _checks, _device
+from ._library import Choice, define, explains
+from ._torch import conv1d as _torch_conv1d
+
+MAX_WIDTH = 8
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_states: bool = False,
+    conv_state: Tensor | None = None,
+    read_slots: Tensor | None = None,
+    write_slots: Tensor | None = None,
+    null_slot: int = -1,
+    out: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal depthwise convolution with a window of 1 to 8 tokens, optionally followed by SiLU.
+
+    ``y_t = act(bias + sum_j weight[:, j] * u_{t - (width - 1) + j})``, where ``u`` is a sequence behind its history:
+    the last width - 1 inputs that came before it, or zeros.
+
+    B below is the number of sequences that may have a history: batch, or nseq with `cu_seqlens`.
+
+    Args:
+        x: (batch, seqlen, dim), any strides: channel-last, a slice of a wider tensor, or a transposed
+            (batch, dim, seqlen).
+        weight: (dim, width), width 1 to 8; the last column multiplies the newest token.
+        bias: (dim,).
+        activation: None or "silu".
+        initial_states: (B, dim, width - 1), the history of each sequence, oldest first; None for zeros.
+        seq_idx: (batch, seqlen) int32, sequences inside the rows: where the index changes from one token to the next, a
+            new sequence starts, without history. `initial_states` belong to the first sequence of a row,
+            the final states to the last. A negative index is padding, anywhere in the row: y is 0 there, and the
+            window of later tokens sees what was before it as if it were not there.
+        cu_seqlens: (nseq + 1,) int32, boundaries of sequences packed into one row (batch 1); they may be empty. On a
+            GPU, where values are not read, tokens from cu_seqlens[-1] on belong to none, and y is 0 there.
+        return_final_states: also return the last width - 1 inputs of each sequence, reaching back into its history
+            where it is shorter.
+        conv_state: (nslots, dim, state_len), state_len >= width - 1, any strides: a pool of states, updated in place,
+            in the place of `initial_states` and `return_final_states`. A slot holds the newest state_len inputs of a
+            sequence, newest last, so its older columns move left by the number of new tokens.
+        read_slots: (B,) int32, the slot that holds each sequence's history; None for zeros.
+        write_slots: (B,) int32, the slot that takes each sequence's final state, all distinct; None to write none. It
+            may be the sequence's own read slot, but not that of another.
+        null_slot: a slot that reads zeros and is not written; so is, on a GPU, any slot out of range.
+        out: y is written here; x's shape and dtype. Not x's memory, and not where a gradient is needed.
+        impl: "auto", "cuda", "triton" or "torch".
+
+    Returns:
+        y, in x's dtype and order of strides; with return_final_states (y, final_states), final_states
+        (B, dim, width - 1) in the dtype of initial_states, else of x.
+
+    float32, bfloat16, float16 (float64 on the CPU), each tensor its own. Arithmetic is float32, every result cast once.
+    Differentiable in x, weight, bias and initial_states, from y and final_states; not with a pool.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device, name or index that is not the one expected.
+
+    Source: Gu and Dao 2023, "Mamba", section 3.4; Dao and Gu 2024, "Transformers are SSMs", section 7.
+
+    >>> y = hybrid_ops.causal_conv1d(torch.randn(2, 16, 8), torch.randn(8, 4), torch.randn(8), activation="silu")
+    """
+    _device.check_impl(impl)
+    _checks.rank("x", x, (3,), "(batch, seqlen, dim)")
+    _checks.tensor("x", x, (None, None, None))
+    dim = x.shape[2]
+    _checks.rank("weight", weight, (2,), "(dim, width)")
+    _checks.tensor("weight", weight, (dim, None), device=x.device)
+    width = weight.shape[1]
+    if not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"weight must have shape (dim, width) with width from 1 to {MAX_WIDTH}, got {(dim, width)}")
+    if bias is not None:
+        _checks.tensor("bias", bias, (dim,), device=x.device)
+    _checks.one_of("activation", activation, (None, "silu"))
+    nseq = _check_sequences(x, cu_seqlens, seq_idx)
+    if initial_states is not None:
+        _checks.tensor("initial_states", initial_states, (nseq, dim, width - 1), device=x.device)
+    needs_grad = _checks.needs_grad(x, weight, bias, initial_states)
+    _checks.out(out, x, needs_grad)
+    if out is not None and not torch.compiler.is_compiling() and out.numel() and out.data_ptr() == x.data_ptr():
+        raise ValueError("out must not be x's memory, got the same: windows overlap, so it cannot be overwritten")
+    if conv_state is not None or read_slots is not None or write_slots is not None:
+        _checks.at_most_one(conv_state=conv_state, initial_states=initial_states)
+        _check_pool(x, conv_state, read_slots, write_slots, null_slot, nseq, width, needs_grad, return_final_states)
+    silu = activation == "silu"
+    if needs_grad:
+        return _CausalConv1d.apply(
+            x, weight, bias, initial_states, seq_idx, cu_seqlens, silu, return_final_states, nseq, impl
+        )
+    y = _empty_in_order_of(x) if out is None else out
+    final = _empty_final_states(x, initial_states, nseq, width) if return_final_states else None
+    _conv1d_fwd_op(
+        x, weight, bias, initial_states, seq_idx, cu_seqlens, read_slots, write_slots, y, final, conv_state, silu,
+        null_slot, impl,
+    )  # fmt: skip
+    return y if final is None else (y, final)
+
+
+def _check_sequences(x: Tensor, cu_seqlens: Tensor | None, seq_idx: Tensor | None) -> int:
+    """The number of sequences that have a state."""
+    _checks.at_most_one(cu_seqlens=cu_seqlens, seq_idx=seq_idx)
+    batch, seqlen, _ = x.shape
+    if seq_idx is not None:
+        _checks.tensor("seq_idx", seq_idx, (batch, seqlen), dtype=torch.int32, device=x.device)
+    if cu_seqlens is None:
+        return batch
+    if batch != 1:
+        raise ValueError(f"x must have shape (1, total, dim) with cu_seqlens, got {tuple(x.shape)}")
+    return _checks.cu_seqlens(cu_seqlens, seqlen, x.device)
+
+
+def _check_pool(
+    x: Tensor,
+    conv_state: Tensor | None,
+    read_slots: Tensor | None,
+    write_slots: Tensor | None,
+    null_slot: int,
+    nseq: int,
+    width: int,
+    needs_grad: bool,
+    return_final_states: bool,
+) -> None:
+    if conv_state is None:
+        raise ValueError("conv_state must be given with read_slots and write_slots, got None")
+    if read_slots is None and write_slots is None:
+        raise ValueError("read_slots or write_slots must be given with conv_state, got neither")
+    if return_final_states:
+        raise ValueError("return_final_states must be False with conv_state, got True: write_slots take the states")
+    _checks.tensor("conv_state", conv_state, (None, x.shape[2], None), device=x.device)
+    if conv_state.shape[2] < width - 1:
+        raise ValueError(
+            f"conv_state must have shape (nslots, dim, at least width - 1 = {width - 1}), got {tuple(conv_state.shape)}"
+        )
+    if needs_grad:
+        raise ValueError("conv_state must be None where a gradient is needed, got a tensor: pass initial_states")
+    nslots = conv_state.shape[0]
+    for name, slots in (("read_slots", read_slots), ("write_slots", write_slots)):
+        if slots is not None:
+            _checks.slots(name, slots, (nseq,), nslots, null_slot, x.device)
+    if write_slots is None:
+        return
+    _checks.distinct("write_slots", write_slots, nslots, null_slot)
+    if read_slots is not None and _checks.readable(write_slots):
+        clash = (read_slots[:, None] == write_slots).fill_diagonal_(False) & (write_slots != null_slot)
+        if clash.any():
+            slot = int(write_slots[clash.any(0)][0])
+            raise ValueError(f"write_slots must not hold another sequence's read slot, got {slot}")
+
+
+def cuda_refusal(x: Tensor, y: Tensor, weight: Tensor, seq_idx: Tensor | None) -> str | None:
+    """Why the CUDA kernel cannot take a problem; None where it can."""
+    width, align = weight.shape[1], 16 // x.element_size()
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the CUDA kernel has no {x.dtype}"
+    if not 2 <= width <= 4:
+        return f"the CUDA kernel has widths 2 to 4, not {width}"
+    if x.stride(2) != 1 or y.stride(2) != 1:
+        return "the CUDA kernel is channel-last"
+    if x.shape[2] % 8:
+        return f"the CUDA kernel needs dim to be a multiple of 8, not {x.shape[2]}"
+    strides = (x.stride(0), x.stride(1), y.stride(0), y.stride(1))
+    if any(s % align for s in strides) or x.data_ptr() % 16 or y.data_ptr() % 16:
+        return "the CUDA kernel needs rows that start at multiples of 16 bytes"
+    if seq_idx is not None:
+        return "the CUDA kernel has no seq_idx"
+    return _device.NO_CUDA_KERNEL
+
+
+@explains("causal_conv1d")
+def _choose(
+    *,
+    device: str = "cuda",
+    impl: str = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+    seqlen: int = 8192,
+    dim: int = 10240,
+    width: int = 4,
+    channel_last: bool = True,
+    **_: Any,
+) -> Choice:
+    x = torch.empty(1, seqlen, dim, dtype=dtype, device="meta")
+    if not channel_last:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    cuda = cuda_refusal(x, x, torch.empty(dim, width, device="meta"), None)
+    chosen, reason = _device.choose(impl, torch.device(device), cuda)
+    if chosen != "triton":
+        return Choice(chosen, {}, reason)
+    from .triton_kernels import conv1d as kernels
+
+    return Choice(chosen, kernels.config(x.element_size(), channel_last)._asdict(), reason)
+
+
+def _conv1d_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    read_slots: Tensor | None,
+    write_slots: Tensor | None,
+    y: Tensor,
+    final_states: Tensor | None,
+    conv_state: Tensor | None,
+    silu: bool,
+    null_slot: int,
+    impl: str,
+) -> None:
+    cuda = cuda_refusal(x, y, weight, seq_idx) if x.is_cuda and impl in ("auto", "cuda") else None
+    if _device.choose(impl, x.device, cuda)[0] == "triton":
+        from .triton_kernels import conv1d as kernels
+
+        order = None if seq_idx is None else _torch_conv1d.order_of(seq_idx)
+        history = initial_states if read_slots is None else conv_state
+        state = final_states if write_slots is None else conv_state
+        kernels.conv1d(x, weight, bias, y, history, state, read_slots, write_slots, cu_seqlens, order, silu, null_slot)
+        return
+    history = initial_states
+    if conv_state is not None and read_slots is not None:
+        history = _torch_conv1d.read_slots(conv_state, read_slots, null_slot)
+    state_len = weight.shape[1] - 1 if conv_state is None else conv_state.shape[2]
+    rows = _torch_conv1d.rows_of(x.shape[0], x.shape[1], state_len, x.device, cu_seqlens, seq_idx)
+    result, final = _torch_conv1d.conv1d_fwd(x, weight, bias, history, rows, silu)
+    y.copy_(result)
+    if final_states is not None:
+        final_states.copy_(final)
+    if conv_state is not None and write_slots is not None:
+        _torch_conv1d.write_slots(conv_state, write_slots, null_slot, final)
+
+
+_conv1d_fwd_op = define(
+    "conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, "
+    "Tensor? read_slots, Tensor? write_slots, Tensor(a!) y, Tensor(b!)? final_states, Tensor(c!)? conv_state, "
+    "bool silu, int null_slot, str impl)",
+    _conv1d_fwd,
+)
+
+
+def _empty_in_order_of(x: Tensor) -> Tensor:
+    """Dense, its strides in the order of x's."""
+    if x.stride(0) >= x.stride(1) >= x.stride(2):
+        return x.new_empty(x.shape)
+    order = sorted(range(3), key=x.stride, reverse=True)
+    inverse = sorted(range(3), key=order.__getitem__)
+    return x.new_empty([x.shape[i] for i in order]).permute(inverse)
+
+
+def _empty_final_states(x: Tensor, initial_states: Tensor | None, nseq: int, width: int) -> Tensor:
+    return (x if initial_states is None else initial_states).new_empty(nseq, x.shape[2], width - 1)
+
+
+class _CausalConv1d(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, x, weight, bias, initial_states, seq_idx, cu_seqlens, silu, return_final_states, nseq, impl
+    ):
+        y = _empty_in_order_of(x)
+        final = _empty_final_states(x, initial_states, nseq, weight.shape[1]) if return_final_states else None
+        _conv1d_fwd_op(x, weight, bias, initial_states, seq_idx, cu_seqlens, None, None, y, final, None, silu, -1, impl)
+        ctx.save_for_backward(x, weight, bias, initial_states, seq_idx, cu_seqlens)
+        ctx.silu = silu
+        return y if final is None else (y, final)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dfinal=None):  # type: ignore[override]
+        x, weight, bias, initial_states, seq_idx, cu_seqlens = ctx.saved_tensors
+        rows = _torch_conv1d.rows_of(x.shape[0], x.shape[1], weight.shape[1] - 1, x.device, cu_seqlens, seq_idx)
+        dx, dweight, dbias, dinitial = _torch_conv1d.conv1d_bwd(
+            dy, dfinal, x, weight, bias, initial_states, rows, ctx.silu
+        )
+        return (
+            dx.to(x.dtype),
+            dweight.to(weight.dtype),
+            None if bias is None else dbias.to(bias.dtype),
+            None if initial_states is None else dinitial.to(initial_states.dtype),
+            *(None,) * 6,
+        )
