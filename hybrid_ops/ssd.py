@@ -346,10 +346,9 @@ class _SSDChunkScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):  # type: ignore[override]
-        *tensors, return_final_states, state_dtype, options = arguments
-        ctx.save_for_backward(*tensors)
-        ctx.options, ctx.return_final_states = options, return_final_states
-        return _ssd_chunk_scan(*tensors, return_final_states, state_dtype, options)
+        ctx.save_for_backward(*arguments[:12])
+        ctx.return_final_states, _, ctx.options = arguments[12:]
+        return _ssd_chunk_scan(*arguments)
 
     @staticmethod
     @once_differentiable

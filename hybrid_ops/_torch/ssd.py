@@ -172,6 +172,23 @@ def from_chunks(chunks: Chunks, t: Tensor, batch: int, seqlen: int) -> Tensor:
     return t.flatten(0, 2).index_select(0, chunks.gather.place).unflatten(0, (batch, seqlen))
 
 
+def write_tokens(chunks: Chunks, t: Tensor, result: Tensor) -> None:
+    """(R, K, Q, ...) into result, (batch, seqlen, ...)."""
+    if chunks.gather is None and result.shape[1] == chunks.K * chunks.Q:
+        result.unflatten(1, (chunks.K, chunks.Q)).copy_(t)
+    else:
+        result.copy_(from_chunks(chunks, t, *result.shape[:2]))
+
+
+def unclamped_steps(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """dt + dt_bias, and dt' before the clamp."""
+    dt = dt.to(dtype)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dtype)
+    # log1p(exp(dt)); from 40 on it equals dt in float64 too
+    return dt, F.softplus(dt, threshold=40) if dt_softplus else dt
+
+
 def step_sizes(
     dt: Tensor,
     dt_bias: Tensor | None,
@@ -182,13 +199,8 @@ def step_sizes(
     dtype: torch.dtype,
 ) -> Tensor:
     """dt', 0 at padding."""
-    dt = dt.to(dtype)
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dtype)
-    if dt_softplus:
-        dt = F.softplus(dt, threshold=40)  # log1p(exp(dt)); from 40 on it equals dt in float64 too
-    dt = dt.clamp(dt_min, dt_max)
-    return dt if seq_idx is None else dt.masked_fill((seq_idx < 0)[..., None], 0)
+    steps = unclamped_steps(dt, dt_bias, dt_softplus, dtype)[1].clamp(dt_min, dt_max)
+    return steps if seq_idx is None else steps.masked_fill((seq_idx < 0)[..., None], 0)
 
 
 def chunk_inputs(
