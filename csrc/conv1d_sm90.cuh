@@ -40,6 +40,7 @@ __device__ __forceinline__ Sequence packed_sequence(const Conv1dParams& p, int i
 
 // The last sequence that begins at or before `token`.
 __device__ __forceinline__ Sequence find_sequence(const Conv1dParams& p, int token) {
+  if (p.nseq == 0) return {0, 0, 0};
   int low = 0, high = p.nseq - 1;
   while (low < high) {
     int middle = (low + high + 1) / 2;

@@ -28,6 +28,14 @@ def capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def not_sm90(device: torch.device) -> str | None:
+    """Why kernels compiled for sm_90a do not run on `device`; None where they do, or where no GPU is here to ask."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    major, minor = capability(device.index or 0)
+    return None if (major, minor) == (9, 0) else f"the CUDA kernel is compiled for sm_90a, this GPU is sm_{major}{minor}"
+
+
 @functools.cache
 def num_sms(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _checks, _device
+from ._csrc import conv1d as _csrc_conv1d
 from ._library import Choice, define, explains
 from ._torch import conv1d as _torch_conv1d
 
@@ -163,25 +164,6 @@ def _check_pool(
             raise ValueError(f"write_slots must not hold another sequence's read slot, got {slot}")
 
 
-def cuda_refusal(x: Tensor, y: Tensor, weight: Tensor, seq_idx: Tensor | None) -> str | None:
-    """Why the CUDA kernel cannot take a problem; None where it can."""
-    width, align = weight.shape[1], 16 // x.element_size()
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the CUDA kernel has no {x.dtype}"
-    if not 2 <= width <= 4:
-        return f"the CUDA kernel has widths 2 to 4, not {width}"
-    if x.stride(2) != 1 or y.stride(2) != 1:
-        return "the CUDA kernel is channel-last"
-    if x.shape[2] % 8:
-        return f"the CUDA kernel needs dim to be a multiple of 8, not {x.shape[2]}"
-    strides = (x.stride(0), x.stride(1), y.stride(0), y.stride(1))
-    if any(s % align for s in strides) or x.data_ptr() % 16 or y.data_ptr() % 16:
-        return "the CUDA kernel needs rows that start at multiples of 16 bytes"
-    if seq_idx is not None:
-        return "the CUDA kernel has no seq_idx"
-    return _device.NO_CUDA_KERNEL
-
-
 @explains("causal_conv1d")
 def _choose(
     *,
@@ -197,8 +179,13 @@ def _choose(
     x = torch.empty(1, seqlen, dim, dtype=dtype, device="meta")
     if not channel_last:
         x = x.transpose(1, 2).contiguous().transpose(1, 2)
-    cuda = cuda_refusal(x, x, torch.empty(dim, width, device="meta"), None)
-    chosen, reason = _device.choose(impl, torch.device(device), cuda)
+    refusal = _device.not_sm90(torch.device(device)) or _csrc_conv1d.refusal(
+        x, x.new_empty(dim, width), None, x, None, None
+    )
+    chosen, reason = _device.choose(impl, torch.device(device), refusal)
+    if chosen == "cuda":
+        sms = _device.num_sms(torch.device(device).index or 0) if torch.cuda.is_available() else 132
+        return Choice(chosen, _csrc_conv1d.config(1, seqlen, dim, x.element_size(), sms)._asdict(), reason)
     if chosen != "triton":
         return Choice(chosen, {}, reason)
     from .triton_kernels import conv1d as kernels
@@ -222,13 +209,20 @@ def _conv1d_fwd(
     null_slot: int,
     impl: str,
 ) -> None:
-    cuda = cuda_refusal(x, y, weight, seq_idx) if x.is_cuda and impl in ("auto", "cuda") else None
-    if _device.choose(impl, x.device, cuda)[0] == "triton":
+    history = initial_states if read_slots is None else conv_state
+    state = final_states if write_slots is None else conv_state
+    refusal = None
+    if x.is_cuda and impl in ("auto", "cuda"):
+        states = state if history is None else history
+        refusal = _device.not_sm90(x.device) or _csrc_conv1d.refusal(x, weight, bias, y, states, seq_idx)
+    chosen = _device.choose(impl, x.device, refusal)[0]
+    if chosen == "cuda":
+        _csrc_conv1d.conv1d(x, weight, bias, y, history, state, read_slots, write_slots, cu_seqlens, silu, null_slot)
+        return
+    if chosen == "triton":
         from .triton_kernels import conv1d as kernels
 
         order = None if seq_idx is None else _torch_conv1d.order_of(seq_idx)
-        history = initial_states if read_slots is None else conv_state
-        state = final_states if write_slots is None else conv_state
         kernels.conv1d(x, weight, bias, y, history, state, read_slots, write_slots, cu_seqlens, order, silu, null_slot)
         return
     history = initial_states
