@@ -29,6 +29,7 @@ def cases(
     heads_per_group=(1, 2, 3),
     intervals=(0, 0, 16, 48),
     pools=True,
+    signs=("both",),
 ):
     layout = draw(st.sampled_from(layouts))
     interval = 0 if layout == "seq_idx" else draw(st.sampled_from(intervals))
@@ -58,6 +59,7 @@ def cases(
         small_fp32=draw(st.booleans()),
         state_dtype=draw(st.sampled_from([None, None, torch.float32, torch.bfloat16, torch.float16])),
         pool=draw(st.booleans()) if pools else False,
+        signs=draw(st.sampled_from(signs)),
     )
 
 
@@ -73,7 +75,8 @@ def problem(case):
     small = torch.float32 if case["small_fp32"] else dtype
 
     def randn(*shape):
-        return torch.randn(*shape, generator=generator)
+        values = torch.randn(*shape, generator=generator)
+        return values.abs() if case["signs"] == "positive" else values
 
     A = -torch.exp(torch.rand(nheads, generator=generator) * math.log(16))  # 1 to 16, as Mamba-2 initialises it
     dt_max = {"usual": 0.2, "steep": 80 / 16, "zero": 0.0, "large": 40.0}[case["regime"]]
