@@ -1,0 +1,97 @@
+"""Train the demo's model on the text, and measure how many bits it needs for text it has not seen."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..models import NemotronHConfig, NemotronHForCausalLM
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the model is trained: `steps` of `batch` x `length` bytes, AdamW with a cosine from `peak` to nearly 0."""
+
+    steps: int = 500
+    batch: int = 8
+    length: int = 256
+    peak: float = 4e-3
+    warmup: int = 10
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+
+    @property
+    def bytes_per_step(self) -> int:
+        return self.batch * self.length
+
+    def learning_rate(self, step: int) -> float:
+        warm = min(1.0, (step + 1) / self.warmup)
+        return self.peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
+
+
+def config() -> NemotronHConfig:
+    """0.74 million parameters over bytes: Mamba-2, MLP, Mamba-2, attention, MLP, Mamba-2, MLP."""
+    return NemotronHConfig.preset("tiny")
+
+
+def new_model(recipe: Recipe, device: torch.device) -> NemotronHForCausalLM:
+    """The same weights on every device: drawn on the CPU from the recipe's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return NemotronHForCausalLM(config()).to(device)
+
+
+def as_ids(text: bytes, device: torch.device) -> Tensor:
+    """A byte is a token, (len(text),) int64."""
+    return torch.from_numpy(np.frombuffer(text, np.uint8).astype(np.int64)).to(device)
+
+
+def train(model: NemotronHForCausalLM, text: bytes, recipe: Recipe) -> Iterator[float]:
+    """Take one step for each loss asked of the iterator: the mean loss of its bytes, in nats, before the step."""
+    ids = as_ids(text, model.device)
+    offsets = torch.Generator().manual_seed(recipe.seed + 1)
+    window = torch.arange(recipe.length + 1, device=model.device)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=recipe.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.peak, betas=(0.9, 0.98))
+    for step in range(recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate(step)
+        start = torch.randint(len(ids) - recipe.length, (recipe.batch, 1), generator=offsets)
+        tokens = ids[start.to(ids.device) + window]
+        logits = model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        yield loss.item()
+
+
+@torch.no_grad()
+def surprise(model: NemotronHForCausalLM, text: bytes, *, stride: int = 256, context: int = 256) -> np.ndarray:
+    """Bits that the model needs for each byte of `text`, (len(text),).
+
+    The text is read in pieces of `stride` bytes, each after the `context` bytes before it; the first piece comes after
+    a line feed, so that every byte counts.
+    """
+    ids = as_ids(b"\n" + text, model.device)
+    bits = []
+    for begin in range(0, len(text), stride):
+        end = min(begin + stride, len(text))
+        first = max(0, begin - context)
+        logits = model(ids[None, first:end])[0, begin - first :]
+        bits.append(F.cross_entropy(logits, ids[begin + 1 : end + 1], reduction="none") / math.log(2))
+    return torch.cat(bits).cpu().numpy()
+
+
+def with_steps(steps: int) -> Recipe:
+    """The recipe, shortened: for tests."""
+    return dataclasses.replace(Recipe(), steps=steps)
