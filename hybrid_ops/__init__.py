@@ -3,7 +3,17 @@
 from ._library import Choice, explain, ops
 from ._version import __version__ as __version__
 from .conv1d import causal_conv1d
+from .conv1d_update import causal_conv1d_update
 from .norm import gated_rms_norm, rms_norm
 from .ssd import ssd_chunk_scan
 
-__all__ = ["Choice", "causal_conv1d", "explain", "gated_rms_norm", "ops", "rms_norm", "ssd_chunk_scan"]
+__all__ = [
+    "Choice",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "explain",
+    "gated_rms_norm",
+    "ops",
+    "rms_norm",
+    "ssd_chunk_scan",
+]

@@ -72,6 +72,21 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def no_gradient(**given: Tensor | None) -> None:
+    """For an op without a backward: refuse tensors whose gradient would silently be missing."""
+    for name, value in given.items():
+        if needs_grad(value):
+            raise ValueError(f"{name} must not require a gradient, got one that does: use torch.no_grad() or detach()")
+
+
+def updatable(name: str, value: Tensor) -> None:
+    """A tensor that is read and written in place has each element in a place of its own, so no expanded dimension."""
+    if not torch.compiler.is_compiling() and any(
+        stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)
+    ):
+        raise ValueError(f"{name} must not have expanded dimensions, got strides {value.stride()}")
+
+
 def readable(value: Tensor) -> bool:
     """Whether the values of an index tensor may be looked at here."""
     if torch.compiler.is_compiling() or isinstance(value, torch._subclasses.FakeTensor):

@@ -43,23 +43,26 @@ def compile_once():
 
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    def run(function, backend, inputs, lengths=(5, 9, 14), device="cpu"):
+    def run(function, backend, inputs, lengths=(5, 9, 14), device="cpu", grads=(False, True)):
         if backend == "inductor" and not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
             pytest.skip("CPU inductor needs Python.h: apt-get install python3-dev")
         torch._dynamo.reset()
         counter = CompileCounterWithBackend(backend)
         compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
-        for grad in (False, True) if backend == "aot_eager" else (False,):  # inductor takes 10 s a graph
+        for grad in grads if backend == "aot_eager" else (False,):  # inductor takes 10 s a graph
             for length in lengths:
                 arguments = [
                     t.clone().to(device).requires_grad_(grad and t.is_floating_point()) for t in inputs(length)
                 ]
-                got, expected = compiled(*arguments), function(*arguments)
+                twins = [t.detach().clone().requires_grad_(t.requires_grad) for t in arguments]
+                got, expected = compiled(*arguments), function(*twins)
                 torch.testing.assert_close(got, expected)
+                torch.testing.assert_close(arguments, twins)  # what is updated in place is an input
                 if grad:
-                    leaves = [t for t in arguments if t.requires_grad]
                     for mine, theirs in zip(
-                        torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+                        torch.autograd.grad(got.sum(), [t for t in arguments if t.requires_grad]),
+                        torch.autograd.grad(expected.sum(), [t for t in twins if t.requires_grad]),
+                        strict=True,
                     ):
                         torch.testing.assert_close(mine, theirs)
                 if length == lengths[0]:
