@@ -131,7 +131,8 @@ def build(target: Path) -> None:
             return
         quoted = " ".join(f"'{word}'" for word in command)
         # under its own name only once it is whole: whoever is interrupted leaves no half an object
-        rules.append(f"rule {rule}\n  command = {quoted} -c $in -o $out.part && mv $out.part $out\n  description = {source.name}\n")
+        command_line = f"{quoted} -c $in -o $out.part && mv $out.part $out"
+        rules.append(f"rule {rule}\n  command = {command_line}\n  description = {source.name}\n")
         edges.append(f"build {escape(built)}: {rule} {escape(source)}\n")
 
     for source in sorted(CSRC.glob("*.cu")):
@@ -184,7 +185,9 @@ class BuildCuda(build_ext):
         try:
             build(Path(self.get_ext_fullpath(ext.name)).resolve())
         except CannotBuild as reason:
-            print(f"hybrid-ops: installing without the CUDA extension (Triton and CPU paths only): {reason}", flush=True)
+            print(
+                f"hybrid-ops: installing without the CUDA extension (Triton and CPU paths only): {reason}", flush=True
+            )
         except Exception as error:  # an unforeseen machine must not stop the installation either
             print(
                 f"hybrid-ops: installing without the CUDA extension (Triton and CPU paths only): "

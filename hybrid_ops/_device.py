@@ -33,7 +33,7 @@ def not_sm90(device: torch.device) -> str | None:
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     major, minor = capability(device.index or 0)
-    return None if (major, minor) == (9, 0) else f"the CUDA kernel is compiled for sm_90a, this GPU is sm_{major}{minor}"
+    return None if (major, minor) == (9, 0) else f"the CUDA kernel is for sm_90a, this GPU is sm_{major}{minor}"
 
 
 @functools.cache
