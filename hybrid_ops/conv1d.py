@@ -222,7 +222,7 @@ def _conv1d_fwd(
     if chosen == "triton":
         from .triton_kernels import conv1d as kernels
 
-        order = None if seq_idx is None else _torch_conv1d.order_of(seq_idx)
+        order = None if seq_idx is None else _torch_conv1d.order_of(seq_idx)[:3]
         kernels.conv1d(x, weight, bias, y, history, state, read_slots, write_slots, cu_seqlens, order, silu, null_slot)
         return
     history = initial_states
@@ -248,11 +248,13 @@ _conv1d_fwd_op = define(
 
 def _empty_in_order_of(x: Tensor) -> Tensor:
     """Dense, its strides in the order of x's."""
-    if x.stride(0) >= x.stride(1) >= x.stride(2):
+    order = [0, 1, 2]
+    for i, j in ((0, 1), (1, 2), (0, 1)):  # sorted() would not compile: strides are symbols there
+        if x.stride(order[i]) < x.stride(order[j]):
+            order[i], order[j] = order[j], order[i]
+    if order == [0, 1, 2]:
         return x.new_empty(x.shape)
-    order = sorted(range(3), key=x.stride, reverse=True)
-    inverse = sorted(range(3), key=order.__getitem__)
-    return x.new_empty([x.shape[i] for i in order]).permute(inverse)
+    return x.new_empty([x.shape[i] for i in order]).permute([order.index(i) for i in range(3)])
 
 
 def _empty_final_states(x: Tensor, initial_states: Tensor | None, nseq: int, width: int) -> Tensor:

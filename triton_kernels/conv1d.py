@@ -9,7 +9,7 @@ sequence's *edge* program. That one computes them and then writes the final stat
 its only writer, it may update a pool in place.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -22,14 +22,6 @@ class Config(NamedTuple):
     BLOCK_L: int
     BLOCK_D: int
     num_warps: int
-
-
-class Order(Protocol):
-    """A `seq_idx` row sorted into its tokens, in order, and then its padding."""
-
-    token: Tensor  # (batch, seqlen) int32: the token at a rank
-    start: Tensor  # (batch, seqlen) int32: the rank at which the sequence of this rank starts
-    count: Tensor  # (batch,) int32: tokens that are not padding
 
 
 def config(itemsize: int, channel_last: bool) -> Config:
@@ -63,7 +55,7 @@ def conv1d_tile(
     cu_seqlens_ptr,
     token_ptr,
     start_ptr,
-    count_ptr,
+    num_tokens_ptr,
     seqlen,
     dim,
     num_seqs,
@@ -96,7 +88,7 @@ def conv1d_tile(
         edge = rank - start < WIDTH - 1
     elif token_ptr is not None:
         token_ptr += row * seqlen
-        inside = rank < tl.load(count_ptr + row)
+        inside = rank < tl.load(num_tokens_ptr + row)
         start = tl.load(start_ptr + row * seqlen + rank, inside, other=0)
         edge = (start == 0) & (rank < WIDTH - 1)
     else:
@@ -154,7 +146,7 @@ def conv1d_edge(
     cu_seqlens_ptr,
     token_ptr,
     start_ptr,
-    count_ptr,
+    num_tokens_ptr,
     seqlen,
     dim,
     num_slots,
@@ -192,7 +184,7 @@ def conv1d_edge(
     if token_ptr is not None:
         token_ptr += row * seqlen
         start_ptr += row * seqlen
-        end = tl.load(count_ptr + row)
+        end = tl.load(num_tokens_ptr + row)
         last = tl.load(start_ptr + end - 1, end > 0, other=0)
     x_ptr += row * x_stride_b
     y_ptr += row * y_stride_b
@@ -287,7 +279,7 @@ def conv1d_kernel(
     cu_seqlens_ptr,
     token_ptr,
     start_ptr,
-    count_ptr,
+    num_tokens_ptr,
     num_tiles,
     num_edges,
     seqlen,
@@ -345,7 +337,7 @@ def conv1d_kernel(
                 cu_seqlens_ptr,
                 token_ptr,
                 start_ptr,
-                count_ptr,
+                num_tokens_ptr,
                 seqlen,
                 dim,
                 num_slots,
@@ -381,7 +373,7 @@ def conv1d_kernel(
         cu_seqlens_ptr,
         token_ptr,
         start_ptr,
-        count_ptr,
+        num_tokens_ptr,
         seqlen,
         dim,
         num_seqs,
@@ -411,11 +403,15 @@ def conv1d(
     read_slots: Tensor | None,
     write_slots: Tensor | None,
     cu_seqlens: Tensor | None,
-    order: Order | None,
+    order: tuple[Tensor, Tensor, Tensor] | None,
     silu: bool,
     null_slot: int,
 ) -> None:
-    """Fill y and state. history, state: a row per sequence, or, with slots, one pool (nslots, dim, state_len)."""
+    """Fill y and state. history, state: a row per sequence, or, with slots, one pool (nslots, dim, state_len).
+
+    `order`, for rows that hold sequences and padding, ranks the tokens of a row, padding last: the token at each rank
+    and the rank at which its sequence starts, both (batch, seqlen) int32, and the number of tokens, (batch,) int32.
+    """
     batch, seqlen, dim = x.shape
     num_seqs = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     states = state if history is None else history
@@ -440,9 +436,7 @@ def conv1d(
             read_slots,
             write_slots,
             cu_seqlens,
-            None if order is None else order.token,
-            None if order is None else order.start,
-            None if order is None else order.count,
+            *((None, None, None) if order is None else order),
             num_tiles,
             num_edges,
             seqlen,

@@ -20,7 +20,7 @@ class Order(NamedTuple):
 
     token: Tensor  # (batch, seqlen) int32: the token at a rank
     start: Tensor  # (batch, seqlen) int32: the rank at which the sequence of this rank starts
-    count: Tensor  # (batch,) int32: tokens that are not padding
+    num_tokens: Tensor  # (batch,) int32: tokens that are not padding
     rank: Tensor  # (batch, seqlen) int64: the rank of a token
 
 
@@ -41,14 +41,14 @@ def order_of(seq_idx: Tensor) -> Order:
     live = seq_idx >= 0
     place = torch.arange(seqlen, device=seq_idx.device)
     seen = live.cumsum(1)  # tokens up to and including this one
-    count = live.sum(1)
-    rank = torch.where(live, seen - 1, count[:, None] + place - seen)
+    num_tokens = live.sum(1)
+    rank = torch.where(live, seen - 1, num_tokens[:, None] + place - seen)
     token = torch.empty_like(rank).scatter_(1, rank, place.expand(batch, seqlen))
     index = seq_idx.gather(1, token)
     first = torch.ones_like(live)
     first[:, 1:] = index[:, 1:] != index[:, :-1]
     start = torch.where(first, place, 0).cummax(1).values if seqlen else token
-    return Order(token.int(), start.int(), count.int(), rank)
+    return Order(token.int(), start.int(), num_tokens.int(), rank)
 
 
 def rows_of(
@@ -74,16 +74,16 @@ def rows_of(
     if seq_idx is None:
         return Rows(batch * size, (base + state_len + token).flatten(), history, base + seqlen + column)
     order = order_of(seq_idx)
-    count = order.count.long()[:, None]
+    num_tokens = order.num_tokens.long()[:, None]
     start = torch.where(order.start == 0, 0, order.start + state_len)  # the first sequence sees the history
-    last = start.gather(1, (count - 1).clamp(min=0)) if seqlen else torch.zeros_like(count)
+    last = start.gather(1, (num_tokens - 1).clamp(min=0)) if seqlen else torch.zeros_like(num_tokens)
     return Rows(
         total=batch * size,
         token=(base + state_len + order.rank).flatten(),
         history=history,
-        final=base + count + column,
+        final=base + num_tokens + column,
         live=(seq_idx >= 0).flatten()[:, None],
-        live_final=(count + column >= last)[:, :, None],
+        live_final=(num_tokens + column >= last)[:, :, None],
         oldest=F.pad(base + start, (state_len, 0)).flatten(),
     )
 

@@ -1,0 +1,749 @@
+import functools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hybrid_ops
+from hybrid_ops.reference import conv1d as reference
+
+from .budget import assert_within, to_numpy
+
+CPU_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+INTERPRETER_DTYPES = [torch.float32, torch.float16]  # the interpreter truncates float32 to bfloat16
+LAYOUTS = {
+    "channel_last": lambda x: x,
+    "slice": lambda x: F.pad(x, (8, 8))[..., 8:-8],
+    "channel_first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "length_first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+}
+ENOUGH = 32  # tokens from which a channel's RMS is a statistic, not the luck of a few values
+
+
+@st.composite
+def cases(draw, dtypes, max_seqlen=40, max_dim=12, widths=(1, 8)):
+    dtype = draw(st.sampled_from(dtypes))
+    return dict(
+        seed=draw(st.integers(0, 2**31 - 1)),
+        dtype=dtype,
+        form=draw(st.sampled_from(["dense", "cu_seqlens", "seq_idx"])),
+        batch=draw(st.sampled_from([1, 0, 3])),
+        lengths=draw(st.lists(st.sampled_from([0, 1, 2, max_seqlen - 1, max_seqlen]), max_size=4)),
+        seqlen=draw(st.sampled_from([max_seqlen, 0, 1, 2, 5])),
+        dim=draw(st.integers(1, max_dim)),
+        width=draw(st.integers(*widths)),
+        bias=draw(st.booleans()),
+        activation=draw(st.sampled_from(["silu", None])),
+        history=draw(st.booleans()),
+        layout=draw(st.sampled_from(sorted(LAYOUTS))),
+        weight_dtype=draw(st.sampled_from([dtype, torch.float32])),
+        state_dtype=draw(st.sampled_from([dtype, torch.float32])),
+        extra_columns=draw(st.sampled_from([0, 1, 5])),
+        padding=draw(st.sampled_from(["none", "left", "anywhere"])),
+    )
+
+
+class Problem:
+    """The tensors of a case: `arguments` and `options` for the op, the same in NumPy for the reference."""
+
+    def __init__(self, case, device="cpu"):
+        self.case, self.device = case, device
+        self.generator = torch.Generator().manual_seed(case["seed"])
+        packed = case["form"] == "cu_seqlens"
+        self.batch = 1 if packed else case["batch"]
+        self.seqlen = sum(case["lengths"]) if packed else case["seqlen"]
+        self.nseq = len(case["lengths"]) if packed else self.batch
+        dim, dtype = case["dim"], case["dtype"]
+        scale = 10 ** torch.linspace(-2, 2, dim)  # a channel of small scale counts as much as a large one
+        self.x = LAYOUTS[case["layout"]]((self.randn(self.batch, self.seqlen, dim) * scale).to(device, dtype))
+        self.weight = self.randn(dim, case["width"]).to(device, case["weight_dtype"])
+        self.bias = (self.randn(dim) * scale).to(device, case["weight_dtype"]) if case["bias"] else None
+        self.sequences = dict(activation=case["activation"])
+        self.tokens = self.batch * self.seqlen
+        if packed:
+            bounds = [0, *np.cumsum(case["lengths"]).tolist()]
+            self.sequences["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device=device)
+        elif case["form"] == "seq_idx":
+            seq_idx = self.seq_idx()
+            self.tokens = int((seq_idx >= 0).sum())
+            self.sequences["seq_idx"] = seq_idx.to(device)
+        self.initial_states = None
+        if case["history"]:
+            states = (self.randn(self.nseq, case["width"] - 1, dim) * scale).to(device, case["state_dtype"])
+            self.initial_states = states.transpose(1, 2)  # no reader may count on contiguous columns
+
+    def randn(self, *shape):
+        return torch.randn(*shape, generator=self.generator)
+
+    def randint(self, low, high, *shape):
+        return torch.randint(low, high, shape, generator=self.generator, dtype=torch.int32)
+
+    def seq_idx(self):
+        """Runs of one to a few tokens; an index may come back later, and is then another sequence."""
+        index = (self.randint(0, 4, self.batch, self.seqlen) == 0).int().cumsum(1).int() % 3
+        if self.case["padding"] == "left":
+            index[torch.arange(self.seqlen) < self.randint(0, self.seqlen + 1, self.batch, 1)] = -1
+        elif self.case["padding"] == "anywhere":
+            index[self.randint(0, 3, self.batch, self.seqlen) == 0] = -1
+        return index
+
+    def arrays(self, dtype=np.float64):
+        """x, weight, bias of the reference, and its options."""
+        tensors = (to_numpy(t, dtype) for t in (self.x, self.weight, self.bias))
+        options = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in self.sequences.items()}
+        return tensors, dict(options, dtype=dtype)
+
+    def assert_y(self, y, ref, baseline):
+        assert_within("y", y, ref, baseline, self.case["dtype"], axis=-1 if self.tokens >= ENOUGH else None)
+        if "seq_idx" in self.sequences:
+            assert not y[self.sequences["seq_idx"] < 0].any()
+
+
+def check_conv1d(case, run, device="cpu"):
+    """`run` has the signature of causal_conv1d."""
+    problem = Problem(case, device)
+    y, final = run(
+        problem.x,
+        problem.weight,
+        problem.bias,
+        initial_states=problem.initial_states,
+        return_final_states=True,
+        **problem.sequences,
+    )
+    results = []
+    for dtype in (np.float64, np.float32):
+        tensors, options = problem.arrays(dtype)
+        initial = to_numpy(problem.initial_states, dtype)
+        results.append(reference.causal_conv1d(*tensors, initial_states=initial, **options))
+    (ref, ref_final), (base, _) = results
+    problem.assert_y(y, ref, base)
+    np.testing.assert_array_equal(to_numpy(final), ref_final)  # copies of inputs
+    assert final.dtype == (case["state_dtype"] if case["history"] else case["dtype"])
+    assert_order_of_strides(y, problem.x)
+
+
+def assert_order_of_strides(y, x):
+    order = sorted((i for i in range(3) if x.shape[i] > 1), key=x.stride, reverse=True)
+    rest = [i for i in range(3) if i not in order]
+    assert y.permute(*rest, *order).is_contiguous(), (y.shape, y.stride(), x.stride())
+
+
+def check_pool(case, run, device="cpu"):
+    problem = Problem(case, device)
+    nslots, state_len = problem.nseq + 2, case["width"] - 1 + case["extra_columns"]
+    pool = problem.randn(nslots, state_len, case["dim"]).to(device, case["state_dtype"]).transpose(1, 2)
+    slots = torch.randperm(nslots, generator=problem.generator).int()[: problem.nseq]
+    null = -1 if case["bias"] else 0  # some callers keep slot 0 unused
+    read, write = slots.clone(), slots.clone()
+    write[problem.randint(0, 5, problem.nseq) == 0] = null
+    read[problem.randint(0, 5, problem.nseq) == 0] = null
+    read, write = (
+        (None if not case["history"] else read),
+        (None if case["history"] and case["seed"] % 3 == 0 else write),
+    )
+    slots = dict(read_slots=read, write_slots=write)
+    results = []
+    for dtype in (np.float64, np.float32):
+        tensors, options = problem.arrays(dtype)
+        options |= {k: None if v is None else v.tolist() for k, v in slots.items()}
+        pool_before = to_numpy(pool, dtype)
+        results.append(reference.causal_conv1d_pool(*tensors, conv_state=pool_before, null_slot=null, **options))
+    (ref, ref_pool), (base, _) = results
+    y = run(
+        problem.x,
+        problem.weight,
+        problem.bias,
+        conv_state=pool,
+        null_slot=null,
+        **{k: None if v is None else v.to(device) for k, v in slots.items()},
+        **problem.sequences,
+    )
+    problem.assert_y(y, ref, base)
+    np.testing.assert_array_equal(to_numpy(pool), ref_pool)
+
+
+def implementation(impl):
+    return functools.partial(hybrid_ops.causal_conv1d, impl=impl)
+
+
+@given(case=cases(CPU_DTYPES))
+def test_conv1d(case):
+    check_conv1d(case, implementation("torch"))
+
+
+@given(case=cases(CPU_DTYPES))
+def test_conv1d_pool(case):
+    check_pool(case, implementation("torch"))
+
+
+@pytest.mark.interpreter
+@settings(max_examples=30)
+@given(case=cases(INTERPRETER_DTYPES))
+def test_conv1d_interpreter(case):
+    check_conv1d(case, implementation("triton"))
+
+
+@pytest.mark.interpreter
+@settings(max_examples=30)
+@given(case=cases(INTERPRETER_DTYPES))
+def test_conv1d_pool_interpreter(case):
+    check_pool(case, implementation("triton"))
+
+
+@pytest.mark.gpu
+@settings(max_examples=60)
+@given(case=cases(CPU_DTYPES, max_seqlen=150, max_dim=300))
+def test_conv1d_gpu(case):
+    check_conv1d(case, implementation("triton"), "cuda")
+
+
+@pytest.mark.gpu
+@settings(max_examples=60)
+@given(case=cases(CPU_DTYPES, max_seqlen=150, max_dim=300))
+def test_conv1d_pool_gpu(case):
+    check_pool(case, implementation("triton"), "cuda")
+
+
+@pytest.mark.gpu
+@settings(max_examples=30)
+@given(case=cases(CPU_DTYPES, max_dim=64, widths=(2, 4)))
+def test_conv1d_auto_gpu(case):
+    """Whatever `auto` picks: dim a multiple of 8 is what the CUDA kernel takes."""
+    case = case | dict(dim=8 * (1 + case["dim"] // 8))
+    check_conv1d(case, implementation("auto"), "cuda")
+    check_pool(case, implementation("auto"), "cuda")
+
+
+# --- gradients
+
+
+@pytest.mark.parametrize("width", [1, 3, 4])
+@pytest.mark.parametrize("form", ["dense", "cu_seqlens", "seq_idx"])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_gradients(form, width, activation):
+    torch.manual_seed(0)
+
+    def leaf(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    options, batch, nseq = dict(activation=activation), 2, 2
+    if form == "cu_seqlens":
+        options["cu_seqlens"], batch, nseq = torch.tensor([0, 0, 1, 1, 6, 7, 7], dtype=torch.int32), 1, 6
+    elif form == "seq_idx":
+        rows = [[-1, 0, 0, -1, 0, 1, 1], [0, 1, -1, 1, 1, 1, -1]]
+        options["seq_idx"] = torch.tensor(rows, dtype=torch.int32)
+    x, weight, bias, initial = leaf(batch, 7, 3), leaf(3, width), leaf(3), leaf(nseq, 3, width - 1)
+
+    def with_states(x, weight, bias, initial):
+        return hybrid_ops.causal_conv1d(x, weight, bias, initial_states=initial, return_final_states=True, **options)
+
+    assert torch.autograd.gradcheck(with_states, (x, weight, bias, initial))
+    assert torch.autograd.gradcheck(lambda x, w: hybrid_ops.causal_conv1d(x, w, **options), (x, weight))
+
+
+def check_backward(case, device="cpu"):
+    problem = Problem(case, device)
+    named = dict(x=problem.x, weight=problem.weight, bias=problem.bias, initial_states=problem.initial_states)
+    leaves = {name: t.detach().requires_grad_() for name, t in named.items() if t is not None}
+    y, final = hybrid_ops.causal_conv1d(**leaves, return_final_states=True, **problem.sequences)
+    dy, dfinal = (problem.randn(*t.shape).to(t) for t in (y, final))
+    torch.autograd.backward([y, final], [dy, dfinal])
+    results = []
+    for dtype in (np.float64, np.float32):
+        tensors, options = problem.arrays(dtype)
+        options["initial_states"] = to_numpy(problem.initial_states, dtype)
+        results.append(reference.causal_conv1d_bwd(to_numpy(dy, dtype), to_numpy(dfinal, dtype), *tensors, **options))
+    axes = dict(x=-1 if problem.tokens >= ENOUGH else None)  # the other gradients have too few values a channel
+    for name, ref, base in zip(("x", "weight", "bias", "initial_states"), *results, strict=True):
+        if name in leaves:
+            grad = leaves[name].grad
+            assert_within(f"d{name}", grad, ref, base, case["dtype"], axis=axes.get(name))
+
+
+@given(case=cases(CPU_DTYPES))
+def test_conv1d_backward(case):
+    check_backward(case)
+
+
+@pytest.mark.gpu
+@settings(max_examples=60)
+@given(case=cases(CPU_DTYPES, max_seqlen=150, max_dim=300))
+def test_conv1d_backward_gpu(case):
+    check_backward(case, "cuda")
+
+
+def test_gradients_of_what_is_asked_for():
+    x, weight, bias = torch.randn(2, 5, 3), torch.randn(3, 4), torch.randn(3, requires_grad=True)
+    (grad,) = torch.autograd.grad(hybrid_ops.causal_conv1d(x, weight, bias).sum(), bias)
+    torch.testing.assert_close(grad, torch.full((3,), 10.0))
+    weight.requires_grad_()
+    y, _ = hybrid_ops.causal_conv1d(x, weight, return_final_states=True)
+    (grad,) = torch.autograd.grad(y.sum(), weight)  # nothing flows into the final states
+    torch.testing.assert_close(grad[:, 3], x.sum((0, 1)))
+
+
+# --- wrong versions that the budget must reject
+
+right = implementation("torch")
+
+
+def history_dropped(*args, initial_states, **options):
+    return right(*args, initial_states=torch.zeros_like(initial_states), **options)
+
+
+def history_newest_first(*args, initial_states, **options):
+    return right(*args, initial_states=initial_states.flip(2), **options)
+
+
+def last_ragged_token_missing(*args, **options):
+    y, final = right(*args, **options)
+    y[:, -1] = 0
+    return y, final
+
+
+def neighbours_history_after_an_empty_sequence(*args, initial_states, cu_seqlens, **options):
+    taken = (cu_seqlens.diff() > 0).cumsum(0).sub(1).clamp(min=0)  # counts the sequences that have tokens
+    return right(*args, initial_states=initial_states[taken], cu_seqlens=cu_seqlens, **options)
+
+
+def boundaries_ignored(x, *args, initial_states, cu_seqlens, **options):
+    y, _ = right(x, *args, initial_states=initial_states[:1], **options)
+    return y, right(x, *args, initial_states=initial_states, cu_seqlens=cu_seqlens, **options)[1]
+
+
+def one_channel_zero(*args, **options):
+    y, final = right(*args, **options)
+    y[..., 3] = 0
+    return y, final
+
+
+def bias_ignored(x, weight, bias, **options):
+    return right(x, weight, None, **options)
+
+
+def activation_ignored(*args, activation, **options):
+    return right(*args, **options)
+
+
+def window_one_token_late(x, weight, bias, **options):
+    return right(x, weight.roll(1, 1), bias, **options)
+
+
+def state_one_token_early(x, weight, bias, **options):
+    y, final = right(x, weight, bias, **options)
+    return y, final.roll(1, 2)
+
+
+def padding_takes_places(x, *args, seq_idx, **options):
+    gaps = seq_idx.where(seq_idx >= 0, torch.zeros_like(seq_idx))
+    y, final = right(x * (seq_idx >= 0)[..., None], *args, seq_idx=gaps, **options)
+    return y * (seq_idx >= 0)[..., None], final
+
+
+def padding_starts_a_sequence(x, *args, seq_idx, **options):
+    y, final = right(x, *args, seq_idx=(seq_idx < 0).int().cumsum(1).int(), **options)
+    return y * (seq_idx >= 0)[..., None], final
+
+
+PLAIN = dict(
+    seed=0, dtype=torch.bfloat16, form="dense", batch=2, lengths=[5, 0, 20, 0, 20], seqlen=45, dim=8, width=4,
+    bias=True, activation="silu", history=True, layout="slice", weight_dtype=torch.float32, state_dtype=torch.bfloat16,
+    extra_columns=0, padding="left",
+)  # fmt: skip
+MUTANTS = {
+    history_dropped: "dense",
+    history_newest_first: "seq_idx",
+    last_ragged_token_missing: "cu_seqlens",
+    neighbours_history_after_an_empty_sequence: "cu_seqlens",
+    boundaries_ignored: "cu_seqlens",
+    one_channel_zero: "dense",
+    bias_ignored: "dense",
+    activation_ignored: "cu_seqlens",
+    window_one_token_late: "dense",
+    state_one_token_early: "dense",
+    padding_takes_places: "seq_idx",
+    padding_starts_a_sequence: "seq_idx",
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
+def test_mutants_are_rejected(mutant, dtype):
+    case = PLAIN | dict(form=MUTANTS[mutant], dtype=dtype, state_dtype=dtype)
+    check_conv1d(case, right)
+    with pytest.raises(AssertionError):
+        check_conv1d(case, mutant)
+
+
+# --- properties that need no reference
+
+
+def check_pieces(impl, cuts, device="cpu"):
+    """A prompt read at once or in pieces, through one pool: the same bits."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 40, 12).to(device, torch.float16)
+    weight, bias = torch.randn(12, 4).to(x), torch.randn(12).to(x)
+    slots = torch.tensor([2, 0], dtype=torch.int32, device=device)
+
+    def read(pieces):
+        pool = torch.zeros(3, 12, 5).to(x)
+        y = [
+            hybrid_ops.causal_conv1d(
+                piece, weight, bias, activation="silu", conv_state=pool, read_slots=slots, write_slots=slots, impl=impl
+            )
+            for piece in x.split(pieces, 1)
+        ]
+        return torch.cat(y, 1), pool
+
+    whole, pool = read([40])
+    assert torch.equal(whole, hybrid_ops.causal_conv1d(x, weight, bias, activation="silu", impl=impl))
+    assert torch.equal(pool[slots.long()], x[:, -5:].transpose(1, 2))
+    assert not pool[1].any()
+    for pieces in cuts:
+        y, state = read(pieces)
+        assert torch.equal(y, whole), pieces
+        assert torch.equal(state, pool), pieces
+
+
+def test_pieces():
+    check_pieces("torch", [[33, 7], [1] * 40])
+
+
+@pytest.mark.interpreter
+def test_pieces_interpreter():
+    check_pieces("triton", [[33, 7], [1, 2, 3, 34]])
+
+
+@pytest.mark.gpu
+def test_pieces_gpu():
+    check_pieces("triton", [[33, 7], [1, 2, 3, 34], [1] * 40], "cuda")
+
+
+def check_same_bits(device="cpu"):
+    problem = Problem(PLAIN | dict(form="cu_seqlens", dtype=torch.float32, dim=40), device)
+    runs = []
+    for _ in range(2):
+        leaves = [t.detach().requires_grad_() for t in (problem.x, problem.weight, problem.bias)]
+        y = hybrid_ops.causal_conv1d(*leaves, **problem.sequences)
+        runs.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_same_bits():
+    check_same_bits()
+
+
+@pytest.mark.gpu
+def test_same_bits_gpu():
+    check_same_bits("cuda")
+
+
+def test_padding_hides_nan():
+    """What is padding in x never reaches a result or a gradient."""
+    x = torch.randn(1, 6, 2)
+    x[0, [0, 3]] = float("nan")
+    x.requires_grad_()
+    weight = torch.randn(2, 4, requires_grad=True)
+    seq_idx = torch.tensor([[-1, 0, 0, -1, 0, 1]], dtype=torch.int32)
+    y = hybrid_ops.causal_conv1d(x, weight, activation="silu", seq_idx=seq_idx)
+    dx, dweight = torch.autograd.grad(y.sum(), (x, weight))
+    assert y.isfinite().all()
+    assert dx.isfinite().all()
+    assert dweight.isfinite().all()
+    assert not y[0, [0, 3]].any()
+    assert not dx[0, [0, 3]].any()
+
+
+def test_out_and_dtypes():
+    x, weight = torch.randn(2, 5, 6).bfloat16(), torch.randn(6, 3)
+    out = torch.full((6, 2, 5), float("nan")).bfloat16().permute(1, 2, 0)
+    assert hybrid_ops.causal_conv1d(x, weight, out=out) is out
+    torch.testing.assert_close(out, hybrid_ops.causal_conv1d(x, weight), rtol=0, atol=0)
+    _, final = hybrid_ops.causal_conv1d(x, weight, initial_states=torch.zeros(2, 6, 2), return_final_states=True)
+    assert final.dtype == torch.float32
+
+
+def call_op(x, pool, read, write, cu_seqlens, impl):
+    """The operator itself, past the checks that read values: what a GPU does with values that nobody read."""
+    y = torch.full_like(x, float("nan"))
+    weight = torch.ones(x.shape[2], 3).to(x)
+    torch.ops.hybrid_ops.conv1d_fwd(
+        x, weight, None, None, None, cu_seqlens, read, write, y, None, pool, False, -1, impl
+    )
+    return y
+
+
+def check_bad_values(impl, device="cpu"):
+    """Slots out of range read zeros and write nothing; boundaries out of range stay inside x, and y has no hole."""
+    x = torch.ones(2, 4, 8, device=device)
+    pool = torch.full((2, 8, 2), 10.0, device=device)
+    slots = torch.tensor([7, -5], dtype=torch.int32, device=device)
+    y = call_op(x, pool, slots, slots, None, impl)
+    torch.testing.assert_close(y[0, :, 0].cpu(), torch.tensor([1.0, 2, 3, 3]))
+    assert (pool == 10).all()
+    slots = torch.tensor([7, 1], dtype=torch.int32, device=device)
+    y = call_op(x, pool, slots, slots, None, impl)
+    torch.testing.assert_close(y[:, :, 0].cpu(), torch.tensor([[1.0, 2, 3, 3], [21, 12, 3, 3]]))
+    assert (pool[0] == 10).all()
+    assert (pool[1] == 1).all()
+    assert (call_op(x, pool[:0], slots, slots, None, impl)[:, 0] == 1).all()
+    for bounds, total in (([0, 2, 3], 3), ([1, 3, 99], 3), ([-4, 2, 4], 4), ([5, 9, 99], 0)):
+        slots = torch.tensor([0, 1], dtype=torch.int32, device=device)
+        y = call_op(x[:1], pool.clone(), None, slots, torch.tensor(bounds, dtype=torch.int32, device=device), impl)
+        assert y.isfinite().all(), bounds
+        assert (y[0, :, 0] != 0).sum() == total, bounds
+
+
+def test_bad_values():
+    check_bad_values("torch")
+
+
+@pytest.mark.interpreter
+def test_bad_values_interpreter():
+    check_bad_values("triton")
+
+
+@pytest.mark.gpu
+def test_bad_values_gpu():
+    check_bad_values("triton", "cuda")
+
+
+INDEX = torch.tensor([0, 1], dtype=torch.int32)
+POOL = dict(conv_state=torch.zeros(4, 8, 3), read_slots=INDEX)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(x="x"), TypeError, "x must be a torch.Tensor, got str"),
+        (dict(x=torch.randn(5, 8)), ValueError, r"x must have shape \(batch, seqlen, dim\), got \(5, 8\)"),
+        (dict(x=torch.ones(2, 5, 8).int()), TypeError, "x must have dtype float32 or .*, got int32"),
+        (dict(weight=torch.ones(8)), ValueError, r"weight must have shape \(dim, width\), got \(8,\)"),
+        (dict(weight=torch.ones(7, 4)), ValueError, r"weight must have shape \(8, \*\), got \(7, 4\)"),
+        (dict(weight=torch.ones(8, 9)), ValueError, r"with width from 1 to 8, got \(8, 9\)"),
+        (dict(weight=torch.ones(8, 4, device="meta")), ValueError, "weight must be on cpu, got meta"),
+        (dict(bias=torch.ones(4)), ValueError, r"bias must have shape \(8,\), got \(4,\)"),
+        (dict(activation="relu"), ValueError, "activation must be one of None, 'silu', got 'relu'"),
+        (dict(initial_states=torch.ones(2, 8, 4)), ValueError, r"initial_states must have shape \(2, 8, 3\), got"),
+        (dict(seq_idx=torch.zeros(2, 5).long()), TypeError, "seq_idx must have dtype int32, got int64"),
+        (dict(seq_idx=INDEX), ValueError, r"seq_idx must have shape \(2, 5\), got \(2,\)"),
+        (dict(cu_seqlens=INDEX, seq_idx=INDEX), ValueError, "at most one of cu_seqlens, seq_idx may be given"),
+        (dict(cu_seqlens=INDEX), ValueError, r"x must have shape \(1, total, dim\) with cu_seqlens, got \(2, 5, 8\)"),
+        (dict(x=torch.ones(1, 5, 8), cu_seqlens=INDEX), ValueError, "cu_seqlens must end at .* 5, got 1"),
+        (dict(conv_state=torch.zeros(4, 8, 3)), ValueError, "read_slots or write_slots must be given with conv_state"),
+        (dict(read_slots=INDEX), ValueError, "conv_state must be given with read_slots and write_slots, got None"),
+        (POOL | dict(conv_state=torch.zeros(4, 8, 2)), ValueError, r"at least width - 1 = 3\), got \(4, 8, 2\)"),
+        (POOL | dict(conv_state=torch.zeros(4, 7, 3)), ValueError, r"conv_state must have shape \(\*, 8, \*\), got"),
+        (POOL | dict(read_slots=INDEX + 3), ValueError, r"read_slots must be in \[0, 4\) or null_slot=-1, got 4"),
+        (POOL | dict(read_slots=INDEX[:1]), ValueError, r"read_slots must have shape \(2,\), got \(1,\)"),
+        (POOL | dict(write_slots=INDEX * 0), ValueError, r"write_slots must be distinct, got \[0, 0\]"),
+        (
+            POOL | dict(write_slots=INDEX + 1),
+            ValueError,
+            "write_slots must not hold another sequence's read slot, got 1",
+        ),
+        (POOL | dict(initial_states=torch.ones(2, 8, 3)), ValueError, "at most one of conv_state, initial_states"),
+        (POOL | dict(return_final_states=True), ValueError, "return_final_states must be False with conv_state"),
+        (POOL | dict(bias=torch.ones(8, requires_grad=True)), ValueError, "conv_state must be None where a gradient"),
+        (dict(out=torch.ones(2, 8, 5)), ValueError, r"out must have shape \(2, 5, 8\), got \(2, 8, 5\)"),
+        (dict(out=torch.ones(2, 5, 8).half()), TypeError, "out must have dtype float32, got float16"),
+        (dict(impl="fast"), ValueError, "impl must be one of 'auto', 'cuda', 'triton', 'torch', got 'fast'"),
+    ],
+)
+def test_bad_input(change, error, message):
+    arguments = dict(x=torch.randn(2, 5, 8), weight=torch.ones(8, 4)) | change
+    before = arguments["conv_state"].clone() if "conv_state" in arguments else None
+    with pytest.raises(error, match=message):
+        hybrid_ops.causal_conv1d(arguments.pop("x"), arguments.pop("weight"), **arguments)
+    assert before is None or torch.equal(arguments["conv_state"], before)
+
+
+def test_out_must_not_be_x():
+    x = torch.randn(2, 5, 8)
+    with pytest.raises(ValueError, match="out must not be x's memory"):
+        hybrid_ops.causal_conv1d(x, torch.ones(8, 4), out=x)
+
+
+def test_named_implementation_does_not_fall_back():
+    with pytest.raises(RuntimeError, match="impl='triton' needs CUDA tensors"):
+        hybrid_ops.causal_conv1d(torch.randn(2, 5, 8), torch.ones(8, 4), impl="triton")
+    with pytest.raises(RuntimeError, match="impl='cuda' needs CUDA tensors"):
+        hybrid_ops.causal_conv1d(torch.randn(2, 5, 8), torch.ones(8, 4), impl="cuda")
+
+
+def test_explain():
+    assert hybrid_ops.explain("causal_conv1d", device="cpu").impl == "torch"
+
+
+# --- compilation
+
+
+def launch(dtype, width, form, channel_last):
+    """As a layer calls it: no state, packed with a pool, or padded with states; CPU tensors, for `compiling_for`."""
+    from hybrid_ops.triton_kernels import conv1d as kernels
+
+    x = torch.empty(1, 100, 10240, dtype=dtype)
+    if not channel_last:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    weight, bias = torch.empty(10240, width, dtype=dtype), torch.empty(10240, dtype=dtype)
+    history = state = read = write = cu_seqlens = order = None
+    if form == "pool":
+        history = state = torch.empty(8, 10240, width + 1, dtype=dtype)
+        read = write = torch.empty(3, dtype=torch.int32)
+        cu_seqlens = torch.empty(4, dtype=torch.int32)
+    elif form == "seq_idx":
+        from hybrid_ops._torch.conv1d import order_of
+
+        history, state = torch.empty(1, 10240, width - 1, dtype=dtype), torch.empty(1, 10240, width - 1, dtype=dtype)
+        order = order_of(torch.zeros(1, 100, dtype=torch.int32))[:3]
+    y = torch.empty_like(x)
+    kernels.conv1d(x, weight, bias, y, history, state, read, write, cu_seqlens, order, True, -1)
+
+
+@pytest.mark.parametrize("sm", [80, 89, 90, 100, 120])
+def test_compiles(sm, monkeypatch):
+    from .triton_targets import check, compiling_for
+
+    with compiling_for(sm, monkeypatch) as compiled:
+        launch(torch.bfloat16, 4, "pool", True)
+        if sm in (90, 100):
+            launch(torch.float32, 4, "dense", True)
+            launch(torch.float16, 8, "seq_idx", False)
+    check(compiled, sm)
+
+
+def test_opcheck():
+    op = torch.ops.hybrid_ops.conv1d_fwd.default
+    x, weight, bias = torch.randn(2, 6, 4).transpose(1, 2), torch.randn(6, 4), torch.randn(6)
+    initial, final, y = torch.randn(2, 6, 3), torch.empty(2, 6, 3), torch.empty(2, 4, 6)
+    seq_idx = torch.tensor([[0, 0, 1, 1], [-1, 0, 0, 0]], dtype=torch.int32)
+    torch.library.opcheck(op, (x, weight, bias, initial, seq_idx, None, None, None, y, final, None, True, -1, "torch"))
+    cu_seqlens = torch.tensor([0, 3, 4], dtype=torch.int32)
+    pool = torch.randn(4, 6, 5)
+    torch.library.opcheck(
+        op, (x[:1], weight, None, None, None, cu_seqlens, INDEX, INDEX, y[:1], None, pool, False, -1, "torch")
+    )
+
+
+def channel_first_layer(x, weight, bias, initial_states):
+    y, final = hybrid_ops.causal_conv1d(
+        x.transpose(1, 2), weight, bias, initial_states=initial_states, return_final_states=True
+    )
+    return y * final.sum()
+
+
+def packed_layer(x, weight, initial_states, cu_seqlens):
+    y, final = hybrid_ops.causal_conv1d(
+        x, weight, activation="silu", initial_states=initial_states, cu_seqlens=cu_seqlens, return_final_states=True
+    )
+    return y * final.sum()
+
+
+def padded_layer(x, weight, seq_idx):
+    return hybrid_ops.causal_conv1d(x, weight, activation="silu", seq_idx=seq_idx)
+
+
+LAYERS = {
+    channel_first_layer: lambda n: (torch.randn(2, 6, n), torch.randn(6, 4), torch.randn(6), torch.randn(2, 6, 3)),
+    packed_layer: lambda n: (
+        torch.randn(1, n, 6),
+        torch.randn(6, 4),
+        torch.randn(3, 6, 3),
+        torch.tensor([0, n // 2, n // 2, n], dtype=torch.int32),
+    ),
+    padded_layer: lambda n: (torch.randn(2, n, 6), torch.randn(6, 4), (torch.arange(2 * n).view(2, n) // 3 - 1).int()),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
+def test_torch_compile(layer, compile_once):
+    compile_once(layer, "aot_eager", LAYERS[layer])
+
+
+def test_torch_compile_inductor(compile_once):
+    compile_once(packed_layer, "inductor", LAYERS[packed_layer])
+
+
+# --- what only a GPU can show
+
+
+@pytest.mark.gpu
+def test_cuda_graph():
+    """Replayed with other tokens, boundaries, slots and states: nothing was decided on the host."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(64, 4, device="cuda").bfloat16(), torch.randn(64, device="cuda").bfloat16()
+    x, out = torch.randn(1, 100, 64, device="cuda").bfloat16(), torch.empty(1, 100, 64, device="cuda").bfloat16()
+    pool = torch.randn(6, 64, 5, device="cuda").bfloat16()
+    bounds, slots = torch.tensor([0, 10, 10, 100]).int().cuda(), torch.tensor([1, 2, 3]).int().cuda()
+    seq_idx = torch.zeros(1, 100, dtype=torch.int32, device="cuda")
+
+    def step(x, pool, bounds, slots, seq_idx, out):
+        hybrid_ops.causal_conv1d(
+            x, weight, bias, cu_seqlens=bounds, conv_state=pool, read_slots=slots, write_slots=slots, out=out
+        )
+        return hybrid_ops.causal_conv1d(out, weight, bias, activation="silu", seq_idx=seq_idx)
+
+    step(x, pool.clone(), bounds, slots, seq_idx, out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step(x, pool, bounds, slots, seq_idx, out)
+    for boundaries, rows in (([0, 1, 50, 100], [5, 0, -1]), ([0, 0, 0, 100], [0, 1, 2])):
+        x.normal_()
+        pool.normal_()
+        bounds.copy_(torch.tensor(boundaries))
+        slots.copy_(torch.tensor(rows))
+        seq_idx.copy_((torch.arange(100) // 7 - 1)[None])
+        expected_pool = pool.clone()
+        expected = step(x, expected_pool, bounds, slots, seq_idx, torch.empty_like(out))
+        graph.replay()
+        assert torch.equal(y, expected)
+        assert torch.equal(pool, expected_pool)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["dense", "cu_seqlens", "seq_idx"])
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_no_host_sync(form, impl):
+    problem = Problem(PLAIN | dict(form=form), "cuda")
+    leaves = [t.detach().requires_grad_() for t in (problem.x, problem.weight, problem.bias, problem.initial_states)]
+    pool, slots = torch.zeros(9, 8, 3, device="cuda"), torch.arange(problem.nseq).int().cuda()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y, final = hybrid_ops.causal_conv1d(
+            *leaves[:3], initial_states=leaves[3], return_final_states=True, impl=impl, **problem.sequences
+        )
+        torch.autograd.grad(y.sum() + final.sum(), leaves)
+        with torch.no_grad():
+            hybrid_ops.causal_conv1d(
+                *leaves[:3], conv_state=pool, read_slots=slots, write_slots=slots, impl=impl, **problem.sequences
+            )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["channel_last", "channel_first"])
+def test_more_than_2_31_elements(layout):
+    """The last tokens of a huge tensor are those of a small problem that starts from the tokens before them."""
+    dim, seqlen, tail = 18560, 117_000, 1000
+    assert dim * seqlen > 2**31
+    shape = (1, seqlen, dim) if layout == "channel_last" else (1, dim, seqlen)
+    x = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_()
+    x = x if layout == "channel_last" else x.transpose(1, 2)
+    weight, bias = torch.randn(dim, 4, device="cuda"), torch.randn(dim, device="cuda")
+    y, final = hybrid_ops.causal_conv1d(x, weight, bias, return_final_states=True, impl="triton")
+    expected, expected_final = hybrid_ops.causal_conv1d(
+        x[:, -tail:],
+        weight,
+        bias,
+        initial_states=x[:, -tail - 3 : -tail].transpose(1, 2),
+        return_final_states=True,
+        impl="torch",
+    )
+    torch.testing.assert_close(y[:, -tail:], expected)
+    assert torch.equal(final, expected_final)
+    torch.testing.assert_close(y[:, :tail], hybrid_ops.causal_conv1d(x[:, :tail], weight, bias, impl="torch"))
