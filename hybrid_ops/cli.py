@@ -1,0 +1,161 @@
+"""The command `hybrid-ops`: info, check, demo, bench."""
+
+import argparse
+import importlib
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ._version import __version__
+
+_DESCRIPTION = """\
+Fused operators for hybrid Mamba-2 / Transformer models, on this machine.
+
+  hybrid-ops info     what is here, what is missing, and which implementation each operator uses
+  hybrid-ops check    is every operator right on this machine? (seconds; exit status 1 if one is not)
+  hybrid-ops demo     train a small hybrid model from nothing, let it write, prove it (three minutes on two cores)
+  hybrid-ops bench    how fast are the operators, beside the speed of light of this GPU and other libraries
+"""
+
+_CHECK = """\
+Run every public operator in every implementation that this machine has (torch; Triton on the GPU, or in Triton's
+interpreter; CUDA where it is built) and compare it with the NumPy reference in float64.
+
+The numbers are error / budget: the budget is twice the error of the same formula in float32 arithmetic, rounded once to
+the dtype. 0.5 is as good as rounding allows, up to 1 is right, above 1 is wrong.
+"""
+
+_DEMO = """\
+Train a hybrid Mamba-2 / attention model of 0.74 million parameters, byte by byte, on the help texts that come with
+Python; hold out some of them; say how many bits it needs per unseen byte, beside zlib, xz, bz2 and an n-gram.
+Then let it write, prove it against the NumPy reference, check every operator, and draw demo.html, which opens in a
+browser. Nothing is downloaded. The seed is fixed. Exit status 1 if it learnt too little or anything is wrong.
+"""
+
+_BENCH = """\
+Measure operator families on the GPU: time per call from CUDA-graph replay with cold L2, the floor that this GPU's copy
+bandwidth and matrix rate set (measured in the same run), and other libraries where they are installed.
+
+  hybrid-ops bench conv1d --json conv1d.json
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    # every command says by itself what it does without NumPy, a GPU or a newer driver
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    try:
+        return options.run(options, Console(record=getattr(options, "svg", None) is not None))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hybrid-ops", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"hybrid-ops {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="{info,check,demo,bench}", required=True)
+
+    def add(name: str, run: object, summary: str, description: str | None = None) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=description or summary,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        return command
+
+    add("info", _info, "what this machine has, what is missing, which implementation each operator uses")
+
+    check = add("check", _check, "test every operator on this machine", _CHECK)
+    check.add_argument("--json", metavar="FILE", type=Path, help="write the rows as JSON")
+
+    demo = add("demo", _demo, "train a small hybrid model, let it write, prove it, draw a picture", _DEMO)
+    demo.add_argument("--steps", type=int, metavar="N", help="training steps (500); fewer prove less and learn less")
+    demo.add_argument("--html", metavar="FILE", type=Path, default=Path("demo.html"), help="the picture (demo.html)")
+    demo.add_argument("--svg", metavar="FILE", type=Path, help="also write what was printed as an SVG")
+    demo.add_argument("--cpu", action="store_true", help="do not use the GPU")
+
+    bench = add("bench", _bench, "measure operator families on the GPU", _BENCH)
+    bench.add_argument("families", nargs="+", metavar="FAMILY", help="conv1d, ssd, norm, ...")
+    bench.add_argument("--json", metavar="FILE", type=Path, help="write the rows, machine and ceilings as JSON")
+    return parser
+
+
+def _info(options: argparse.Namespace, console: Console) -> int:
+    from . import info
+
+    info.show(console)
+    return 0
+
+
+def _check(options: argparse.Namespace, console: Console) -> int:
+    import dataclasses
+
+    from . import selfcheck
+
+    rows = []
+    with console.status("checking") as status:
+        for row in selfcheck.rows():
+            rows.append(row)
+            status.update(f"{row.op}: {row.impl}")
+    console.print(check_table(rows))
+    for row in rows:
+        for complaint in row.complaints:
+            console.print(f"[red]wrong[/] {row.op} ({row.impl}): {escape(complaint)}", highlight=False)
+    if options.json is not None:
+        options.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
+    wrong = sum(not row.passed for row in rows)
+    done = sum(row.skipped is None for row in rows)
+    console.print(f"[red]{wrong} of {done} are wrong[/]" if wrong else f"[green]all {done} are within their budget[/]")
+    return 1 if wrong else 0
+
+
+def check_table(rows: Sequence) -> Table:
+    """A line for each op and implementation; the columns are dtypes."""
+    table = Table(title="error / budget, against NumPy in float64", title_justify="left", header_style="bold", box=None)
+    for column in ("op", "implementation", "float32", "bfloat16", "float16", ""):
+        table.add_column(column, justify="right" if "float" in column else "left")
+    for row in rows:
+        where = "" if row.where in ("cpu", "cuda") else f" [dim]({row.where})[/]"
+        if row.skipped is not None:
+            table.add_row(row.op, row.impl + where, "", "", "", f"[yellow]skipped[/]: {escape(row.skipped)}")
+            continue
+        ratios = [
+            f"{row.ratio[dtype]:.2f}" if dtype in row.ratio else "" for dtype in ("float32", "bfloat16", "float16")
+        ]
+        table.add_row(row.op, row.impl + where, *ratios, "[green]right[/]" if row.passed else "[red]wrong[/]")
+    return table
+
+
+def _demo(options: argparse.Namespace, console: Console) -> int:
+    from .demo import run
+
+    return run.run(console, steps=options.steps, html=options.html, svg=options.svg, use_gpu=not options.cpu)
+
+
+def _bench(options: argparse.Namespace, console: Console) -> int:
+    try:
+        harness = importlib.import_module("hybrid_ops.bench.harness")
+    except ImportError as error:
+        missing = error.name or str(error)
+        console.print(
+            f"hybrid-ops bench needs {missing}: pip install 'hybrid-ops[bench]'", highlight=False, markup=False
+        )
+        return 1
+    try:
+        harness.run(options.families, json_path=options.json)
+    except (RuntimeError, ValueError) as error:
+        console.print(f"hybrid-ops bench: {error}", highlight=False, markup=False)
+        return 1
+    return 0

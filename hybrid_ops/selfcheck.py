@@ -1,0 +1,215 @@
+"""`hybrid-ops check`: every public op on this machine against the NumPy reference, in units of its error budget.
+
+Triton kernels run on the GPU; without one in Triton's interpreter, which has to be a process of its own:
+`TRITON_INTERPRET=1 python -m hybrid_ops.selfcheck` prints their rows as JSON.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import hybrid_ops
+
+from . import _device
+from .budget import measure, to_numpy
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETER_DTYPES = (torch.float32, torch.float16)  # the interpreter's bfloat16 arithmetic is wrong
+
+
+@dataclass
+class Row:
+    """One implementation of one op; `ratio` is its error / budget by dtype, absent where it did not run."""
+
+    op: str
+    impl: str
+    where: str
+    ratio: dict[str, float]
+    complaints: list[str]
+    skipped: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return not self.complaints
+
+
+@dataclass
+class Problem:
+    """A call of a public function, and of its reference in `hybrid_ops.reference.<module>`.
+
+    `axis` names the results in their order, a tensor that is updated in place by its own name, and says along which
+    axis (heads, channels or rows) the error is taken for each slice by itself.
+    """
+
+    module: str
+    tensors: dict[str, Tensor]
+    axis: dict[str, int]
+    options: dict[str, Any] = field(default_factory=dict)
+    also_return: dict[str, bool] = field(default_factory=dict)  # what the reference always returns
+
+    def run(self, op: str, impl: str, device: str) -> dict[str, Tensor]:
+        tensors = {name: t.clone().to(device) for name, t in self.tensors.items()}
+        returned = getattr(hybrid_ops, op)(**tensors, **self.options, **self.also_return, impl=impl)
+        results = iter(returned if isinstance(returned, tuple) else (returned,))
+        return {name: tensors[name] if name in tensors else next(results) for name in self.axis}
+
+    def reference(self, op: str, dtype: type) -> dict[str, np.ndarray]:
+        """In the arithmetic of `dtype`."""
+        arrays = {n: t.numpy() if t.dtype == torch.int32 else to_numpy(t, dtype) for n, t in self.tensors.items()}
+        module = importlib.import_module(f"hybrid_ops.reference.{self.module}")
+        returned = getattr(module, op)(**arrays, **self.options, dtype=dtype)
+        results = returned if isinstance(returned, tuple) else (returned,)
+        return dict(zip(self.axis, results, strict=False))  # more may be returned than the op was asked for
+
+
+def problems(dtype: torch.dtype) -> dict[str, Problem]:
+    """A problem for each public op, the same on every machine."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int, of: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(of)
+
+    batch, seqlen, heads, headdim, groups, dstate, nslots = 2, 70, 4, 16, 2, 16, 4
+    channels = heads * headdim
+    slots = torch.tensor([3, 0], dtype=torch.int32)  # a kernel that confuses sequence and slot is found out
+    conv = dict(weight=randn(channels, 4), bias=randn(channels))
+    scan = dict(
+        x=randn(batch, seqlen, heads, headdim),
+        dt=randn(batch, seqlen, heads),
+        A=-torch.rand(heads, generator=generator) * 4 - 0.1,
+        B=randn(batch, seqlen, groups, dstate),
+        C=randn(batch, seqlen, groups, dstate),
+        D=randn(heads),
+        z=randn(batch, seqlen, heads, headdim),
+        dt_bias=randn(heads, of=torch.float32),
+    )
+    tokens = {name: t[:, 0] if t.dim() > 2 else t for name, t in scan.items()}
+    states = randn(nslots, heads, headdim, dstate, of=torch.float32)
+    return {
+        "rms_norm": Problem(
+            "norm",
+            # a float32 residual stream, of large values as in deep layers
+            dict(x=randn(6, 96), weight=randn(96), residual=randn(6, 96, of=torch.float32, scale=30.0)),
+            dict(y=0, h=0),
+        ),
+        "gated_rms_norm": Problem(
+            "norm", dict(x=randn(6, 96), z=randn(6, 96), weight=randn(96)), dict(y=0), dict(group_size=24)
+        ),
+        "causal_conv1d": Problem(
+            "conv1d",
+            dict(x=randn(batch, seqlen, channels), **conv, initial_states=randn(batch, channels, 3)),
+            dict(y=-1, final_states=-2),
+            dict(activation="silu"),
+            dict(return_final_states=True),
+        ),
+        "causal_conv1d_update": Problem(
+            "conv1d_update",
+            dict(x=randn(batch, channels), conv_state=randn(nslots, channels, 3), **conv, slots=slots),
+            dict(y=-1, conv_state=-2),
+            dict(activation="silu"),
+        ),
+        "ssd_chunk_scan": Problem(
+            "ssd",
+            dict(**scan, initial_states=states[:batch]),
+            dict(y=-2, final_states=-3),
+            dict(dt_softplus=True),
+            dict(return_final_states=True),
+        ),
+        "ssd_state_update": Problem(
+            "ssd_update",
+            dict(state=states, **tokens, read_slots=slots, write_slots=slots),
+            dict(y=-2, state=-3),
+            dict(dt_softplus=True),
+        ),
+    }
+
+
+def check(op: str, impl: str, device: str, dtypes: Iterable[torch.dtype]) -> Row:
+    """Run one implementation of one op in each dtype. An exception is a complaint, not the end of the check."""
+    where = "interpreter" if impl == "triton" and device == "cpu" else device
+    row = Row(op, impl, where, {}, [])
+    for dtype in dtypes:
+        name = str(dtype).removeprefix("torch.")
+        problem = problems(dtype)[op]
+        try:
+            got = problem.run(op, impl, device)
+        except Exception as error:
+            row.complaints.append(f"{name}: {type(error).__name__}: {error}")
+            continue
+        ref, base = problem.reference(op, np.float64), problem.reference(op, np.float32)
+        row.ratio[name] = 0.0
+        for result, value in got.items():
+            ratio, complaint = measure(result, value, ref[result], base[result], dtype, axis=problem.axis[result])
+            row.ratio[name] = max(row.ratio[name], ratio)
+            if complaint is not None:
+                row.complaints.append(f"{name}: {complaint}")
+    return row
+
+
+def rows(device: str | None = None) -> Iterator[Row]:
+    """Every implementation of every op that runs on this machine, one after the other."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    names = tuple(problems(torch.float32))
+    for impl in ("torch", "triton", "cuda") if device == "cuda" else ("torch",):
+        for op in names:
+            try:
+                hybrid_ops.explain(op, device=device, impl=impl)
+            except RuntimeError as reason:
+                if _device.NO_CUDA_KERNEL not in str(reason):
+                    yield Row(op, impl, device, {}, [], skipped=str(reason))
+                continue
+            yield check(op, impl, device, DTYPES)
+    if device == "cpu":
+        yield from _interpreter_rows(names)
+
+
+def _interpreter_rows(names: tuple[str, ...]) -> Iterator[Row]:
+    where = "interpreter"
+    if (reason := interpreter_missing()) is not None:
+        yield Row("every op", "triton", where, {}, [], skipped=reason)
+        return
+    command = [sys.executable, "-m", "hybrid_ops.selfcheck"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    seen = 0
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                seen += 1
+                yield Row(**json.loads(line))
+        errors.seek(0)
+        error = errors.read().strip()
+    if process.returncode or seen != len(names):
+        last = error.splitlines()[-1] if error else f"exit status {process.returncode}"
+        yield Row("every op", "triton", where, {}, [f"{' '.join(command[1:])} ended early: {last}"])
+
+
+def interpreter_missing() -> str | None:
+    """Why Triton's interpreter cannot run here, and what to install; None where it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    version = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+    if version < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        return "the interpreter of Triton 3.6 fails with numpy >= 2.4: pip install 'triton>=3.7' or 'numpy<2.4'"
+    return None
+
+
+def _main() -> None:
+    for op in problems(torch.float32):
+        print(json.dumps(dataclasses.asdict(check(op, "triton", "cpu", INTERPRETER_DTYPES))), flush=True)
+
+
+if __name__ == "__main__":
+    _main()
