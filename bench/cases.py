@@ -1,0 +1,104 @@
+"""What a benchmark case is, and the layers of the models that cases are named after."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape.
+
+    `call` returns its results by name; what it updates in place is in `in_place`, everything else is filled with NaN
+    before the timed replays. `expected` recomputes the results from the same inputs in float32, by the torch
+    implementation; `axis` says along which axis of a result the error is taken slice by slice. `tokens` is the axis
+    that is long: large results are compared on a sample of it.
+    """
+
+    op: str
+    public: str  # the public function that calls it
+    name: str
+    dtype: torch.dtype  # of the activations; for state updates that of the state
+    make: Callable[[torch.device, torch.Generator], Tensors]
+    call: Callable[[Tensors, str], Tensors]
+    expected: Callable[[Tensors], Tensors]
+    axis: Mapping[str, int]
+    bytes: int  # that must move at least once
+    flops: int  # of matrix products
+    tokens: int = 0
+    budget_dtype: torch.dtype = torch.bfloat16  # of x
+    in_place: tuple[str, ...] = ()
+    impls: tuple[str, ...] = ("cuda", "triton")
+    problem: Mapping[str, object] = field(default_factory=dict)  # what `hybrid_ops.explain` wants to know
+    peers: Mapping[str, Callable[[Tensors], object]] = field(default_factory=dict)
+
+
+class Mixer(NamedTuple):
+    """The Mamba-2 layer of a model."""
+
+    hidden: int
+    nheads: int
+    headdim: int
+    dstate: int
+    ngroups: int = 8
+    width: int = 4
+
+    @property
+    def inner(self) -> int:
+        return self.nheads * self.headdim
+
+    @property
+    def conv_dim(self) -> int:
+        return self.inner + 2 * self.ngroups * self.dstate
+
+    @property
+    def in_proj(self) -> int:
+        """Columns of in_proj's output, (z, xBC, dt); z comes first."""
+        return self.inner + self.conv_dim + self.nheads
+
+
+MODELS = {
+    "h8b": Mixer(4096, 128, 64, 128),
+    "h56b": Mixer(8192, 256, 64, 256),
+    "nano2": Mixer(4480, 128, 80, 128),
+    "nano4b": Mixer(3136, 96, 80, 128),
+    "nano3": Mixer(2688, 64, 64, 128),
+    "super": Mixer(4096, 128, 64, 128),
+    "ultra": Mixer(8192, 256, 64, 128),
+    "tiny": Mixer(128, 8, 32, 32, ngroups=2),  # of the demo; the only one measured without a GPU
+}
+
+
+def prefill(model: str, seqlen: int, batch: int, *suffixes: str) -> str:
+    return "-".join([f"{model}-L{seqlen}-b{batch}", *suffixes])
+
+
+def decode(model: str, batch: int) -> str:
+    return f"{model}-b{batch}"
+
+
+def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, generator=generator, device=generator.device).to(dtype)
+
+
+def float32(tensors: Tensors, *names: str) -> Tensors:
+    """Copies of those of `names` that are there, exactly, in float32."""
+    return {name: tensors[name].to(torch.float32, copy=True) for name in names if name in tensors}
+
+
+def time_steps(generator: torch.Generator, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
+    """dt (*shape, nheads), A and dt_bias as a freshly made model has them.
+
+    softplus(dt_bias) is log-uniform in [0.001, 0.1] and A uniform in [-16, -1] (Mamba-2's initialisation), so some
+    heads forget within a few tokens and others hardly at all.
+    """
+    nheads = shape[-1]
+    uniform = torch.rand(2, nheads, generator=generator, device=generator.device)
+    step = torch.exp(uniform[0] * (torch.log(torch.tensor(0.1 / 0.001))) + torch.log(torch.tensor(0.001)))
+    dt_bias = step + torch.log(-torch.expm1(-step))  # the inverse of softplus
+    return randn(generator, *shape) * 0.5, -1 - 15 * uniform[1], dt_bias

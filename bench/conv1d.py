@@ -1,0 +1,115 @@
+"""The short convolution: whole sequences, and one token of each sequence."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+import hybrid_ops
+
+from . import peers
+from .cases import MODELS, Case, Tensors, decode, float32, prefill, randn
+
+WIDTH = 4
+
+
+def cases(on_gpu: bool) -> Iterator[Case]:
+    if not on_gpu:
+        yield conv1d("tiny", 256, 2, strided=True)
+        yield conv1d_update("tiny", 4)
+        return
+    yield conv1d("super", 8192, 1, strided=True)
+    yield conv1d("super", 8192, 1)
+    yield conv1d("super", 65536, 1, strided=True)
+    yield conv1d("super", 512, 1, strided=True)
+    yield conv1d("super", 8192, 1, strided=True, sequences=16)
+    yield conv1d("nano3", 2048, 8, strided=True)
+    yield conv1d("nano2", 8192, 1, strided=True)
+    for batch in (1, 64, 256):
+        yield conv1d_update("super", batch)
+
+
+def conv1d(model: str, seqlen: int, batch: int, *, strided: bool = False, sequences: int = 0) -> Case:
+    """`strided`: x is a slice of in_proj's output. `sequences`: so many of equal length, packed into the one row."""
+    mixer, dtype = MODELS[model], torch.bfloat16
+    dim = mixer.conv_dim
+
+    def make(device: torch.device, generator: torch.Generator) -> Tensors:
+        width = mixer.in_proj if strided else dim
+        start = mixer.inner if strided else 0
+        x = randn(generator, batch, seqlen, width)[..., start : start + dim]
+        tensors = {"x": x, "weight": randn(generator, dim, WIDTH) * 0.5, "bias": randn(generator, dim) * 0.5}
+        if sequences:
+            bounds = torch.linspace(0, seqlen, sequences + 1, device=device)
+            tensors["cu_seqlens"] = bounds.to(torch.int32)
+        return tensors
+
+    def call(t: Tensors, impl: str) -> Tensors:
+        return {"y": hybrid_ops.causal_conv1d(**t, activation="silu", impl=impl)}
+
+    def expected(t: Tensors) -> Tensors:
+        exact = {**t, **float32(t, "x", "weight", "bias")}
+        return {"y": hybrid_ops.causal_conv1d(**exact, activation="silu", impl="torch")}
+
+    def torch_conv(t: Tensors) -> object:
+        x = F.pad(t["x"].transpose(1, 2), (WIDTH - 1, 0))
+        return F.silu(F.conv1d(x, t["weight"][:, None], t["bias"], groups=dim))
+
+    suffixes = [*(["strided"] if strided else []), *([f"packed{sequences}"] if sequences else [])]
+    element = torch.finfo(dtype).bits // 8
+    return Case(
+        op="conv1d_fwd",
+        public="causal_conv1d",
+        name=prefill(model, seqlen, batch, *suffixes),
+        dtype=dtype,
+        make=make,
+        call=call,
+        expected=expected,
+        axis={"y": -1},
+        bytes=element * (2 * batch * seqlen * dim + dim * (WIDTH + 1)),
+        flops=0,  # not on the matrix units
+        tokens=1,
+        problem={"seqlen": seqlen, "dim": dim, "width": WIDTH},
+        peers={} if sequences else {**peers.conv1d(), "torch": torch_conv},
+    )
+
+
+def conv1d_update(model: str, batch: int) -> Case:
+    mixer, dtype = MODELS[model], torch.bfloat16
+    dim = mixer.conv_dim
+
+    def make(device: torch.device, generator: torch.Generator) -> Tensors:
+        return {
+            "x": randn(generator, batch, dim),
+            "conv_state": randn(generator, batch, dim, WIDTH - 1),
+            "weight": randn(generator, dim, WIDTH) * 0.5,
+            "bias": randn(generator, dim) * 0.5,
+            "slots": torch.randperm(batch, generator=generator, device=device).to(torch.int32),
+        }
+
+    def call(t: Tensors, impl: str) -> Tensors:
+        y = hybrid_ops.causal_conv1d_update(**t, activation="silu", impl=impl)
+        return {"y": y, "conv_state": t["conv_state"]}
+
+    def expected(t: Tensors) -> Tensors:
+        """After a few replays with the same x the windows hold nothing else, and a further call changes nothing."""
+        exact = {**t, **float32(t, "x", "conv_state", "weight", "bias")}
+        y = hybrid_ops.causal_conv1d_update(**exact, activation="silu", impl="torch")
+        return {"y": y, "conv_state": exact["conv_state"]}
+
+    element = torch.finfo(dtype).bits // 8
+    return Case(
+        op="causal_conv1d_update",
+        public="causal_conv1d_update",
+        name=decode(model, batch),
+        dtype=dtype,
+        make=make,
+        call=call,
+        expected=expected,
+        axis={"y": -1, "conv_state": -2},
+        bytes=element * (batch * dim * (2 + 2 * (WIDTH - 1)) + dim * (WIDTH + 1)),
+        flops=0,
+        in_place=("conv_state",),
+        problem={"dim": dim},
+        peers=peers.conv1d_update(),
+    )

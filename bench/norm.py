@@ -1,0 +1,102 @@
+"""RMSNorm with the residual add, and the gated norm of Mamba-2."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+import hybrid_ops
+
+from . import peers
+from .cases import MODELS, Case, Tensors, float32, prefill, randn
+
+
+def cases(on_gpu: bool) -> Iterator[Case]:
+    if not on_gpu:
+        yield residual_norm("tiny", 256, 2)
+        yield gated_norm("tiny", 256, 2)
+        return
+    for model in ("super", "nano3", "nano2"):
+        yield residual_norm(model, 8192, 1)
+        yield gated_norm(model, 8192, 1)
+    yield residual_norm("super", 1, 64)
+
+
+def residual_norm(model: str, seqlen: int, batch: int) -> Case:
+    hidden = MODELS[model].hidden
+
+    def make(device: torch.device, generator: torch.Generator) -> Tensors:
+        return {
+            "x": randn(generator, batch, seqlen, hidden),
+            "residual": randn(generator, batch, seqlen, hidden) * 8,
+            "weight": 1 + randn(generator, hidden) * 0.1,
+        }
+
+    def call(t: Tensors, impl: str) -> Tensors:
+        y, h = hybrid_ops.rms_norm(**t, impl=impl)
+        return {"y": y, "h": h}
+
+    def expected(t: Tensors) -> Tensors:
+        """y from the rounded stream, as the kernel must."""
+        exact = float32(t, "x", "residual", "weight")
+        h = exact["x"] + exact["residual"]
+        y = hybrid_ops.rms_norm(h.to(t["residual"].dtype).float(), exact["weight"], impl="torch")
+        return {"y": y, "h": h}
+
+    def torch_norm(t: Tensors) -> object:
+        h = t["x"] + t["residual"]
+        return F.rms_norm(h, (hidden,), t["weight"], 1e-5), h
+
+    return Case(
+        op="norm_fwd",
+        public="rms_norm",
+        name=prefill(model, seqlen, batch, "residual"),
+        dtype=torch.bfloat16,
+        make=make,
+        call=call,
+        expected=expected,
+        axis={"y": -2, "h": -2},
+        bytes=2 * (4 * batch * seqlen * hidden + hidden),
+        flops=0,
+        tokens=1,
+        impls=("triton",),
+        problem={"group_size": hidden},
+        peers={**peers.residual_norm(), "torch": torch_norm},
+    )
+
+
+def gated_norm(model: str, seqlen: int, batch: int) -> Case:
+    """z is a slice of in_proj's output."""
+    mixer = MODELS[model]
+    group_size = mixer.inner // mixer.ngroups
+
+    def make(device: torch.device, generator: torch.Generator) -> Tensors:
+        return {
+            "x": randn(generator, batch, seqlen, mixer.inner),
+            "z": randn(generator, batch, seqlen, mixer.in_proj)[..., : mixer.inner],
+            "weight": 1 + randn(generator, mixer.inner) * 0.1,
+        }
+
+    def call(t: Tensors, impl: str) -> Tensors:
+        return {"y": hybrid_ops.gated_rms_norm(**t, group_size=group_size, impl=impl)}
+
+    def torch_norm(t: Tensors) -> object:
+        gated = (t["x"] * F.silu(t["z"])).unflatten(-1, (mixer.ngroups, group_size))
+        return F.rms_norm(gated, (group_size,), None, 1e-5).flatten(-2) * t["weight"]
+
+    return Case(
+        op="norm_fwd",
+        public="gated_rms_norm",
+        name=prefill(model, seqlen, batch, "gated"),
+        dtype=torch.bfloat16,
+        make=make,
+        call=call,
+        expected=lambda t: call(float32(t, "x", "z", "weight"), "torch"),
+        axis={"y": -2},
+        bytes=2 * (3 * batch * seqlen * mixer.inner + mixer.inner),
+        flops=0,
+        tokens=1,
+        impls=("triton",),
+        problem={"group_size": group_size},
+        peers={**peers.gated_norm(group_size), "torch": torch_norm},
+    )

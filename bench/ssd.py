@@ -1,0 +1,110 @@
+"""The state-space scan: whole sequences (chunked), and one token of each sequence."""
+
+from collections.abc import Iterator
+
+import torch
+
+import hybrid_ops
+
+from . import peers
+from .cases import MODELS, Case, Mixer, Tensors, decode, float32, prefill, randn, time_steps
+
+CHUNK = 128
+SCAN_INPUTS = ("x", "dt", "A", "B", "C", "D", "dt_bias")
+
+
+def cases(on_gpu: bool) -> Iterator[Case]:
+    if not on_gpu:
+        yield ssd("tiny", 256, 2)
+        yield ssd_update("tiny", 4, torch.float32)
+        return
+    yield ssd("super", 8192, 1)
+    yield ssd("super", 512, 1)
+    yield ssd("super", 65536, 1)
+    yield ssd("nano3", 8192, 1)
+    yield ssd("nano3", 2048, 8)
+    yield ssd("nano2", 8192, 1)
+    yield ssd("h56b", 8192, 1)
+    for batch in (1, 16, 64, 256):
+        yield ssd_update("super", batch, torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        yield ssd_update("super", 64, dtype)
+
+
+def inputs(mixer: Mixer, generator: torch.Generator, *shape: int) -> Tensors:
+    """x, B and C as slices of the convolution's output, as in the model."""
+    conv = randn(generator, *shape, mixer.conv_dim)
+    x, B, C = conv.split([mixer.inner, mixer.ngroups * mixer.dstate, mixer.ngroups * mixer.dstate], dim=-1)
+    dt, A, dt_bias = time_steps(generator, *shape, mixer.nheads)
+    return {
+        "x": x.unflatten(-1, (mixer.nheads, mixer.headdim)),
+        "dt": dt,
+        "A": A,
+        "B": B.unflatten(-1, (mixer.ngroups, mixer.dstate)),
+        "C": C.unflatten(-1, (mixer.ngroups, mixer.dstate)),
+        "D": torch.ones_like(A),
+        "dt_bias": dt_bias,
+    }
+
+
+def ssd(model: str, seqlen: int, batch: int) -> Case:
+    mixer = MODELS[model]
+
+    def call(t: Tensors, impl: str) -> Tensors:
+        return {"y": hybrid_ops.ssd_chunk_scan(**t, dt_softplus=True, chunk_size=CHUNK, impl=impl)}
+
+    tokens, inner, state = batch * seqlen, mixer.inner, mixer.dstate
+    groups = mixer.ngroups * state
+    return Case(
+        op="ssd_chunk_scan_fwd",
+        public="ssd_chunk_scan",
+        name=prefill(model, seqlen, batch),
+        dtype=torch.bfloat16,
+        make=lambda device, generator: inputs(mixer, generator, batch, seqlen),
+        call=call,
+        expected=lambda t: call(float32(t, *SCAN_INPUTS), "torch"),
+        axis={"y": -2},
+        bytes=2 * tokens * (2 * inner + 2 * groups + mixer.nheads),
+        # per token: the state's update and its product with C; C B^T and its product with x, causal half
+        flops=tokens * (4 * inner * state + CHUNK * (inner + groups)),
+        tokens=1,
+        problem={"headdim": mixer.headdim, "dstate": mixer.dstate},
+        peers={**peers.ssd(CHUNK), "torch": lambda t: call(t, "torch")},
+    )
+
+
+def ssd_update(model: str, batch: int, state_dtype: torch.dtype) -> Case:
+    """From one half of a pool into the other, so that every replay does and leaves the same."""
+    mixer = MODELS[model]
+
+    def make(device: torch.device, generator: torch.Generator) -> Tensors:
+        state = randn(generator, 2 * batch, mixer.nheads, mixer.headdim, mixer.dstate, dtype=state_dtype)
+        slots = torch.randperm(batch, generator=generator, device=device).to(torch.int32)
+        return {
+            "state": state,
+            **inputs(mixer, generator, batch),
+            "read_slots": slots,
+            "write_slots": slots + batch,
+        }
+
+    def call(t: Tensors, impl: str) -> Tensors:
+        y = hybrid_ops.ssd_state_update(**t, dt_softplus=True, impl=impl)
+        return {"y": y, "state": t["state"][batch:]}
+
+    slots = ("read_slots", "write_slots")
+    inner, groups = mixer.inner, mixer.ngroups * mixer.dstate
+    element = torch.finfo(state_dtype).bits // 8
+    return Case(
+        op="ssd_state_update",
+        public="ssd_state_update",
+        name=decode(model, batch),
+        dtype=state_dtype,
+        make=make,
+        call=call,
+        expected=lambda t: call({**float32(t, "state", *SCAN_INPUTS), **{s: t[s] for s in slots}}, "torch"),
+        axis={"y": -2, "state": -3},
+        bytes=batch * (2 * element * inner * mixer.dstate + 2 * (2 * inner + 2 * groups + mixer.nheads)),
+        flops=0,
+        problem={"headdim": mixer.headdim, "dstate": mixer.dstate},
+        peers={**peers.ssd_update()},
+    )

@@ -1,0 +1,99 @@
+"""How long a call takes: on the GPU by replaying CUDA graphs, on the host by issuing it, without a GPU by the clock."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+REPLAYS = 30
+GRAPH_MS = 2.0  # calls in a graph: so many that its own launch does not count
+MAX_CALLS = 500
+
+
+class Timing(NamedTuple):
+    """Microseconds per call over the replays."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+class Graph:
+    """`calls` captured one behind the other, over and over until the graph takes GRAPH_MS or longer.
+
+    The results of every call stay alive, each in memory of its own: no call finds the last one's results in the cache.
+    """
+
+    def __init__(self, calls: Sequence[Callable[[], Any]], keep_results: bool = True) -> None:
+        rounds = self._rounds(calls)
+        self.results: list[Any] = []
+        self.length = rounds * len(calls)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for _ in range(rounds):
+                for call in calls:
+                    result = call()
+                    if keep_results:
+                        self.results.append(result)
+
+    @staticmethod
+    def _rounds(calls: Sequence[Callable[[], Any]]) -> int:
+        """How many times around; the calls also run here for the first time, which compiles and loads kernels."""
+        for call in calls:
+            call()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for call in calls:
+            call()
+        end.record()
+        end.synchronize()
+        needed = GRAPH_MS / max(start.elapsed_time(end), 1e-3)
+        return max(1, min(round(needed + 0.5), MAX_CALLS // len(calls)))
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+    def time(self) -> Timing:
+        for _ in range(3):
+            self.replay()
+        microseconds = []
+        for _ in range(REPLAYS):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            self.replay()
+            end.record()
+            end.synchronize()
+            microseconds.append(start.elapsed_time(end) * 1000 / self.length)
+        return summary(microseconds)
+
+
+def summary(microseconds: Sequence[float]) -> Timing:
+    ordered = sorted(microseconds)
+    last = len(ordered) - 1
+    return Timing(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)])
+
+
+def host_us(call: Callable[[], Any], calls: int = 50, repeats: int = 7) -> float:
+    """To issue one eager call; the queue is empty at the start and never full."""
+    per_call = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        per_call.append((time.perf_counter() - start) * 1e6 / calls)
+    torch.cuda.synchronize()
+    return statistics.median(per_call)
+
+
+def wall_us(call: Callable[[], Any], repeats: int = 7) -> Timing:
+    """By the clock, for calls that return when they are done."""
+    call()
+    per_call = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        per_call.append((time.perf_counter() - start) * 1e6)
+    return summary(per_call)

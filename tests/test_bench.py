@@ -1,0 +1,174 @@
+import dataclasses
+import json
+import re
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hybrid_ops.bench import conv1d, harness, norm, ssd, timing
+from hybrid_ops.bench.cases import MODELS
+
+FAMILIES = {"conv1d": conv1d, "ssd": ssd, "norm": norm}
+ROW = {
+    *("family", "op", "case", "dtype", "impl", "gpu_us", "gpu_us_p10", "gpu_us_p90", "gpu_us_warm", "host_us"),
+    *("bytes", "flops", "floor_us", "peers", "error_ratio", "check", "commit", "date"),
+}
+
+
+def gpu_cases():
+    return [case for family in FAMILIES.values() for case in family.cases(on_gpu=True)]
+
+
+def test_every_family_without_a_gpu(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    rows = harness.run(list(FAMILIES), json_path=path, device="cpu")
+    assert {row["family"] for row in rows} == set(FAMILIES)
+    assert all(set(row) == ROW for row in rows)
+    assert all(row["check"] == "passed" and row["host_us"] > 0 and row["gpu_us"] is None for row in rows)
+    report = json.loads(path.read_text())
+    assert set(report) == {"machine", "ceilings", "commit", "date", "rows"}
+    assert set(report["machine"]) == {"gpu", "driver", "torch", "triton", "cuda", "clocks"}
+    assert set(report["ceilings"]) == {"copy_tbs", "bf16_tflops", "fp8_tflops"}
+    assert report["rows"] == rows
+    printed = capsys.readouterr().out
+    assert "no GPU here" in printed
+    assert all(row["case"] in printed for row in rows)
+
+
+def test_a_file_keeps_the_newest_row_of_each_case(tmp_path):
+    path = tmp_path / "figures.json"
+    first = harness.run(["norm", "conv1d"], json_path=path, device="cpu")
+    report = json.loads(path.read_text())
+    for row in report["rows"]:
+        row["date"] = "long ago"
+    path.write_text(json.dumps(report))
+    harness.run(["norm"], json_path=path, device="cpu")
+    merged = json.loads(path.read_text())["rows"]
+    assert len(merged) == len(first)
+    assert {row["family"]: row["date"] == "long ago" for row in merged} == {"norm": False, "conv1d": True}
+
+
+def test_a_file_of_another_gpu_is_refused(tmp_path):
+    path = tmp_path / "figures.json"
+    path.write_text(json.dumps({"machine": {"gpu": "another"}, "rows": []}))
+    with pytest.raises(ValueError, match="got another"):
+        harness.run(["norm"], json_path=path, device="cpu")
+
+
+def test_unknown_family():
+    with pytest.raises(ValueError, match="family must be one of conv1d, ssd, norm, got 'attention'"):
+        harness.run(["attention"])
+
+
+def one_percent_wrong(results):
+    return {name: value * 1.01 for name, value in results.items()}
+
+
+def never_written(results):
+    return {name: torch.full_like(value, float("nan")) for name, value in results.items()}
+
+
+@pytest.mark.parametrize("break_it", [one_percent_wrong, never_written])
+def test_wrong_results_are_not_timed(break_it, monkeypatch, tmp_path):
+    good, other = conv1d.conv1d("tiny", 64, 1), conv1d.conv1d("tiny", 32, 1)
+    broken = dataclasses.replace(good, call=lambda t, impl: break_it(good.call(t, impl)))
+    monkeypatch.setattr(conv1d, "cases", lambda on_gpu: [broken, other])
+    path = tmp_path / "figures.json"
+    with pytest.raises(RuntimeError, match="1 of 2 were not timed, for they are wrong:\nconv1d_fwd tiny-L64-b1 torch"):
+        harness.run(["conv1d"], json_path=path, device="cpu")
+    rows = {row["case"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows["tiny-L64-b1"]["host_us"] is None
+    assert rows["tiny-L32-b1"]["host_us"] > 0  # one broken case does not cost the others
+
+
+def test_an_exception_costs_one_row():
+    def raises(tensors, impl):
+        raise RuntimeError("out of memory")
+
+    broken = dataclasses.replace(conv1d.conv1d("tiny", 64, 1), call=raises)
+    report = {"ceilings": dict.fromkeys(("copy_tbs", "bf16_tflops", "fp8_tflops")), "commit": None, "date": ""}
+    (row,) = harness.measure_case("conv1d", broken, torch.device("cpu"), report)
+    assert row["check"] == "RuntimeError: out of memory"
+
+
+@pytest.mark.parametrize("tokens", [3, 1000])
+def test_a_sample_has_both_ends(tokens, monkeypatch):
+    """Of large results a sample is compared: an error in the first or the last token is found all the same."""
+    monkeypatch.setattr(harness, "SAMPLE", 256)
+    case = conv1d.conv1d("tiny", tokens, 1)
+    tensors = case.make(torch.device("cpu"), torch.Generator().manual_seed(0))
+    expected = case.expected(tensors)
+    assert harness._check(case, expected, case.call(tensors, "torch"))[1] == "passed"
+    for token in (0, -1):
+        results = case.call(tensors, "torch")
+        results["y"][:, token] = 0
+        assert harness._check(case, expected, results)[1] != "passed"
+
+
+def test_cases_have_unique_agreed_names():
+    names = [(case.op, case.name, case.dtype) for case in gpu_cases()]
+    assert len(set(names)) == len(names)
+    pattern = re.compile(rf"({'|'.join(MODELS)})(-L\d+)?-b\d+(-(strided|packed\d+|residual|gated))*")
+    assert all(pattern.fullmatch(name) for _, name, _ in names)
+
+
+@pytest.mark.parametrize(
+    ("op", "case", "dtype", "floor"),
+    [  # the floors that docs/measured.md compares with, at 4.3 TB/s and 790 TFLOP/s
+        ("conv1d_fwd", "super-L8192-b1-strided", torch.bfloat16, 79),
+        ("conv1d_fwd", "super-L65536-b1-strided", torch.bfloat16, 632),
+        ("conv1d_fwd", "nano3-L2048-b8-strided", torch.bfloat16, 95),
+        ("ssd_chunk_scan_fwd", "super-L8192-b1", torch.bfloat16, 72),
+        ("ssd_chunk_scan_fwd", "nano3-L8192-b1", torch.bfloat16, 40),
+        ("ssd_chunk_scan_fwd", "nano2-L8192-b1", torch.bfloat16, 88),
+        ("ssd_chunk_scan_fwd", "h56b-L8192-b1", torch.bfloat16, 198),
+        ("ssd_state_update", "super-b64", torch.float32, 125),
+        ("ssd_state_update", "super-b64", torch.bfloat16, 63),
+        ("norm_fwd", "super-L8192-b1-gated", torch.bfloat16, 95),
+    ],
+)
+def test_floors(op, case, dtype, floor):
+    (found,) = [c for c in gpu_cases() if (c.op, c.name, c.dtype) == (op, case, dtype)]
+    us = harness.floor_us(found, {"copy_tbs": 4.3, "bf16_tflops": 790.0})
+    assert us == pytest.approx(floor, rel=0.02)  # the literature's figures are rounded to whole microseconds
+
+
+def test_summary():
+    assert timing.summary([float(i) for i in range(101)]) == (50.0, 10.0, 90.0)
+
+
+def fake_library(monkeypatch, name, **functions):
+    module = types.ModuleType(name)
+    module.__spec__ = types.SimpleNamespace(name=name)
+    for function, value in functions.items():
+        setattr(module, function, value)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_a_peer_gets_the_same_problem(monkeypatch):
+    """A stand-in with causal_conv1d's documented signature, x (batch, dim, seqlen), returns what ours returns."""
+
+    def causal_conv1d_fn(x, weight, bias=None, activation=None):
+        assert activation == "silu"
+        assert x.stride(1) == 1  # channel-last, without a copy
+        return F.silu(F.conv1d(F.pad(x, (3, 0)), weight[:, None], bias, groups=x.shape[1]))
+
+    fake_library(monkeypatch, "causal_conv1d", causal_conv1d_fn=causal_conv1d_fn)
+    case = conv1d.conv1d("tiny", 40, 2, strided=True)
+    tensors = case.make(torch.device("cpu"), torch.Generator().manual_seed(0))
+    ours = case.call(tensors, "torch")["y"]
+    for name in ("causal_conv1d", "torch"):
+        torch.testing.assert_close(case.peers[name](tensors).transpose(1, 2), ours)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path):
+    path = tmp_path / "figures.json"
+    rows = harness.run(["conv1d", "ssd"], json_path=path, only="super-b1")
+    assert rows
+    assert all(0 < row["gpu_us_p10"] <= row["gpu_us"] <= row["gpu_us_p90"] for row in rows)
+    assert all(row["floor_us"] > 0 and row["host_us"] > 0 and row["gpu_us_warm"] > 0 for row in rows)
+    assert json.loads(path.read_text())["ceilings"]["copy_tbs"] > 0
