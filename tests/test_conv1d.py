@@ -1,4 +1,6 @@
+import doctest
 import functools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,6 +63,8 @@ class Problem:
         self.x = LAYOUTS[case["layout"]]((self.randn(self.batch, self.seqlen, dim) * scale).to(device, dtype))
         self.weight = self.randn(dim, case["width"]).to(device, case["weight_dtype"])
         self.bias = (self.randn(dim) * scale).to(device, case["weight_dtype"]) if case["bias"] else None
+        if case["bias"] and case["layout"] == "slice":  # vectors may be strided too
+            self.bias = self.bias.repeat_interleave(2)[::2]
         self.sequences = dict(activation=case["activation"])
         self.tokens = self.batch * self.seqlen
         if packed:
@@ -665,6 +669,16 @@ def test_torch_compile(layer, compile_once):
 
 def test_torch_compile_inductor(compile_once):
     compile_once(packed_layer, "inductor", LAYERS[packed_layer])
+
+
+def test_documented_examples():
+    page = Path(__file__).parent.parent / "docs" / "conv1d.md"
+    names = dict(hybrid_ops=hybrid_ops, torch=torch)
+    results = [doctest.testfile(str(page), module_relative=False, globs=dict(names))]
+    for example in doctest.DocTestFinder(recurse=False).find(hybrid_ops.causal_conv1d, "causal_conv1d", globs=names):
+        results.append(doctest.DocTestRunner().run(example))
+    assert sum(result.attempted for result in results) >= 10
+    assert not any(result.failed for result in results)
 
 
 # --- what only a GPU can show

@@ -97,7 +97,7 @@ def conv1d_tile(
         edge = rank < WIDTH - 1
 
     in_dim = channel < dim  # [D]
-    x_column = channel.to(tl.int64) * x_stride_d
+    column = channel.to(tl.int64)
     acc = tl.zeros([BLOCK_L, channel.shape[0]], tl.float32)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + channel, in_dim, other=0.0).to(tl.float32)[None, :]
@@ -107,11 +107,11 @@ def conv1d_tile(
         if token_ptr is not None:
             source = tl.load(token_ptr + source, seen, other=0)
         u = tl.load(
-            x_ptr + source.to(tl.int64)[:, None] * x_stride_l + x_column[None, :],
+            x_ptr + source.to(tl.int64)[:, None] * x_stride_l + column[None, :] * x_stride_d,
             seen[:, None] & in_dim[None, :],
             other=0.0,
         )  # [L, D]
-        w = tl.load(weight_ptr + channel * weight_stride_d + j * weight_stride_j, in_dim, other=0.0)  # [D]
+        w = tl.load(weight_ptr + column * weight_stride_d + j * weight_stride_j, in_dim, other=0.0)  # [D]
         acc += u.to(tl.float32) * w.to(tl.float32)[None, :]
     if SILU:
         acc *= tl.sigmoid(acc)
@@ -125,7 +125,7 @@ def conv1d_tile(
     if cu_seqlens_ptr is not None or token_ptr is not None:
         acc = tl.where(inside[:, None], acc, 0.0)
     tl.store(
-        y_ptr + place.to(tl.int64)[:, None] * y_stride_l + channel.to(tl.int64)[None, :] * y_stride_d,
+        y_ptr + place.to(tl.int64)[:, None] * y_stride_l + column[None, :] * y_stride_d,
         acc.to(y_ptr.dtype.element_ty),
         mine[:, None] & in_dim[None, :],
     )
@@ -226,7 +226,7 @@ def conv1d_edge(
                 edge & (back < 0) & has_history & in_dim,
                 other=0.0,
             ).to(tl.float32)
-            w = tl.load(weight_ptr + channel[None, :] * weight_stride_d + j * weight_stride_j, in_dim, other=0.0)
+            w = tl.load(weight_ptr + column * weight_stride_d + j * weight_stride_j, in_dim, other=0.0)
             acc += u * w.to(tl.float32)
         if SILU:
             acc *= tl.sigmoid(acc)
@@ -429,13 +429,13 @@ def conv1d(
         conv1d_kernel[grid](
             x,
             weight,
-            bias,
+            _dense(bias),
             y,
             history,
             state,
-            read_slots,
-            write_slots,
-            cu_seqlens,
+            _dense(read_slots),
+            _dense(write_slots),
+            _dense(cu_seqlens),
             *((None, None, None) if order is None else order),
             num_tiles,
             num_edges,
@@ -460,3 +460,7 @@ def conv1d(
             BLOCK_S=triton.next_power_of_2(max(state_len, 1)),
             num_warps=num_warps,
         )
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()

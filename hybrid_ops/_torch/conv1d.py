@@ -152,7 +152,7 @@ def write_slots(pool: Tensor, slots: Tensor, null_slot: int, states: Tensor) -> 
     # Dropping the invalid rows would need their number on the host: they repeat the first valid row's write instead,
     # or, where there is none, write back what slot 0 holds.
     valid = _valid(pool, slots, null_slot)
-    first = valid.int().argmax()
+    first = valid.int().argmax(0, keepdim=True)  # a scalar index would be read on the host
     target = torch.where(valid, slots, slots[first])
     target = torch.where(valid.any(), target, 0).long()
     states = torch.where(valid[:, None, None], states.to(pool.dtype), states[first].to(pool.dtype))
