@@ -78,7 +78,7 @@ def mamba2(w, config, u, state, dt_limit, dtype):
 
 
 def attention(w, config, u, state):
-    """Causal, query head h reads key head h // (heads / kv_heads); no positions. state (k, v), each (batch, m, kv, d)."""
+    """Causal; query head h reads key head h // (heads / kv_heads). state (k, v): (batch, past, kv_heads, headdim)."""
     q, k, v = (linear(w, name, u) for name in ("q_proj", "k_proj", "v_proj"))
     q, k, v = (a.reshape(*a.shape[:2], -1, config.head_dim) for a in (q, k, v))
     if state is not None:

@@ -4,10 +4,10 @@ import math
 
 import torch
 
-# head_dim 80; twelve heads per group; one group, biases, an attention wider than the model, other width and no first "M"
+# head_dim 80; twelve heads per group; one group, biases, attention wider than the model and in front, window of 3
 CONFIGS = {
     "head-dim-80": dict(
-        hybrid_override_pattern="M-M*-M",
+        hybrid_override_pattern="M*-M",
         hidden_size=64,
         intermediate_size=96,
         num_attention_heads=4,

@@ -80,7 +80,7 @@ def test_logits_and_generation(name, clamp, pairs):
 
     # the logits behind those tokens: theirs and ours each fed token by token
     cache, past, logits = ours.new_cache(2), None, []
-    for piece in (pair.ids, *tokens.split(1, dim=1)):
+    for piece in (pair.ids, *tokens[:, :16].split(1, dim=1)):
         with torch.no_grad():
             output = theirs(piece, past_key_values=past, use_cache=True)
             past = output.past_key_values

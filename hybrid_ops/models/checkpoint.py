@@ -218,6 +218,9 @@ def _compare(folder: str, parameters: dict[str, nn.Parameter], entries: dict[str
             more = f"\n    and {len(lines) - _MAX_NAMED} more" if len(lines) > _MAX_NAMED else ""
             problems.append(f"  {len(lines)} {kind}:" + "".join(f"\n    {line}" for line in lines[:_MAX_NAMED]) + more)
 
+    def where(name: str) -> str:
+        return f"{name} in {os.path.basename(entries[name].path)}"
+
     common = [name for name in parameters if name in entries]
     report("missing", (name for name in parameters if name not in entries))
     report(
@@ -227,8 +230,7 @@ def _compare(folder: str, parameters: dict[str, nn.Parameter], entries: dict[str
     report(
         "of a wrong shape",
         (
-            f"{name} in {os.path.basename(entries[name].path)}: expected {tuple(parameters[name].shape)}, "
-            f"got {entries[name].shape}"
+            f"{where(name)}: expected {tuple(parameters[name].shape)}, got {entries[name].shape}"
             for name in common
             if tuple(parameters[name].shape) != entries[name].shape
         ),
@@ -236,7 +238,7 @@ def _compare(folder: str, parameters: dict[str, nn.Parameter], entries: dict[str
     report(
         "of a dtype that is not supported",
         (
-            f"{name} in {os.path.basename(entries[name].path)}: expected {', '.join(_DTYPES)}, got {entries[name].dtype}"
+            f"{where(name)}: expected {', '.join(_DTYPES)}, got {entries[name].dtype}"
             for name in common
             if entries[name].dtype not in _DTYPES
         ),
@@ -269,6 +271,7 @@ def _progress_bar(show: bool, total: int) -> Iterator[Callable[[int], None]]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("loading"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=console.is_terminal) as progress:
         task = progress.add_task("loading", total=total)
         yield lambda nbytes: progress.advance(task, nbytes)

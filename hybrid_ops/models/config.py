@@ -173,7 +173,7 @@ class NemotronHConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "NemotronHConfig":
-        """From the contents of a `config.json`, of transformers 4 or 5; fields that the model has no use for are skipped.
+        """From the contents of a `config.json`, of transformers 4 or 5; fields without a use here are skipped.
 
         Raises:
             ValueError: a field that the model needs is absent or says what it cannot do, or two names of one disagree.
@@ -247,9 +247,19 @@ class NemotronHConfig:
 
 
 _SIZES = (
-    "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim mamba_num_heads "
-    "mamba_head_dim ssm_state_size n_groups conv_kernel chunk_size"
-).split()
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "mamba_num_heads",
+    "mamba_head_dim",
+    "ssm_state_size",
+    "n_groups",
+    "conv_kernel",
+    "chunk_size",
+)
 
 
 def _read_json(path: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
-    eos_token_id: int | Iterable[int] | None | str = "config",
+    eos_token_id: int | Iterable[int] | str | None = "config",
     callback: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
     """Continue prompts, greedily or by sampling.
@@ -88,7 +88,7 @@ def stream(
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
-    eos_token_id: int | Iterable[int] | None | str = "config",
+    eos_token_id: int | Iterable[int] | str | None = "config",
 ) -> Iterator[Tensor]:
     """The tokens of `generate` as they are made, (nseq,) int64 a step; ends where `generate` ends."""
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
@@ -162,7 +162,7 @@ def sample(
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
 
-def _end_tokens(given: int | Iterable[int] | None | str, config: tuple[int, ...]) -> tuple[int, ...]:
+def _end_tokens(given: int | Iterable[int] | str | None, config: tuple[int, ...]) -> tuple[int, ...]:
     if isinstance(given, str):
         if given != "config":
             raise ValueError(f"eos_token_id must be an integer, several, None or 'config', got {given!r}")

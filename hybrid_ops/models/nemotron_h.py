@@ -51,7 +51,10 @@ MIXERS: dict[str, Callable[..., nn.Module]] = {"M": _mamba2, "*": _attention, "-
 
 
 class Layer(nn.Module):
-    """One letter of the pattern: a norm and a mixer; the model adds the mixer's output to the residual stream."""
+    """One letter of the pattern: a norm and a mixer.
+
+    The sum `residual + x` is left to the norm of the next layer, which does both in one kernel.
+    """
 
     def __init__(self, letter: str, config: NemotronHConfig, **factory: Any) -> None:
         super().__init__()
@@ -62,20 +65,29 @@ class Layer(nn.Module):
     def forward(
         self,
         x: Tensor,
+        residual: Tensor | None,
         state: MambaState | KVCache | None,
         cu_seqlens: Tensor | None,
         bounds: list[int] | None,
         decode: bool,
-    ) -> Tensor:
-        """The mixer's output for the normed x, (batch, seqlen, hidden)."""
+    ) -> tuple[Tensor, Tensor]:
+        """(mixer(norm(residual + x)), residual + x), both (batch, seqlen, hidden); residual is None for the first."""
+        if residual is None:
+            in_fp32 = self.config.residual_in_fp32 and x.dtype != torch.float64
+            x, residual = self.norm(x), x.float() if in_fp32 else x
+        else:
+            x, residual = self.norm.add(x, residual)
         if isinstance(self.mixer, Mamba2Mixer):
             limit = self.config.dt_limit(prefill=not decode)
             if decode:
-                return self.mixer.step(x.squeeze(1), state, dt_limit=limit).unsqueeze(1)  # type: ignore[arg-type]
-            return self.mixer(x, cu_seqlens=cu_seqlens, state=state, dt_limit=limit)
-        if isinstance(self.mixer, Attention):
-            return self.mixer(x, bounds=bounds, cache=state)
-        return self.mixer(x)
+                x = self.mixer.step(x.squeeze(1), state, dt_limit=limit).unsqueeze(1)  # type: ignore[arg-type]
+            else:
+                x = self.mixer(x, cu_seqlens=cu_seqlens, state=state, dt_limit=limit)
+        elif isinstance(self.mixer, Attention):
+            x = self.mixer(x, bounds=bounds, cache=state)
+        else:
+            x = self.mixer(x)
+        return x, residual
 
 
 class Backbone(nn.Module):
@@ -94,13 +106,10 @@ class Backbone(nn.Module):
         """(batch, seqlen) -> (batch, seqlen, hidden)."""
         # one token on top of what the cache holds; the first token of all is a prefill of length 1
         decode = cache is not None and bounds is None and input_ids.shape[1] == 1 and all(cache.lengths)
-        x = self.embeddings(input_ids)
-        residual = x.float() if self.config.residual_in_fp32 and x.dtype != torch.float64 else x
+        x, residual = self.embeddings(input_ids), None
         for index, layer in enumerate(self.layers):
-            # each norm also adds what the layer before it made to the residual stream
-            x, residual = (layer.norm(x), residual) if index == 0 else layer.norm.add(x, residual)
-            x = layer(x, None if cache is None else cache.layers[index], cu_seqlens, bounds, decode)
-        return self.norm_f.add(x, residual)[0]
+            x, residual = layer(x, residual, None if cache is None else cache.layers[index], cu_seqlens, bounds, decode)
+        return self.norm_f.add(x, residual)[0]  # type: ignore[arg-type]  # there is at least one layer
 
 
 class NemotronHForCausalLM(nn.Module):
@@ -153,7 +162,7 @@ class NemotronHForCausalLM(nn.Module):
         if config.rescale_prenorm_residual:
             for name, parameter in self.named_parameters():
                 if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
-                    parameter /= math.sqrt(config.num_hidden_layers)
+                    parameter.div_(math.sqrt(config.num_hidden_layers))
 
     @property
     def device(self) -> torch.device:

@@ -109,7 +109,7 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
-    """Causal attention of the last positions of k and v: q (batch, heads, m, head_dim), k (batch, kv_heads, n >= m, ..).
+    """Causal attention of the last m of n positions: q (batch, heads, m, head_dim), k and v (batch, kv_heads, n, ..).
 
     `seen`, (batch, 1, 1, n) bool, hides keys from the one query position (m = 1).
     """

@@ -65,15 +65,16 @@ class Mamba2Mixer(nn.Module):
         self.num_heads, self.head_dim, self.num_groups, self.state_size = num_heads, head_dim, num_groups, state_size
         self.chunk_size = chunk_size
         self.split_sizes = [d_inner, conv_dim, num_heads]
-        factory = dict(device=device, dtype=dtype)
         dtype = dtype or torch.get_default_dtype()
-        per_head = dict(device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        self.in_proj = nn.Linear(hidden_size, sum(self.split_sizes), bias=bias, **factory)  # type: ignore[arg-type]
+        state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.in_proj = nn.Linear(hidden_size, sum(self.split_sizes), bias=bias, device=device, dtype=dtype)
         # holds the weight (conv_dim, 1, width) and bias under the checkpoint's names; its forward is not used
-        self.conv1d = nn.Conv1d(conv_dim, conv_dim, conv_kernel, groups=conv_dim, bias=conv_bias, **factory)  # type: ignore[arg-type]
-        self.A_log = nn.Parameter(torch.zeros(num_heads, **per_head))  # type: ignore[call-overload]
-        self.D = nn.Parameter(torch.ones(num_heads, **per_head))  # type: ignore[call-overload]
-        self.dt_bias = nn.Parameter(torch.zeros(num_heads, **per_head))  # type: ignore[call-overload]
+        self.conv1d = nn.Conv1d(
+            conv_dim, conv_dim, conv_kernel, groups=conv_dim, bias=conv_bias, device=device, dtype=dtype
+        )
+        self.A_log = nn.Parameter(torch.zeros(num_heads, device=device, dtype=state_dtype))
+        self.D = nn.Parameter(torch.ones(num_heads, device=device, dtype=state_dtype))
+        self.dt_bias = nn.Parameter(torch.zeros(num_heads, device=device, dtype=state_dtype))
         self.norm = GatedRMSNorm(d_inner, group_size=d_inner // num_groups, eps=eps, device=device, dtype=dtype)
         self.out_proj = nn.Linear(d_inner, hidden_size, bias=bias, device=device, dtype=dtype)
 
@@ -116,7 +117,7 @@ class Mamba2Mixer(nn.Module):
             read_slots=slots,
             write_slots=slots,
         )
-        x, B, C = self._split(xBC)
+        x, B, C = self._split(xBC)  # type: ignore[arg-type]
         y = ssd_chunk_scan(
             x,
             dt,
@@ -133,7 +134,7 @@ class Mamba2Mixer(nn.Module):
             read_slots=slots,
             write_slots=slots,
         )
-        return self.out_proj(self.norm(y.flatten(-2), z))
+        return self.out_proj(self.norm(y.flatten(-2), z))  # type: ignore[union-attr]
 
     def step(self, u: Tensor, state: MambaState, *, dt_limit: tuple[float, float] = (0.0, math.inf)) -> Tensor:
         """One more token of every sequence: u (batch, hidden) -> (batch, hidden); `state` is read and overwritten."""
