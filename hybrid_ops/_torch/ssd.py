@@ -317,16 +317,16 @@ def outputs(inputs: Inputs, starts: Tensor) -> Tensor:
     shape, ngroups, Q = inputs.x.shape, ngroups_of(inputs), inputs.x.shape[2]
     own = decay_matrix(inputs).mul_(torch.bmm(inputs.C, inputs.B.mT)[:, None])
     within = from_head_major(torch.bmm(own.view(-1, Q, Q), head_major(inputs.x, inputs.dt)), shape, ngroups)
-    before = from_group_major(read_state(inputs, starts), shape)
+    before = from_group_major(read_state(inputs.C, starts), shape)
     from_start = decays(inputs)[0].unflatten(3, (ngroups, -1))[..., None]
     y = within.new_empty(shape)
     torch.addcmul(within, before, from_start, out=y.unflatten(3, (ngroups, -1)))
     return y
 
 
-def read_state(inputs: Inputs, starts: Tensor) -> Tensor:
+def read_state(C: Tensor, starts: Tensor) -> Tensor:
     """C_t times the state at the chunk's start, (R*K*G, Q, M*P), not decayed yet."""
-    return torch.bmm(inputs.C, starts.view(inputs.C.shape[0], -1, starts.shape[3]).mT)
+    return torch.bmm(C, starts.view(C.shape[0], -1, starts.shape[3]).mT)
 
 
 def finish(

@@ -3,6 +3,9 @@
 Everything but the inputs is computed again. The gradient of dt' A is a sum over all pairs (later token, earlier token)
 that its decay lies between; it is taken as such a sum, of terms of their own size, never as a difference of two long
 cumulative sums, whose rounding would exceed it where decays are steep.
+
+Gradients go backward in time, and far terms are the small ones; so whatever belongs to the reading token i of a chunk
+(dy, C and their products, suffix `_rev`) lies in reversed order: sums then add small terms before large ones.
 """
 
 import torch
@@ -14,7 +17,6 @@ from .ssd import (
     chunk_inputs,
     compute_dtype,
     cut,
-    decay_matrix,
     decays,
     from_chunks,
     from_group_major,
@@ -100,17 +102,18 @@ def ssd_chunk_scan_bwd(
 
         # the chunk's own tokens
         dy_chunks = into_chunks(chunks, dungated)
-        dxd_within, dlog_within, dB_groups, dC_groups = _within(inputs, dy_chunks)
+        dy_rev, C_rev = dy_chunks.flip(2), inputs.C.flip(1)
+        dxd_within, dlog_within, dB_groups, dC_rev = _within(inputs, dy_rev, C_rev)
 
         # the state at the chunk's start, read by y
         ngroups = ngroups_of(inputs)
         R, K, Q, H, P = inputs.x.shape
         split = (R, K, ngroups, Q, H // ngroups, P)
         from_start, to_end, across = decays(inputs)
-        dy_decayed = group_major(dy_chunks, from_start, ngroups)
-        dC_groups.baddbmm_(dy_decayed, starts.view(R * K * ngroups, -1, state[2]))
-        dstarts = torch.bmm(dy_decayed.mT, inputs.C).view(R, K, *state)
-        dlog_read = _by_token((read_state(inputs, starts).mul_(dy_decayed)).view(split).sum(-1))
+        dy_decayed = group_major(dy_rev, from_start.flip(2), ngroups)
+        dC_rev.baddbmm_(dy_decayed, starts.view(R * K * ngroups, -1, state[2]))
+        dstarts = torch.bmm(dy_decayed.mT, C_rev).view(R, K, *state)
+        dlog_read_rev = _by_token((read_state(C_rev, starts).mul_(dy_decayed)).view(split).sum(-1))
 
         # the state at the chunk's end, of which later chunks make use
         dends = _pass_back(chunks, dfinal, dinterval_states, dstarts, across, state_interval)
@@ -138,7 +141,7 @@ def ssd_chunk_scan_bwd(
         )
         # a token's decay carries what later tokens read of the first state, and what earlier ones write to the last
         dlog = dlog_within + dlog_across[:, :, None]
-        dlog += dlog_read.flip(2).cumsum(2).flip(2)
+        dlog += dlog_read_rev.cumsum(2).flip(2)
         dlog[:, :, 1:] += dlog_write.cumsum(2)[:, :, :-1]
         dA.copy_((dlog.double() * inputs.dt).sum((0, 1, 2)))
         dsteps = torch.addcmul((dxd * inputs.x).sum(-1), dlog, A.to(dtype))
@@ -150,25 +153,29 @@ def ssd_chunk_scan_bwd(
         if D is not None:
             dxd.addcmul_(dy_chunks, (D[:, None] if D.dim() == 1 else D).to(dtype))
         write_tokens(chunks, dxd, dx)
-        for groups, gradient in ((dB_groups, dB), (dC_groups, dC)):
+        for groups, gradient in ((dB_groups, dB), (dC_rev.flip(1), dC)):
             write_tokens(chunks, groups.view(R, K, ngroups, Q, -1).transpose(2, 3), gradient)
 
 
-def _within(inputs: Inputs, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of y_i = sum_j decay_ij (C_i B_j) dt'_j x_j in a chunk: gradients of dt' x (R*K*H, Q, P), dt' A, B and C."""
+def _within(inputs: Inputs, dy_rev: Tensor, C_rev: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of y_i = sum_j decay_ij (C_i B_j) dt'_j x_j in a chunk: gradients of dt' x (R*K*H, Q, P), dt' A, B and C_rev."""
     R, K, Q, H, _ = inputs.x.shape
-    decay = decay_matrix(inputs)  # (R*K*G, M, Q, Q)
-    products = torch.bmm(inputs.C, inputs.B.mT)[:, None]
-    dy_heads, x_heads = head_major(dy, None), head_major(inputs.x, inputs.dt)
+    ones = torch.ones(Q, Q, dtype=torch.bool, device=C_rev.device)
+    future = ones.triu(1).flip(0)  # j after i, which is reversed
+    cum = inputs.cum.transpose(2, 3).contiguous()
+    decay = (cum.flip(3)[..., :, None] - cum[..., None, :]).to(C_rev.dtype)
+    decay = decay.masked_fill_(future, -torch.inf).exp_().view(C_rev.shape[0], -1, Q, Q)  # (R*K*G, M, Q, Q)
+    products = torch.bmm(C_rev, inputs.B.mT)[:, None]
+    dy_heads, x_heads = head_major(dy_rev, None), head_major(inputs.x, inputs.dt)
     terms = torch.bmm(dy_heads, x_heads.mT).view_as(decay).mul_(decay)
     dproducts = terms.sum(1)
-    dC, dB = torch.bmm(dproducts, inputs.B), torch.bmm(dproducts.mT, inputs.C)
+    dC_rev, dB = torch.bmm(dproducts, inputs.B), torch.bmm(dproducts.mT, C_rev)
     dxd = torch.bmm(decay.mul_(products).view(-1, Q, Q).mT, dy_heads)
     # dt' A of token t lies in all decays from j < t to i >= t
     terms.mul_(products)
-    earlier = torch.ones(Q, Q, dtype=terms.dtype, device=terms.device).triu_(1)
-    dlog = torch.mm(terms.view(-1, Q), earlier).view(R, K, H, Q, Q).tril_().sum(3)
-    return dxd, dlog.transpose(2, 3), dB, dC
+    upto = torch.mm(terms.view(-1, Q), ones.triu(1).to(terms.dtype)).view(R, K, H, Q, Q)
+    dlog = upto.masked_fill_(future, 0).sum(3)
+    return dxd, dlog.transpose(2, 3), dB, dC_rev
 
 
 def _by_token(t: Tensor) -> Tensor:
