@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads) conv1d_kernel(const __grid_constant_
         for (int k = 0; k < kHistory; ++k) sum = fmaf(weight[k][c], window[k][c], sum);
         sum = fmaf(weight[kHistory][c], current[c], sum);
         result[c] = p.silu ? silu<T>(sum) : sum;
-        if (kPacked && token >= sequence.end) result[c] = 0.f;  // behind the last sequence
+        if (kPacked && (token < sequence.begin || token >= sequence.end)) result[c] = 0.f;  // of no sequence
       }
       store_vector(y + token * p.y_token_stride, pack<T>(result));
 #pragma unroll

@@ -221,6 +221,63 @@ def test_conv1d_auto_gpu(case):
     check_pool(case, implementation("auto"), "cuda")
 
 
+def for_cuda(case):
+    """The nearest case that the CUDA kernel takes."""
+    if hybrid_ops._device.extension_missing() is not None:
+        pytest.skip("the CUDA extension is not built")
+    form = "dense" if case["form"] == "seq_idx" else case["form"]
+    layout = "slice" if case["layout"] == "channel_first" else case["layout"]
+    return case | dict(dim=8 * (1 + case["dim"] // 8), form=form, layout=layout)
+
+
+@pytest.mark.gpu
+@settings(max_examples=60)
+@given(case=cases(CPU_DTYPES, max_seqlen=150, max_dim=300, widths=(2, 4)))
+def test_conv1d_cuda_gpu(case):
+    check_conv1d(for_cuda(case), implementation("cuda"), "cuda")
+
+
+@pytest.mark.gpu
+@settings(max_examples=60)
+@given(case=cases(CPU_DTYPES, max_seqlen=150, max_dim=300, widths=(2, 4)))
+def test_conv1d_pool_cuda_gpu(case):
+    check_pool(for_cuda(case), implementation("cuda"), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seqlen", [1, 17, 5000])
+def test_conv1d_cuda_same_bits_gpu(seqlen):
+    """However long the runs that the launcher chooses: packed and by itself, a sequence has the same bits."""
+    for_cuda(PLAIN)
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 3 * seqlen, 64).to("cuda", torch.bfloat16), torch.randn(64, 4).to("cuda")
+    bounds = torch.tensor([0, seqlen, seqlen, 3 * seqlen], dtype=torch.int32, device="cuda")
+    packed = hybrid_ops.causal_conv1d(x, weight, activation="silu", cu_seqlens=bounds, impl="cuda")
+    for piece in (slice(0, seqlen), slice(seqlen, 3 * seqlen)):
+        alone = hybrid_ops.causal_conv1d(x[:, piece], weight, activation="silu", impl="cuda")
+        assert torch.equal(packed[:, piece], alone)
+
+
+@pytest.mark.gpu
+def test_conv1d_cuda_past_2_to_31_gpu():
+    """Row times stride in 64 bits: the last rows of a tensor of more than 2^31 elements."""
+    for_cuda(PLAIN)
+    wide, tail = 18560, 64
+    seqlen = 2**31 // wide + tail
+    x = torch.empty(1, seqlen, wide, dtype=torch.bfloat16, device="cuda")[..., 8192:18432]
+    x[:, -2 * tail :] = torch.randn(2 * tail, x.shape[2], device="cuda")
+    weight = torch.randn(x.shape[2], 4, device="cuda")
+    y = hybrid_ops.causal_conv1d(x, weight, impl="cuda")
+    expected = hybrid_ops.causal_conv1d(x[:, -2 * tail :], weight, impl="torch")
+    torch.testing.assert_close(y[:, -tail:], expected[:, -tail:], rtol=0.01, atol=1e-3)  # one ulp of bfloat16
+
+
+@pytest.mark.gpu
+def test_bad_values_cuda_gpu():
+    for_cuda(PLAIN)
+    check_bad_values("cuda", "cuda")
+
+
 # --- gradients
 
 

@@ -44,7 +44,8 @@ def refusal(
         return f"the CUDA kernel needs dim to be a multiple of 8, not {x.shape[2]}"
     if x.stride(2) != 1 or y.stride(2) != 1:
         return "the CUDA kernel is channel-last"
-    if any(stride % vector for t in (x, y) for stride in t.stride()[:2]) or (x.data_ptr() | y.data_ptr()) % 16:
+    strides = [t.stride(i) for t in (x, y) for i in (0, 1) if t.shape[i] > 1]
+    if any(stride % vector for stride in strides) or (x.data_ptr() | y.data_ptr()) % 16:
         return "the CUDA kernel needs rows that start at multiples of 16 bytes"
     return None
 
