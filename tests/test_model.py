@@ -1,8 +1,10 @@
 """The hybrid model: against reference/model.py, at once or in pieces, batches or single sequences, training."""
 
+import doctest
 import itertools
 import math
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,8 +230,7 @@ def test_cache():
     assert HybridCache(half, 1, dtype=torch.bfloat16).conv_states[0].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(dtype):
+def check_low_precision(dtype, device="cpu"):
     """Parameters that steer the state stay float32; the rest of the arithmetic loses what 16 bits lose."""
     model = build("twelve-heads-per-group", torch.float32)
     low = NemotronHForCausalLM(model.config, dtype=dtype).requires_grad_(False)
@@ -241,11 +242,24 @@ def test_low_precision(dtype):
     }
     model.load_state_dict(low.state_dict())  # the same rounded weights
     ids = tokens(2, 20)
-    expected, cache = model(ids), low.new_cache(2)
-    got = torch.cat([low(piece, cache=cache) for piece in ids.split([17, 1, 1, 1], dim=1)], dim=1)
+    low.to(device)
+    cache = low.new_cache(2)
+    got = torch.cat([low(piece.to(device), cache=cache) for piece in ids.split([9, 8, 1, 1, 1], dim=1)], dim=1).cpu()
     assert got.dtype == torch.float32
     # four layers with a dozen roundings each, uncorrelated: sqrt(48) half-ulps
+    expected = model(ids)
     assert (got - expected).std() <= math.sqrt(48) * torch.finfo(dtype).eps * expected.std()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    check_low_precision(dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_gpu(dtype):
+    check_low_precision(dtype, "cuda")
 
 
 def test_residual_in_fp32():
@@ -476,6 +490,9 @@ def test_gpu(name):
     hybrid_ops.warmup(model)
     torch.testing.assert_close(model(ids.cuda()).cpu(), expected, rtol=1e-4, atol=1e-4)  # as for transformers
     assert model.generate(ids.cuda(), 16).cpu().equal(generated)
+    cache = model.new_cache(2)
+    pieces = [model(piece, cache=cache) for piece in ids.cuda().split([19, 16, 1, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1).cpu(), expected, rtol=1e-4, atol=1e-4)
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
     padded = model(ids.cuda(), attention_mask=mask.cuda(), cache=model.new_cache(2)).cpu()
@@ -487,3 +504,17 @@ def test_reference_rejects_other_layers():
     weights = {"backbone.embeddings.weight": np.ones((4, 2)), "backbone.layers.0.norm.weight": np.ones(2)}
     with pytest.raises(ValueError, match="layer 0 of the pattern must be"):
         reference.forward(weights, config, [[1]])
+
+
+def test_examples():
+    """The docs page and every docstring of the models and modules."""
+    names = dict(torch=torch, hybrid_ops=hybrid_ops)
+    page = Path(__file__).parent.parent / "docs" / "model.md"
+    results = [doctest.testfile(str(page), module_relative=False, globs=dict(names))]
+    finder = doctest.DocTestFinder(recurse=False)
+    for module in (hybrid_ops.models, hybrid_ops.nn):
+        for public in module.__all__:
+            for example in finder.find(getattr(module, public), public, globs=dict(names)):
+                results.append(doctest.DocTestRunner().run(example))
+    assert sum(result.attempted for result in results) > 25
+    assert not any(result.failed for result in results)

@@ -62,6 +62,7 @@ class NemotronHConfig:
     Raises:
         ValueError: a pattern, size or option that the model cannot have, by name.
 
+    >>> from hybrid_ops.models import NemotronHConfig
     >>> NemotronHConfig.preset("nemotron-h-8b").d_inner
     8192
     """
