@@ -1,0 +1,281 @@
+"""The CUDA sources: every header through NVRTC, which needs neither nvcc nor a GPU; the extension where nvcc is."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hybrid_ops
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+
+
+@pytest.fixture(scope="module")
+def setup():
+    """setup.py as a module."""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("needs the source checkout")
+    spec = importlib.util.spec_from_file_location("hybrid_ops_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- device code, through NVRTC
+
+KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles all of them
+    "conv1d_sm90.cuh": [
+        "hybrid_ops::conv1d_kernel<__nv_bfloat16, 4, false, 4, 128>",
+        "hybrid_ops::conv1d_kernel<__half, 3, true, 4, 128>",
+        "hybrid_ops::conv1d_kernel<float, 2, false, 4, 128>",
+        "hybrid_ops::conv1d_final_states_kernel<__nv_bfloat16>",
+    ],
+}
+HOST_HEADERS = {"common/launch.cuh"}
+
+
+def headers():
+    return sorted(str(p.relative_to(CSRC)) for p in CSRC.rglob("*.cuh"))
+
+
+def cuda_include():
+    from cuda import pathfinder
+
+    return pathfinder.find_nvidia_header_directory("cudart")
+
+
+def nvrtc_compile(header, expressions, architecture):
+    """The cubin of a program that includes `header` and instantiates `expressions`."""
+    pathfinder = pytest.importorskip("cuda.pathfinder", reason="needs cuda-python: pip install 'hybrid-ops[test]'")
+    from cuda.bindings import nvrtc
+
+    try:
+        pathfinder.load_nvidia_dynamic_lib("nvrtc")
+    except pathfinder.DynamicLibNotFoundError:
+        pytest.skip("libnvrtc is missing: pip install nvidia-cuda-nvrtc")
+    include = cuda_include()
+    if include is None:
+        pytest.skip("cuda_bf16.h is missing: pip install nvidia-cuda-runtime")
+
+    def call(function, *arguments):
+        status, *values = function(*arguments)
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise RuntimeError(f"{function.__name__}: {status.name}")
+        return values[0] if values else None
+
+    program = call(nvrtc.nvrtcCreateProgram, f'#include "{header}"\n'.encode(), b"main.cu", 0, [], [])
+    for expression in expressions:
+        call(nvrtc.nvrtcAddNameExpression, program, expression.encode())
+    options = [f"--gpu-architecture=sm_{architecture}", "--std=c++20", f"-I{CSRC}", f"-I{include}"]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    log = b" " * call(nvrtc.nvrtcGetProgramLogSize, program)
+    call(nvrtc.nvrtcGetProgramLog, program, log)
+    assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
+    cubin = b" " * call(nvrtc.nvrtcGetCUBINSize, program)
+    call(nvrtc.nvrtcGetCUBIN, program, cubin)
+    return cubin
+
+
+def resource_usage(path):
+    """(kernel, registers, bytes of stack, bytes of local memory) from cuobjdump, which comes with Triton."""
+    triton = pytest.importorskip("triton", reason="cuobjdump comes with Triton")
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    printed = subprocess.run([cuobjdump, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", printed)
+    return [(name, int(registers), int(stack), int(local)) for name, registers, stack, local in found]
+
+
+def test_every_header_is_compiled():
+    device_headers = {h for h in headers() if not h.startswith("common/")}
+    assert device_headers == set(KERNELS), "name the kernels of each .cuh in KERNELS"
+    included = {name for h in KERNELS for name in re.findall(r'#include "(.*)"', (CSRC / h).read_text())}
+    assert {h for h in headers() if h.startswith("common/")} == included | HOST_HEADERS
+
+
+@pytest.mark.parametrize("header", sorted(KERNELS))
+def test_nvrtc(header, setup, tmp_path):
+    """To machine code for its architectures; nothing spills."""
+    for architecture in setup.architectures(CSRC / header):
+        cubin = nvrtc_compile(header, KERNELS[header], architecture)
+        path = tmp_path / "kernels.cubin"
+        path.write_bytes(cubin)
+        usage = resource_usage(path)
+        assert len(usage) == len(KERNELS[header])
+        assert all(stack == local == 0 for _, _, stack, local in usage), usage
+
+
+def test_nvrtc_sees_errors(tmp_path):
+    with pytest.raises(AssertionError, match="no_such_kernel"):
+        nvrtc_compile("conv1d_sm90.cuh", ["hybrid_ops::no_such_kernel"], "90a")
+
+
+# --- setup.py
+
+
+def test_architectures(setup):
+    assert setup.architectures(Path("ssd_sm90.cu")) == ["90a"]
+    assert setup.architectures(Path("gemm_sm100.cu")) == ["100a"]
+    assert setup.architectures(Path("norm.cu")) == ["90", "100"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "nvcc", "gpu", "expected"),
+    [
+        (None, "/nvcc", True, True),
+        (None, "/nvcc", False, False),
+        (None, None, True, False),
+        ("1", None, False, True),
+        ("0", "/nvcc", True, False),
+    ],
+)
+def test_when_the_extension_is_built(setup, monkeypatch, variable, nvcc, gpu, expected):
+    monkeypatch.delenv("HYBRID_OPS_CUDA", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("HYBRID_OPS_CUDA", variable)
+    monkeypatch.setattr(setup, "find_nvcc", lambda: nvcc)
+    monkeypatch.setattr(setup, "gpu_visible", lambda: gpu)
+    assert setup.wanted() is expected
+
+
+def test_nvcc_of_cuda_home_comes_first(setup, monkeypatch, tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    setup.find_nvcc.cache_clear()
+    assert setup.find_nvcc() == str(nvcc)
+    setup.find_nvcc.cache_clear()
+
+
+def test_an_object_is_named_by_what_goes_into_it(setup, monkeypatch, tmp_path):
+    """Neither place nor time, but every header that is included, and the flags."""
+    here = setup.digest(CSRC / "conv1d_sm90.cu", "flags")
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(CSRC, copy)
+    monkeypatch.setattr(setup, "CSRC", copy)
+
+    def there(*facts):
+        return setup.digest(copy / "conv1d_sm90.cu", *facts)
+
+    assert there("flags") == here
+    assert there("other flags") != here
+    with (copy / "cutlass_layouts.cu").open("a") as unrelated:
+        unrelated.write("// changed\n")
+    assert there("flags") == here
+    with (copy / "common" / "vector.cuh").open("a") as included_by_an_included_one:
+        included_by_an_included_one.write("// changed\n")
+    assert there("flags") != here
+
+
+def test_what_is_missing_is_named(setup, monkeypatch, tmp_path):
+    monkeypatch.setattr(setup, "find_nvcc", lambda: None)
+    with pytest.raises(setup.CannotBuild, match="nvcc is missing: pip install 'cuda-toolkit"):
+        setup.build(tmp_path / "x.so")
+    monkeypatch.setattr(setup, "find_nvcc", lambda: "/nvcc")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(setup.CannotBuild, match="apt-get install g"):
+        setup.build(tmp_path / "x.so")
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setattr(setup.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(setup.CannotBuild, match=r"Python.h is missing: apt-get install python3-dev"):
+        setup.build(tmp_path / "x.so")
+    assert not (tmp_path / "x.so").exists()
+
+
+def test_a_compiler_error_becomes_one_line(setup):
+    script = "print('In file a.cu:'); print('a.cu(3): error: no such thing'); raise SystemExit(2)"
+    with pytest.raises(setup.CannotBuild) as failure:
+        setup.run([sys.executable, "-c", script], "compiling failed")
+    assert str(failure.value) == "compiling failed: a.cu(3): error: no such thing"
+
+
+# --- the extension
+
+
+@pytest.fixture(scope="module")
+def extension(setup, tmp_path_factory):
+    """Path of the extension, built here; objects that have not changed come from build/cuda."""
+    if setup.find_nvcc() is None:
+        pytest.skip("nvcc is missing: pip install 'cuda-toolkit[nvcc,cccl]'")
+    target = tmp_path_factory.mktemp("built") / f"_cuda{setup.sysconfig.get_config_var('EXT_SUFFIX')}"
+    try:
+        setup.build(target)
+    except setup.CannotBuild as reason:
+        if re.search("(CUTLASS headers are|Python.h is|g[+][+] is) missing", str(reason)):
+            pytest.skip(str(reason))
+        raise
+    return target
+
+
+def call_extension(extension, expression):
+    """Evaluate an expression of `c`, the extension, in a process that sees no GPU."""
+    code = f"import sys; sys.path.insert(0, {str(extension.parent)!r}); import _cuda as c; print({expression})"
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    return result.stdout.strip()
+
+
+def test_extension_imports_without_a_gpu(extension):
+    assert call_extension(extension, "c.conv1d_fwd.__name__") == "conv1d_fwd"
+
+
+def test_extension_says_what_went_wrong_without_a_gpu(extension):
+    arguments = "(0,) * 9, (0,) * 4, (1, 8, 8, 4, 1, 1, 3), (0, 0), (0, 0), (0,) * 3, (0,) * 3, -1, True, 4, 0, 0"
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        call_extension(extension, f"c.conv1d_fwd({arguments})")
+    assert re.search(r"RuntimeError: cuda\w+: (CUDA driver|no CUDA)", failure.value.stderr), failure.value.stderr
+
+
+def test_extension_has_the_architectures_of_the_file_names(extension, setup):
+    triton = pytest.importorskip("triton", reason="cuobjdump comes with Triton")
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    printed = subprocess.run([cuobjdump, "--list-elf", extension], capture_output=True, text=True, check=True).stdout
+    found = set(re.findall(r"(\w+)\.(sm_\w+)\.cubin", printed))
+    assert found == {(p.stem, f"sm_{a}") for p in CSRC.glob("*.cu") for a in setup.architectures(p)}
+
+
+def test_no_kernel_of_the_extension_spills(extension):
+    usage = resource_usage(extension)
+    assert len(usage) > sum(map(len, KERNELS.values()))
+    assert all(stack == local == 0 for _, _, stack, local in usage), usage
+
+
+def test_extension_was_built_with_cutlass(extension, setup):
+    assert f"nvidia-cutlass=={call_extension(extension, 'c.cutlass_version()')}" == setup.CUTLASS
+
+
+def test_cutlass_scale_layout(extension):
+    """CuTe's layout of NVFP4 scales: tiles of 128 rows and 4 blocks, in which row r is at r % 32 * 16 + r // 32 * 4."""
+    rows, columns = 256, 192
+    blocks = columns // 16
+    printed = call_extension(
+        extension, f"[c.scale_offset_128x4(r, b, {rows}, {columns}) for r in range({rows}) for b in range({blocks})]"
+    )
+    offsets = np.fromstring(printed.strip("[]"), sep=",", dtype=int).reshape(rows, blocks)
+    r, b = np.arange(rows)[:, None], np.arange(blocks)
+    tile = (r // 128) * (blocks // 4) + b // 4
+    np.testing.assert_array_equal(offsets, tile * 512 + (r % 32) * 16 + r % 128 // 32 * 4 + b % 4)
+
+
+def test_the_launcher_knows_the_extensions_dtypes(extension):
+    from hybrid_ops._csrc.conv1d import DTYPES
+
+    names = [str(dtype).removeprefix("torch.").upper() for dtype in DTYPES]
+    expected = call_extension(extension, f"[getattr(c, name) for name in {names}]")
+    assert expected == str(list(DTYPES.values()))
+
+
+def test_config_is_a_pure_function_of_the_problem():
+    from hybrid_ops._csrc.conv1d import config
+
+    assert config(1, 8192, 10240, 2, 132).tokens_per_thread == 16
+    assert config(1, 65536, 10240, 2, 132).tokens_per_thread == 64
+    assert config(1, 1, 8, 2, 132).tokens_per_thread == 4
+    assert hybrid_ops.explain("causal_conv1d", impl="torch").config == {}
