@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 
 @dataclass
@@ -119,8 +118,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tenso
     if m == 1:  # the queries of a group become rows of one matrix: no copies of the keys, no causal mask
         y = F.scaled_dot_product_attention(q.reshape(-1, kv_heads, heads // kv_heads, q.shape[3]), k, v, attn_mask=seen)
         return y.reshape(q.shape)
-    mask = None if m == n else causal_lower_right(m, n)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads)
+    if m == n:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
+    from torch.nn.attention.bias import causal_lower_right  # imports torch._dynamo: seconds that only this path needs
+
+    mask = causal_lower_right(m, n)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=heads != kv_heads)
 
 
 def _append(cache: KVCache, rows: slice, past: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
