@@ -4,10 +4,11 @@ import hypothesis
 import pytest
 import torch
 
-hypothesis.settings.register_profile("ops", deadline=None, print_blob=True, max_examples=100)
-hypothesis.settings.load_profile("ops")
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+PHASES = [phase for phase in hypothesis.Phase if phase != hypothesis.Phase.shrink or not INTERPRETED]  # it takes minutes
+
+hypothesis.settings.register_profile("ops", deadline=None, print_blob=True, max_examples=100, phases=PHASES)
+hypothesis.settings.load_profile("ops")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,9 +1,12 @@
 """What every launcher needs."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 
@@ -24,3 +27,50 @@ def rows(tensor: Tensor) -> Tensor:
     """(..., n) as (rows, n) with unit last stride: a view where strides allow it (a slice of in_proj), else a copy."""
     flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, tensor.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
+
+
+@functools.cache
+def _architecture_of(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def architecture(tensor: Tensor) -> int:
+    """Compute capability that a launch on this tensor compiles for, as 90; the interpreter counts as 90."""
+    if tensor.is_cuda:
+        return _architecture_of(tensor.device.index)
+    if triton.knobs.runtime.interpret:
+        return 90
+    return triton.runtime.driver.active.get_current_target().arch
+
+
+_PLANS: dict[tuple[Any, ...], dict[Any, Any]] = {}
+
+
+def plan_of(*problem: Any) -> dict[Any, Any]:
+    """The compiled kernels of a problem: all its tensors (or None) and every scalar that is not the same for all calls.
+
+    Triton binds and specialises arguments anew at each launch, some 35 us for 40 of them. Whatever it specialises on,
+    dtypes, divisibility of sizes and strides, alignment of pointers, is in the key here, so a problem that comes again
+    is launched at the cost of the launch.
+    """
+    if not problem[0].is_cuda:  # the interpreter, or compilation for a GPU that is not here
+        return {}
+    key = tuple(
+        (t.shape, t.stride(), t.dtype, t.data_ptr() % 16, t.device) if isinstance(t, Tensor) else t for t in problem
+    )
+    plan = _PLANS.get(key)
+    if plan is None:
+        if len(_PLANS) >= 4096:
+            _PLANS.clear()
+        plan = _PLANS[key] = {}
+    return plan
+
+
+def launch(plan: dict[Any, Any], kernel: Any, grid: int, arguments: tuple[Any, ...], **options: Any) -> None:
+    """Launch a kernel of a plan; `arguments` are all of the kernel's parameters in order, its constants among them."""
+    compiled = plan.get(kernel.__name__)
+    if compiled is None:
+        plan[kernel.__name__] = kernel[(grid,)](*arguments, **options)
+    else:
+        compiled[(grid, 1, 1)](*arguments)

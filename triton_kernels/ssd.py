@@ -1,0 +1,176 @@
+"""Forward of the chunked SSD scan (Mamba-2) in three launches: the decay inside chunks, the walk of the states from
+chunk to chunk, the scan of each chunk. Kernels and letters: ssd_kernels.py.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .launch import architecture, launch, on_device, plan_of
+from .ssd_kernels import chunk_decay_kernel, chunk_scan_kernel, state_walk_kernel
+
+
+class Config(NamedTuple):
+    Q: int  # tokens of a chunk
+    BLOCK_M: int  # tokens of one program of K3: Q or Q / 2
+    BLOCK_N: int  # columns of the state that one program of K2 walks with
+    HEADS: int  # heads of one program of K3, which share C, B and C B^T
+    WALK_WARPS: int
+    WALK_STAGES: int
+    SCAN_WARPS: int
+    SCAN_STAGES: int
+
+
+@functools.cache
+def config(headdim: int, dstate: int, heads_per_group: int, itemsize: int, state_interval: int, arch: int) -> Config:
+    """Chunks end where states are kept; sm_86, 89 and 120 have the shared memory of half chunks."""
+    q = 32 if itemsize == 4 else 64 if arch in (86, 89, 120) or dstate > 128 else 128
+    if state_interval:
+        q = min(q, state_interval & -state_interval)  # the largest power of two that divides it
+    return Config(
+        Q=q,
+        BLOCK_M=min(q, 64),
+        BLOCK_N=min(128 if q == 128 else 64, triton.next_power_of_2(max(dstate, 16))),
+        HEADS=next(n for n in (16, 8, 4, 2, 1) if heads_per_group % n == 0),
+        WALK_WARPS=8 if q == 128 else 4,
+        WALK_STAGES=3,
+        SCAN_WARPS=4,
+        SCAN_STAGES=2,
+    )
+
+
+def ssd_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_offsets: Tensor | None,
+    read_slots: Tensor | None,
+    write_slots: Tensor | None,
+    interval_slots: Tensor | None,
+    y: Tensor,
+    final_states: Tensor | None,
+    interval_states: Tensor | None,
+    ssm_state: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    state_interval: int,
+    null_slot: int,
+    batch_invariant: bool,
+) -> None:
+    """Fill y and the states. `ssm_state` is read through `read_slots` and written through the other two."""
+    batch, seqlen, nheads, headdim = x.shape
+    ngroups, dstate = B.shape[2:]
+    nseq = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    if interval_states is not None:
+        interval_states.zero_()
+    if nseq == 0 or nheads == 0 or headdim == 0:
+        return
+    x, B, C = (t if t.stride(3) == 1 else t.contiguous() for t in (x, B, C))
+    if z is not None and z.stride(3) != 1:
+        z = z.contiguous()
+    if y.stride(3) != 1:  # odd `out=` strides: one copy
+        dense = y.new_empty(y.shape)
+        ssd_chunk_scan(
+            *(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, seq_offsets, read_slots, write_slots),
+            *(interval_slots, dense, final_states, interval_states, ssm_state, dt_softplus, dt_min, dt_max),
+            *(state_interval, null_slot, batch_invariant),
+        )
+        y.copy_(dense)
+        return
+    initial = initial_states if read_slots is None else ssm_state
+    final = final_states if write_slots is None else ssm_state
+    interval, num_intervals = interval_states, 0
+    if interval_slots is not None:
+        interval, num_intervals = ssm_state, interval_slots.shape[1]
+    elif interval_states is not None:
+        num_intervals = interval_states.shape[0 if cu_seqlens is not None else 1]
+        interval = interval_states.flatten(0, -4)
+    if initial_states is not None and not initial_states.is_contiguous():
+        initial = initial_states.contiguous()
+    interval_base = None
+    if interval_states is not None and cu_seqlens is not None:
+        interval_base = first_interval(cu_seqlens, seq_offsets, state_interval)
+
+    cfg = config(headdim, dstate, nheads // ngroups, x.element_size(), state_interval, architecture(x))
+    Q, HEADS = cfg.Q, cfg.HEADS
+    slots = seqlen // Q + 2 * nseq if cu_seqlens is not None else batch * (seqlen // Q + 2)
+    # float32 input leaves no room in its budget for the cancellation in differences of float32 sums
+    a = x.new_empty(slots, nheads, Q, dtype=torch.float64 if x.dtype == torch.float32 else torch.float32)
+    b = x.new_empty(slots, nheads, Q, dtype=a.dtype)
+    table = x.new_empty(slots, 4, dtype=torch.int32)
+    entering = x.new_empty(slots, nheads, dstate, headdim)
+    runs = None if seq_idx is None else run_numbers(seq_idx)
+    BLOCK_P = triton.next_power_of_2(max(headdim, 16))
+    BLOCK_H = min(16, triton.next_power_of_2(nheads))
+    sizes = (nheads, nheads // ngroups, headdim, dstate)
+    precision = "ieee" if x.dtype == torch.float32 else "tf32"
+    x_strides, B_strides = x.stride()[:3], B.stride()[:3]
+    plan = plan_of(
+        *(x, dt, A, B, C, D, z, dt_bias, initial, runs, cu_seqlens, seq_offsets, read_slots, write_slots),
+        *(interval_slots, y, final, interval, interval_base, dt_softplus, state_interval, null_slot),
+    )
+    with on_device(x):
+        launch(
+            plan,
+            chunk_decay_kernel,
+            slots * triton.cdiv(nheads, BLOCK_H),
+            (dt, A, dt_bias, runs, cu_seqlens, seq_offsets, a, b, table, seqlen, nheads, nseq, *dt.stride())
+            + (0 if dt_bias is None else dt_bias.stride(0), dt_min, dt_max)
+            + (dt_softplus, Q, BLOCK_H),
+            num_warps=4,
+        )
+        launch(
+            plan,
+            state_walk_kernel,
+            triton.cdiv(dstate, cfg.BLOCK_N) * nheads * nseq,
+            (x, B, a, b, runs, cu_seqlens, seq_offsets, initial, final, interval)
+            + (read_slots, write_slots, interval_slots, interval_base, entering)
+            + (seqlen, null_slot, 0 if ssm_state is None else ssm_state.shape[0], num_intervals, *x_strides, *B_strides)
+            + tuple(0 if t is None else t.stride(0) for t in (initial, final, interval))
+            + (*sizes, state_interval, precision, Q, cfg.BLOCK_N, BLOCK_P),
+            num_warps=cfg.WALK_WARPS,
+            num_stages=cfg.WALK_STAGES,
+        )
+        if seqlen == 0:
+            return
+        launch(
+            plan,
+            chunk_scan_kernel,
+            slots * (Q // cfg.BLOCK_M) * (nheads // HEADS),
+            (x, B, C, D, z, a, b, runs, table, entering, y, seqlen, *x_strides, *B_strides, *C.stride()[:3])
+            + ((0, 0, 0) if z is None else z.stride()[:3])
+            + (*y.stride()[:3], 0 if D is None else D.stride(0), 0 if D is None or D.dim() == 1 else D.stride(1))
+            + (*sizes, precision, HEADS, Q, cfg.BLOCK_M, triton.next_power_of_2(max(dstate, 16)), BLOCK_P),
+            num_warps=cfg.SCAN_WARPS,
+            num_stages=cfg.SCAN_STAGES,
+        )
+
+
+def run_numbers(seq_idx: Tensor) -> Tensor:
+    """(batch, seqlen) int32: how often the sequence has changed so far in the row; the complement of it at padding."""
+    position = torch.arange(seq_idx.shape[1], device=seq_idx.device)
+    real = torch.where(seq_idx >= 0, position, -1)
+    last = torch.nn.functional.pad(real.cummax(1).values, (1, 0), value=-1)[:, :-1]  # last real token before this one
+    previous = seq_idx.gather(1, last.clamp(min=0))
+    changed = (seq_idx >= 0) & (last >= 0) & (seq_idx != previous)
+    run = changed.cumsum(1, dtype=torch.int32)
+    return torch.where(seq_idx >= 0, run, ~run)
+
+
+def first_interval(cu_seqlens: Tensor, seq_offsets: Tensor | None, state_interval: int) -> Tensor:
+    """(nseq,) int32: the row of `interval_states` at which each packed sequence begins."""
+    begin = torch.zeros_like(cu_seqlens[1:]) if seq_offsets is None else seq_offsets
+    count = (begin + cu_seqlens.diff()) // state_interval - begin // state_interval
+    return (count.cumsum(0) - count).to(torch.int32)

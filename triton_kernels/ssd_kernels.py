@@ -1,0 +1,452 @@
+"""The three kernels of the chunked SSD scan; `ssd.py` launches them.
+
+    K1 chunk_decay  dt' = clamp(softplus(dt + dt_bias)) and a = cumsum(dt' * A * log2 e) inside every chunk
+    K2 state_walk   walks the chunks of a sequence with the float32 state in registers, leaving at each chunk's door the
+                    state that enters it, in the dtype of x
+    K3 chunk_scan   y = exp2(a) * C S + (C B^T * decay * dt') x + D x, gated by silu(z); C B^T once for several heads
+
+Every sequence is cut into chunks of its own at absolute positions that are multiples of Q, so nothing depends on its
+neighbours, and a cut of the sequence at such a position changes no bit. Dense rows are sequences of equal length.
+
+Letters: Q tokens of a chunk, P headdim, N dstate, H heads, G groups. Chunks live in slots: row * slots_per_row + k for
+dense input, cu_seqlens[s] // Q + 2 s + k for packed input, which is free of collisions without a prefix sum.
+Exponents are differences of `a` that are never positive, in base 2; float32 input takes `a` in float64, because its
+error budget leaves no room for the cancellation.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) with 3e-7 of relative error also where exp(x) is small, where log(1 + exp(x)) has none left."""
+    u = tl.exp(tl.minimum(x, 20.0))
+    w = 1.0 + u
+    return tl.where(x > 20.0, x, tl.where(w == 1.0, u, tl.log(w) * (u / (w - 1.0))))
+
+
+@triton.jit
+def sequence_bounds(s, cu_seqlens_ptr, seq_offsets_ptr, total, Q: tl.constexpr):
+    """(first token, length, places of its first chunk that lie before it, first slot); `total` is a row's length."""
+    lead = s * 0
+    if seq_offsets_ptr is not None:
+        lead = tl.load(seq_offsets_ptr + s) % Q
+    if cu_seqlens_ptr is not None:
+        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + s), 0), total)
+        end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + s + 1), begin), total)
+        return begin, end - begin, lead, begin // Q + 2 * s
+    else:
+        return s * 0, s * 0 + total, lead, s * (total // Q + 2)
+
+
+@triton.jit
+def chunk_decay_kernel(
+    dt_ptr,
+    A_ptr,
+    dt_bias_ptr,
+    run_ptr,
+    cu_seqlens_ptr,
+    seq_offsets_ptr,
+    a_ptr,
+    b_ptr,
+    table_ptr,
+    total,
+    nheads,
+    nseq,
+    dt_stride_b,
+    dt_stride_t,
+    dt_stride_h,
+    dt_bias_stride,
+    dt_min,
+    dt_max,
+    DT_SOFTPLUS: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    head_blocks = tl.cdiv(nheads, BLOCK_H)
+    slot = tl.program_id(0) // head_blocks
+    head = tl.program_id(0) % head_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+    if cu_seqlens_ptr is not None:  # the last sequence whose first slot is not beyond this one
+        low = slot * 0
+        high = low + nseq
+        while high - low > 1:
+            middle = (low + high) // 2
+            begin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + middle), 0), total)
+            if begin // Q + 2 * middle <= slot:
+                low = middle
+            else:
+                high = middle
+        s = low
+    else:
+        s = slot // (total // Q + 2)
+    begin, length, lead, first_slot = sequence_bounds(s, cu_seqlens_ptr, seq_offsets_ptr, total, Q)
+    first = begin - lead + (slot - first_slot) * Q  # the chunk's first place, before its sequence where lead > 0
+    last = tl.minimum(first + Q, begin + length)
+    first_token = tl.maximum(first, begin)
+    row = s
+    if cu_seqlens_ptr is not None:
+        row = s * 0
+    if tl.program_id(0) % head_blocks == 0:
+        entry = table_ptr + slot.to(tl.int64) * 4
+        tl.store(entry, row)
+        tl.store(entry + 1, first)
+        tl.store(entry + 2, first_token)
+        tl.store(entry + 3, last)
+
+    i = tl.arange(0, Q)
+    token = first + i
+    inside = (token >= first_token) & (token < last)
+    mask = inside[:, None] & (head < nheads)[None, :]
+    offset = row.to(tl.int64) * dt_stride_b + token.to(tl.int64)[:, None] * dt_stride_t + head[None, :] * dt_stride_h
+    dt = tl.load(dt_ptr + offset, mask, other=0.0).to(tl.float32)  # [Q, heads]
+    if dt_bias_ptr is not None:
+        dt += tl.load(dt_bias_ptr + head * dt_bias_stride, head < nheads, other=0.0).to(tl.float32)[None, :]
+    if DT_SOFTPLUS:
+        dt = softplus(dt)
+    dt = tl.minimum(tl.maximum(dt, dt_min), dt_max)
+    if run_ptr is not None:  # padding carries the complement of its run number; it changes no state
+        run = tl.load(run_ptr + row.to(tl.int64) * total + token, inside, other=-1)
+        mask = mask & (run >= 0)[:, None]
+    dt = tl.where(mask, dt, 0.0)
+    A = tl.load(A_ptr + head, head < nheads, other=0.0).to(a_ptr.dtype.element_ty) * 1.4426950408889634
+    a = tl.cumsum(dt.to(a_ptr.dtype.element_ty) * A[None, :], axis=0)
+    out = (slot.to(tl.int64) * nheads + head[None, :]) * Q + i[:, None]
+    tl.store(a_ptr + out, a, (head < nheads)[None, :])
+    b = a - tl.log2(tl.maximum(dt, 1e-37).to(a_ptr.dtype.element_ty))
+    tl.store(b_ptr + out, tl.where(dt > 0.0, b, float("inf")), (head < nheads)[None, :])
+
+
+@triton.jit
+def state_walk_kernel(
+    x_ptr,
+    B_ptr,
+    a_ptr,
+    b_ptr,
+    run_ptr,
+    cu_seqlens_ptr,
+    seq_offsets_ptr,
+    initial_ptr,
+    final_ptr,
+    interval_ptr,
+    read_slots_ptr,
+    write_slots_ptr,
+    interval_slots_ptr,
+    interval_base_ptr,
+    entering_ptr,
+    total,
+    null_slot,
+    num_slots,
+    num_intervals,
+    x_stride_b,
+    x_stride_t,
+    x_stride_h,
+    B_stride_b,
+    B_stride_t,
+    B_stride_g,
+    initial_stride,
+    final_stride,
+    interval_stride,
+    nheads: tl.constexpr,
+    heads_per_group: tl.constexpr,
+    headdim: tl.constexpr,
+    dstate: tl.constexpr,
+    STATE_INTERVAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    n_tiles: tl.constexpr = tl.cdiv(dstate, BLOCK_N)
+    n = tl.program_id(0) % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    head = tl.program_id(0) // n_tiles % nheads
+    s = tl.program_id(0) // n_tiles // nheads
+    p = tl.arange(0, BLOCK_P)
+    i = tl.arange(0, Q)
+    in_state = (n < dstate)[:, None] & (p < headdim)[None, :]
+    place = head * headdim * dstate + p[None, :] * dstate + n[:, None]  # of a [P, N] state in its tensor
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+
+    begin, length, lead, first_slot = sequence_bounds(s, cu_seqlens_ptr, seq_offsets_ptr, total, Q)
+    row = s.to(tl.int64)
+    if cu_seqlens_ptr is not None:
+        row = row * 0
+    token = begin - lead + i
+    end = begin + length
+    slot = first_slot.to(tl.int64) * nheads + head
+    x_ptr += row * x_stride_b + head * x_stride_h + token.to(tl.int64)[:, None] * x_stride_t + p[None, :]
+    B_ptr += row * B_stride_b + head // heads_per_group * B_stride_g
+    B_ptr += token.to(tl.int64)[:, None] * B_stride_t + n[None, :]
+    a_ptr += slot * Q
+    b_ptr += slot * Q
+    entering_ptr += slot * dstate * headdim + n[:, None] * headdim + p[None, :]
+
+    state = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+    if initial_ptr is not None:
+        source = s.to(tl.int64)
+        readable = in_state
+        if read_slots_ptr is not None:
+            source = tl.load(read_slots_ptr + s).to(tl.int64)
+            readable = in_state & (source != null_slot) & (source >= 0) & (source < num_slots)
+        state = tl.load(initial_ptr + source * initial_stride + place, readable, other=0.0).to(tl.float32)
+
+    run_in = s * 0
+    for k in range(0, tl.cdiv(lead + length, Q)):
+        tl.store(entering_ptr, state.to(dtype), in_state)
+        inside = (token >= begin) & (token < end)
+        x = tl.load(x_ptr, inside[:, None] & (p < headdim)[None, :], other=0.0)  # [Q, P]
+        B = tl.load(B_ptr, inside[:, None] & (n < dstate)[None, :], other=0.0).to(dtype)  # [Q, N]
+        a_last = tl.load(a_ptr + Q - 1)
+        scale = tl.exp2((a_last - tl.load(b_ptr + i)).to(tl.float32))  # [Q], dt' and decay to the end of the chunk
+        keep = tl.exp2(a_last.to(tl.float32))
+        if run_ptr is not None:  # only the last run of the chunk reaches its end
+            run = tl.load(run_ptr + row * total + token, inside, other=-1)
+            run_out = tl.load(run_ptr + row * total + tl.minimum(begin - lead + (k + 1) * Q, end) - 1)
+            run_out = tl.where(run_out < 0, ~run_out, run_out)
+            scale = tl.where(run == run_out, scale, 0.0)
+            keep = tl.where(run_in == run_out, keep, 0.0)
+            run_in = run_out
+        scaled = (x.to(tl.float32) * scale[:, None]).to(dtype)
+        # the computed operand is the right one, which goes through shared memory: a left one would live in registers
+        # that the pipelined loop may overwrite while wgmma still reads them
+        state = tl.dot(tl.trans(B), scaled, state * keep, input_precision=PRECISION)  # [N, Q] @ [Q, P] -> [N, P]
+        x_ptr += Q * x_stride_t
+        B_ptr += Q * B_stride_t
+        a_ptr += nheads * Q
+        b_ptr += nheads * Q
+        entering_ptr += nheads * dstate * headdim
+        token += Q
+
+        if interval_ptr is not None:
+            offset = s * 0
+            if seq_offsets_ptr is not None:
+                offset = tl.load(seq_offsets_ptr + s)
+            position = offset + tl.minimum((k + 1) * Q - lead, length)
+            if position % STATE_INTERVAL == 0:
+                j = position // STATE_INTERVAL - offset // STATE_INTERVAL - 1
+                if interval_slots_ptr is not None:
+                    target = tl.load(interval_slots_ptr + s * num_intervals + j, j < num_intervals, other=-1)
+                    writable = (target != null_slot) & (target >= 0) & (target < num_slots)
+                elif interval_base_ptr is not None:  # packed: sequence after sequence
+                    target = tl.load(interval_base_ptr + s) + j
+                    writable = target < num_intervals
+                else:
+                    target = s * num_intervals + j
+                    writable = j < num_intervals
+                target_ptr = interval_ptr + target.to(tl.int64) * interval_stride + place
+                tl.store(target_ptr, state.to(interval_ptr.dtype.element_ty), in_state & writable)
+
+    if final_ptr is not None:
+        target = s.to(tl.int64)
+        writable = in_state
+        if write_slots_ptr is not None:
+            target = tl.load(write_slots_ptr + s).to(tl.int64)
+            writable = in_state & (target != null_slot) & (target >= 0) & (target < num_slots)
+        tl.store(final_ptr + target * final_stride + place, state.to(final_ptr.dtype.element_ty), writable)
+
+
+@triton.jit
+def scan_rows(
+    x_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    z_ptr,
+    a_ptr,
+    b_ptr,
+    run_ptr,
+    entering_ptr,
+    y_ptr,
+    first,
+    first_token,
+    last,
+    x_stride_t,
+    x_stride_h,
+    B_stride_t,
+    C_stride_t,
+    z_stride_t,
+    z_stride_h,
+    y_stride_t,
+    y_stride_h,
+    D_stride_h,
+    D_stride_p,
+    headdim: tl.constexpr,
+    dstate: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEADS: tl.constexpr,
+    Q: tl.constexpr,
+    M_START: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Rows M_START : M_START + BLOCK_M of a chunk, for HEADS heads; all pointers stand at the first of them.
+
+    A row sees the state that entered the chunk, the rows of the chunk before this block (where M_START > 0), and its
+    own block. For the first two the decay splits at `anchor`, the end of what lies before the block, into a factor of
+    the row and one of the key, neither above 1: one exponential a row instead of one a pair.
+    """
+    i = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    p = tl.arange(0, BLOCK_P)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    token = first + M_START + i
+    inside = (token >= first_token) & (token < last)
+    in_p = (p < headdim)[None, :]
+    in_n = (n < dstate)[None, :]
+    token64 = token.to(tl.int64)[:, None]
+
+    C = tl.load(C_ptr + token64 * C_stride_t + n[None, :], inside[:, None] & in_n, other=0.0).to(dtype)  # [M, N]
+    B = tl.load(B_ptr + token64 * B_stride_t + n[None, :], inside[:, None] & in_n, other=0.0).to(dtype)
+    CB = tl.dot(C, tl.trans(B), input_precision=PRECISION)  # [M, N] @ [N, M] -> [M, M]
+    visible = i[:, None] >= i[None, :]
+    if run_ptr is not None:
+        run = tl.load(run_ptr + token, inside, other=-1)
+        real = run >= 0
+        own = tl.where(real, run, ~run)
+        visible = visible & (own[:, None] == run[None, :])  # padding has dt' = 0 and may be nobody's
+        run_in = tl.load(run_ptr + first_token - 1, first_token > 0, other=0)
+        run_in = tl.where(run_in < 0, ~run_in, run_in)
+        from_state = own == run_in
+    x_own = x_ptr + token64 * x_stride_t + p[None, :]
+    y_own = y_ptr + token64 * y_stride_t + p[None, :]
+    if M_START > 0:
+        j = tl.arange(0, M_START)
+        before = first + j
+        was = (before >= first_token) & (before < last)
+        before64 = before.to(tl.int64)[:, None]
+        B = tl.load(B_ptr + before64 * B_stride_t + n[None, :], was[:, None] & in_n, other=0.0).to(dtype)
+        CB_before = tl.dot(C, tl.trans(B), input_precision=PRECISION)  # [M, N] @ [N, M_START] -> [M, M_START]
+        if run_ptr is not None:
+            run = tl.load(run_ptr + before, was, other=-1)
+            CB_before = tl.where(own[:, None] == run[None, :], CB_before, 0.0)
+        x_before = x_ptr + before64 * x_stride_t + p[None, :]
+
+    for head in range(HEADS):
+        state = tl.load(
+            entering_ptr + head * dstate * headdim + n[:, None] * headdim + p[None, :],
+            (n < dstate)[:, None] & in_p,
+            other=0.0,
+        )  # [N, P]
+        x = tl.load(x_own + head * x_stride_h, inside[:, None] & in_p, other=0.0)  # [M, P]
+        a = tl.load(a_ptr + head * Q + M_START + i)
+        b = tl.load(b_ptr + head * Q + M_START + i)
+
+        y = tl.dot(C, state, input_precision=PRECISION)  # [M, N] @ [N, P] -> [M, P]
+        if M_START > 0:
+            anchor = tl.load(a_ptr + head * Q + M_START - 1)
+            reach = tl.exp2(anchor.to(tl.float32))
+            key = tl.exp2((anchor - tl.load(b_ptr + head * Q + j)).to(tl.float32))
+            x_seen = tl.load(x_before + head * x_stride_h, was[:, None] & in_p, other=0.0)  # [M_START, P]
+            if run_ptr is not None:
+                y = tl.where(from_state[:, None], y, 0.0)
+            weights = (CB_before * key[None, :]).to(dtype)
+            y = tl.dot(weights, x_seen, y * reach, input_precision=PRECISION)  # [M, M_START] @ [M_START, P] -> [M, P]
+            y *= tl.exp2((a - anchor).to(tl.float32))[:, None]
+        else:
+            reach = tl.exp2(a.to(tl.float32))
+            if run_ptr is not None:
+                reach = tl.where(from_state, reach, 0.0)
+            y *= reach[:, None]
+        decay = tl.exp2(tl.where(visible, (a[:, None] - b[None, :]).to(tl.float32), float("-inf")))  # [M, M]
+        weights = (CB * decay).to(dtype)
+        y = tl.dot(weights, x, y, input_precision=PRECISION)  # [M, M] @ [M, P] -> [M, P]
+
+        if D_ptr is not None:
+            D = tl.load(D_ptr + head * D_stride_h + p * D_stride_p, p < headdim, other=0.0).to(tl.float32)
+            y += D[None, :] * x.to(tl.float32)
+        if z_ptr is not None:
+            z = tl.load(
+                z_ptr + token64 * z_stride_t + head * z_stride_h + p[None, :], inside[:, None] & in_p, other=0.0
+            )
+            y *= z.to(tl.float32) * tl.sigmoid(z.to(tl.float32))
+        if run_ptr is not None:
+            y = tl.where(real[:, None], y, 0.0)
+        tl.store(y_own + head * y_stride_h, y.to(y_ptr.dtype.element_ty), inside[:, None] & in_p)
+
+
+@triton.jit
+def chunk_scan_kernel(
+    x_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    z_ptr,
+    a_ptr,
+    b_ptr,
+    run_ptr,
+    table_ptr,
+    entering_ptr,
+    y_ptr,
+    total,
+    x_stride_b,
+    x_stride_t,
+    x_stride_h,
+    B_stride_b,
+    B_stride_t,
+    B_stride_g,
+    C_stride_b,
+    C_stride_t,
+    C_stride_g,
+    z_stride_b,
+    z_stride_t,
+    z_stride_h,
+    y_stride_b,
+    y_stride_t,
+    y_stride_h,
+    D_stride_h,
+    D_stride_p,
+    nheads: tl.constexpr,
+    heads_per_group: tl.constexpr,
+    headdim: tl.constexpr,
+    dstate: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEADS: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    head_blocks: tl.constexpr = nheads // HEADS
+    m_blocks: tl.constexpr = Q // BLOCK_M
+    tl.static_assert(m_blocks <= 2)
+    m_block = tl.program_id(0) // head_blocks % m_blocks
+    slot = tl.program_id(0) // head_blocks // m_blocks
+    head = tl.program_id(0) % head_blocks * HEADS
+    group = head // heads_per_group
+    entry = table_ptr + slot.to(tl.int64) * 4
+    row = tl.load(entry).to(tl.int64)
+    first = tl.load(entry + 1)
+    first_token = tl.load(entry + 2)
+    last = tl.load(entry + 3)
+    if first + m_block * BLOCK_M >= last:
+        return
+
+    x_ptr += row * x_stride_b + head * x_stride_h
+    B_ptr += row * B_stride_b + group * B_stride_g
+    C_ptr += row * C_stride_b + group * C_stride_g
+    y_ptr += row * y_stride_b + head * y_stride_h
+    if D_ptr is not None:
+        D_ptr += head * D_stride_h
+    if z_ptr is not None:
+        z_ptr += row * z_stride_b + head * z_stride_h
+    if run_ptr is not None:
+        run_ptr += row * total
+    vector = slot.to(tl.int64) * nheads + head
+    a_ptr += vector * Q
+    b_ptr += vector * Q
+    entering_ptr += vector * dstate * headdim
+    # fmt: off
+    if m_block == 0:
+        scan_rows(
+            x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, a_ptr, b_ptr, run_ptr, entering_ptr, y_ptr, first, first_token, last,
+            x_stride_t, x_stride_h, B_stride_t, C_stride_t, z_stride_t, z_stride_h, y_stride_t, y_stride_h,
+            D_stride_h, D_stride_p, headdim, dstate, PRECISION, HEADS, Q, 0, BLOCK_M, BLOCK_N, BLOCK_P,
+        )
+    elif m_blocks > 1:
+        scan_rows(
+            x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, a_ptr, b_ptr, run_ptr, entering_ptr, y_ptr, first, first_token, last,
+            x_stride_t, x_stride_h, B_stride_t, C_stride_t, z_stride_t, z_stride_h, y_stride_t, y_stride_h,
+            D_stride_h, D_stride_p, headdim, dstate, PRECISION, HEADS, Q, Q // 2, BLOCK_M, BLOCK_N, BLOCK_P,
+        )
+    # fmt: on
