@@ -24,13 +24,13 @@ lint: ## ruff, mypy and clang-format, without changing anything
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/common/*.cuh)
+	.venv/bin/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/common/*)
 
 format: ## let ruff and clang-format rewrite the sources
 	@.ci/venv test
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
-	.venv/bin/clang-format -i $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/common/*.cuh)
+	.venv/bin/clang-format -i $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/common/*)
 
 clean: ## remove .venv and everything that was built
 	rm -rf .venv build dist *.egg-info hybrid_ops/_cuda*.so demo.html
