@@ -81,9 +81,9 @@ def no_gradient(**given: Tensor | None) -> None:
 
 def updatable(name: str, value: Tensor) -> None:
     """A tensor that is read and written in place has each element in a place of its own, so no expanded dimension."""
-    if not torch.compiler.is_compiling() and any(
-        stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)
-    ):
+    if torch.compiler.is_compiling() or value.numel() == 0:
+        return
+    if any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
         raise ValueError(f"{name} must not have expanded dimensions, got strides {value.stride()}")
 
 

@@ -58,9 +58,11 @@ def causal_conv1d_update(
 
     window = at(old - (width - 1) + torch.arange(steps + width - 1, device=device))
     taps = weight.to(dtype)[:, :, None]
-    result = sum(taps[:, k] * window[:, :, k : k + steps] for k in range(width))  # [batch, dim, steps]
+    result = window.new_zeros(batch, dim, steps)
+    for k in range(width):
+        result.addcmul_(taps[:, k], window[:, :, k : k + steps])
     if bias is not None:
-        result = result + bias.to(dtype)[:, None]
+        result += bias.to(dtype)[:, None]
     result = (F.silu(result) if silu else result).transpose(1, 2)
     newest = at(old + lengths[:, None] - state_len + torch.arange(state_len, device=device))
     conv_state[slot[kept]] = newest[kept].to(conv_state.dtype)
