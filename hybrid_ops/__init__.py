@@ -6,6 +6,7 @@ from .conv1d import causal_conv1d
 from .conv1d_update import causal_conv1d_update
 from .norm import gated_rms_norm, rms_norm
 from .ssd import ssd_chunk_scan
+from .ssd_update import ssd_state_update
 
 __all__ = [
     "Choice",
@@ -16,4 +17,5 @@ __all__ = [
     "ops",
     "rms_norm",
     "ssd_chunk_scan",
+    "ssd_state_update",
 ]
