@@ -78,8 +78,8 @@ def ssd_chunk_scan(
             index 0; packed (total // state_interval + nseq, ...), sequence after sequence without gaps; the rest is 0.
         seq_offsets: (B,) int32 >= 0, the position of each sequence's first token (tokens read by earlier calls).
         state_dtype: of the returned states; None is float32 (float64 where x is).
-        ssm_state: (nslots, nheads, headdim, dstate), any float dtype and strides: a pool of states, read and written in
-            place instead of initial_states and the returned states.
+        ssm_state: (nslots, nheads, headdim, dstate), any float dtype: a pool of states, read and written in place
+            instead of initial_states and the returned states. Each slot is contiguous; slots may lie apart.
         read_slots: (B,) int32, rows of the pool that sequences start from; None starts all from zeros.
         write_slots: (B,) int32, rows that get the final states; None keeps none. They differ from each other and from
             rows that other sequences read.
@@ -235,6 +235,8 @@ def _check_pool(
     floats: tuple[torch.dtype, ...],
 ) -> None:
     _checks.tensor("ssm_state", ssm_state, (None, *state_shape[1:]), dtype=floats, device=x.device)
+    if not ssm_state[0:1].is_contiguous():  # slots may lie apart, as in a pool that other caches share
+        raise ValueError(f"ssm_state must have contiguous slots, got strides {ssm_state.stride()}")
     nslots, nseq = ssm_state.shape[0], state_shape[0]
     read, write, interval = slots["read_slots"], slots["write_slots"], slots["interval_slots"]
     if read is None and write is None and interval is None:

@@ -52,7 +52,7 @@ def cases(
         z=draw(st.booleans()),
         dt_bias=draw(st.booleans()),
         dt_softplus=softplus,
-        dt_limit=draw(st.sampled_from([(0.0, math.inf), (0.0, math.inf), (0.25, 0.5)])),
+        limited=draw(st.booleans()),  # three steps of four beyond dt_limit
         initial=draw(st.booleans()),
         offsets=draw(st.booleans()) if layout != "seq_idx" else False,
         interval=interval,
@@ -102,7 +102,8 @@ def problem(case):
         tensors["seq_idx"] = numbers(case["lengths"], batch, generator)
     if case["offsets"]:
         tensors["seq_offsets"] = torch.randint(0, 100, (nseq,), generator=generator, dtype=torch.int32)
-    options = dict(dt_softplus=case["dt_softplus"], dt_limit=case["dt_limit"], state_interval=case["interval"])
+    limit = (dt_max / 4, dt_max / 2) if case["limited"] else (0.0, math.inf)
+    options = dict(dt_softplus=case["dt_softplus"], dt_limit=limit, state_interval=case["interval"])
     states = (nheads, P, N)
     stored = case["state_dtype"] or torch.float32
     if case["pool"]:
