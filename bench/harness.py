@@ -7,6 +7,7 @@ that together are larger than three times the L2 cache, and results never share 
 import importlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def measure_case(family: str, case: Case, device: torch.device, report: Mapping[
     """A row for each implementation of the case that this machine has."""
     generator = torch.Generator(device).manual_seed(0)
     sets = [case.make(device, generator) for _ in range(_num_sets(case, device))]
-    peer_us: dict[str, float] | None = None
+    peer_us: dict[str, float | None] | None = None
     rows = []
     for impl in _impls(case, device):
         row: Row = {"family": family, "op": case.op, "case": case.name, "dtype": _name(case.dtype), "impl": impl}
@@ -91,7 +92,7 @@ def measure_case(family: str, case: Case, device: torch.device, report: Mapping[
             row["check"] = f"{type(error).__name__}: {error}"
         if row["check"] == "passed":
             if peer_us is None:
-                peer_us = {name: _time_peer(call, sets, device) for name, call in case.peers.items()}
+                peer_us = {name: _time_peer(name, call, sets, device) for name, call in case.peers.items()}
             row["peers"] = peer_us
         rows.append(row)
     return rows
@@ -155,11 +156,17 @@ def _measure(case: Case, impl: str, sets: Sequence[Tensors], row: Row, device: t
     row["host_us"] = host_us(lambda: case.call(sets[0], impl))
 
 
-def _time_peer(call: Callable[[Tensors], object], sets: Sequence[Tensors], device: torch.device) -> float:
-    """The same clock for everyone: cold graph replay, or the wall clock without a GPU."""
-    if device.type != "cuda":
-        return wall_us(lambda: call(sets[0])).median
-    return Graph([lambda tensors=tensors: call(tensors) for tensors in sets]).time().median
+def _time_peer(
+    name: str, call: Callable[[Tensors], object], sets: Sequence[Tensors], device: torch.device
+) -> float | None:
+    """The same clock for everyone: cold graph replay, or the wall clock without a GPU. None where the call fails."""
+    try:
+        if device.type != "cuda":
+            return wall_us(lambda: call(sets[0])).median
+        return Graph([lambda tensors=tensors: call(tensors) for tensors in sets]).time().median
+    except Exception as error:  # another library's limits are not ours
+        warnings.warn(f"{name} failed: {type(error).__name__}: {error}", stacklevel=2)
+        return None
 
 
 def _check(case: Case, expected: Tensors, results: Tensors) -> tuple[float, str]:
@@ -224,7 +231,9 @@ def _table(rows: Sequence[Row], device: torch.device) -> Table:
         if gpu:
             figures += [f"{row['gpu_us_p10']:.1f}-{row['gpu_us_p90']:.1f}", f"{row['gpu_us_warm']:.1f}"]
             figures += [f"{row['host_us']:.0f}", f"{row['floor_us']:.1f}", f"{row['floor_us'] / us:.0%}"]
-        theirs = ", ".join(f"{peer} {t:.1f} (x{t / us:.2f})" for peer, t in row["peers"].items())
+        theirs = ", ".join(
+            f"{peer} failed" if t is None else f"{peer} {t:.1f} (x{t / us:.2f})" for peer, t in row["peers"].items()
+        )
         table.add_row(*name, *figures, f"{row['error_ratio']:.2f}", theirs)
     return table
 

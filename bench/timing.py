@@ -10,6 +10,7 @@ import torch
 REPLAYS = 30
 GRAPH_MS = 2.0  # calls in a graph: so many that its own launch does not count
 MAX_CALLS = 500
+WARM_UP_S = 0.1  # an idle GPU needs a while to raise its clocks
 
 
 class Timing(NamedTuple):
@@ -56,8 +57,10 @@ class Graph:
         self._graph.replay()
 
     def time(self) -> Timing:
-        for _ in range(3):
+        end_of_warm_up = time.perf_counter() + WARM_UP_S
+        while time.perf_counter() < end_of_warm_up:
             self.replay()
+            torch.cuda.synchronize()
         microseconds = []
         for _ in range(REPLAYS):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -68,8 +68,9 @@ def extension_missing() -> str | None:
     """Why the CUDA extension cannot be used, and how to get it; None where it can."""
     if cuda_extension() is None:
         return (
-            "the CUDA extension was not built: install nvcc (pip install 'cuda-toolkit[nvcc,cccl]'), then "
-            "HYBRID_OPS_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps hybrid-ops"
+            "the CUDA extension was not built: pip install 'hybrid-ops[nvcc]' && pip install --no-deps "
+            "nvidia-cutlass==4.2.0, then HYBRID_OPS_CUDA=1 pip install --no-build-isolation --force-reinstall "
+            "--no-deps hybrid-ops"
         )
     return None
 

@@ -94,6 +94,19 @@ def test_an_exception_costs_one_row():
     assert row["check"] == "RuntimeError: out of memory"
 
 
+def test_a_peer_that_fails_costs_nothing_else():
+    def raises(tensors):
+        raise RuntimeError("not on this machine")
+
+    case = dataclasses.replace(conv1d.conv1d("tiny", 64, 1), peers={"other": raises, "quick": lambda t: t["x"] + 1})
+    report = {"ceilings": dict.fromkeys(("copy_tbs", "bf16_tflops", "fp8_tflops")), "commit": None, "date": ""}
+    with pytest.warns(UserWarning, match="other failed: RuntimeError: not on this machine"):
+        (row,) = harness.measure_case("conv1d", case, torch.device("cpu"), report)
+    assert row["peers"]["other"] is None
+    assert row["peers"]["quick"] > 0
+    assert row["host_us"] > 0
+
+
 @pytest.mark.parametrize("tokens", [3, 1000])
 def test_a_sample_has_both_ends(tokens, monkeypatch):
     """Of large results a sample is compared: an error in the first or the last token is found all the same."""
