@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -203,6 +204,48 @@ def test_ragged_cache_reads_a_longer_piece():
     expected = torch.cat([model(piece, cache=stepped) for piece in more.split(1, dim=1)], dim=1)
     torch.testing.assert_close(model(more, cache=at_once), expected, **EXACT)
     assert at_once.lengths == [13, 18]
+
+
+def test_nothing_to_read():
+    model = MODELS["biases"]
+    cache = model.new_cache(2)
+    assert model(tokens(2, 0), cache=cache).shape == (2, 0, 96)
+    assert cache.lengths == [0, 0]
+    assert not any(t.any() for t in remembered(cache))
+    assert model(tokens(0, 3), cache=model.new_cache(0)).shape == (0, 3, 96)
+    assert model(tokens(1, 0), cu_seqlens=torch.zeros(1, dtype=torch.int32)).shape == (1, 0, 96)
+    assert not model(tokens(2, 4), attention_mask=torch.zeros(2, 4, dtype=torch.bool)).any()
+    assert model.generate(tokens(0, 3), 2).shape == (0, 2)
+
+
+@pytest.mark.parametrize(("state", "error"), [("float16", 2**-11), ("bfloat16", 2**-8)])
+def test_small_states(state, error):
+    """SSM states of 16 bits between calls cost their rounding, seen once per call of five, and no more."""
+    model = build("twelve-heads-per-group", torch.float32)
+    low = NemotronHForCausalLM(
+        NemotronHConfig(**CONFIGS["twelve-heads-per-group"] | COMMON, mamba_ssm_cache_dtype=state)
+    )
+    low.load_state_dict(model.state_dict())
+    ids = tokens(2, 20)
+    expected, cache = model(ids), low.new_cache(2)
+    got = torch.cat([low(piece, cache=cache) for piece in ids.split([9, 8, 1, 1, 1], dim=1)], dim=1)
+    difference = (got - expected).std() / expected.std()
+    assert 0 < difference <= error
+
+
+@pytest.mark.usefixtures("compile_once")  # keeps torch's own new_empty, which dynamo can trace
+def test_compiles():
+    """The forward is one graph for every length."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    model = build("twelve-heads-per-group", torch.float32, hybrid_override_pattern="M*-")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for length in (9, 17, 33):
+        ids = tokens(2, length)
+        torch.testing.assert_close(compiled(ids), model(ids))
+        if length == 9:
+            graphs = counter.frame_count  # the first call may trace again
+    assert counter.frame_count == graphs
 
 
 def test_last_only():
@@ -453,7 +496,12 @@ def test_warmup():
             "at most one of cu_seqlens, attention_mask",
         ),
         (dict(cache=MODELS["biases"].new_cache(3)), ValueError, "cache must hold 2 sequences, got 3"),
-        (dict(input_ids=tokens(2, 0), last_only=True), ValueError, "last_only must be False where a sequence has no"),
+        (dict(input_ids=tokens(2, 0), last_only=True), ValueError, "input_ids must have .* got none of sequence 0"),
+        (
+            dict(attention_mask=torch.tensor([[1] * 5, [0] * 5]), last_only=True),
+            ValueError,
+            "input_ids must have .* got none of sequence 1",
+        ),
     ],
 )
 def test_bad_input(change, error, message):

@@ -81,7 +81,7 @@ class HybridCache:
         if len(set(counts)) == 1:
             self._positions += counts[0]
         else:
-            self._positions += torch.tensor(counts, device=self._positions.device)
+            self._positions += torch.tensor(counts, dtype=torch.int64, device=self._positions.device)
         self.lengths[:] = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     def reset(self) -> None:

@@ -208,8 +208,12 @@ class NemotronHForCausalLM(nn.Module):
         if attention_mask is not None:
             return self._forward_padded(input_ids, attention_mask.bool(), cache, last_only)
         bounds = None if cu_seqlens is None else cu_seqlens.tolist()
-        if last_only and (input_ids.shape[1] == 0 or (bounds and any(a == b for a, b in itertools.pairwise(bounds)))):
-            raise ValueError("last_only must be False where a sequence has no token, got True")
+        counts = [input_ids.shape[1]] * nseq if bounds is None else [b - a for a, b in itertools.pairwise(bounds)]
+        if last_only and 0 in counts:
+            raise ValueError(
+                "input_ids must have at least one token of every sequence where only the last logits are wanted, "
+                f"got none of sequence {counts.index(0)}"
+            )
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             hidden = self.backbone(input_ids, cache, cu_seqlens, bounds)
             if last_only:
@@ -217,7 +221,6 @@ class NemotronHForCausalLM(nn.Module):
                 hidden = last.unsqueeze(1)
             logits = self.lm_head(hidden)
         if cache is not None:
-            counts = [input_ids.shape[1]] * nseq if bounds is None else [b - a for a, b in itertools.pairwise(bounds)]
             cache.advance(counts)
         return logits if logits.dtype == torch.float64 else logits.float()
 
