@@ -10,7 +10,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from ._version import __version__
 
@@ -109,7 +108,7 @@ def _check(options: argparse.Namespace, console: Console) -> int:
         for row in selfcheck.rows():
             rows.append(row)
             status.update(f"{row.op}: {row.impl}")
-    console.print(check_table(rows))
+    console.print(selfcheck.table(rows))
     for row in rows:
         for complaint in row.complaints:
             console.print(f"[red]wrong[/] {row.op} ({row.impl}): {escape(complaint)}", highlight=False)
@@ -121,27 +120,13 @@ def _check(options: argparse.Namespace, console: Console) -> int:
     return 1 if wrong else 0
 
 
-def check_table(rows: Sequence) -> Table:
-    """A line for each op and implementation; the columns are dtypes."""
-    table = Table(title="error / budget, against NumPy in float64", title_justify="left", header_style="bold", box=None)
-    for column in ("op", "implementation", "float32", "bfloat16", "float16", ""):
-        table.add_column(column, justify="right" if "float" in column else "left")
-    for row in rows:
-        where = "" if row.where in ("cpu", "cuda") else f" [dim]({row.where})[/]"
-        if row.skipped is not None:
-            table.add_row(row.op, row.impl + where, "", "", "", f"[yellow]skipped[/]: {escape(row.skipped)}")
-            continue
-        ratios = [
-            f"{row.ratio[dtype]:.2f}" if dtype in row.ratio else "" for dtype in ("float32", "bfloat16", "float16")
-        ]
-        table.add_row(row.op, row.impl + where, *ratios, "[green]right[/]" if row.passed else "[red]wrong[/]")
-    return table
-
-
 def _demo(options: argparse.Namespace, console: Console) -> int:
-    from .demo import run
+    from .demo.run import run
 
-    return run.run(console, steps=options.steps, html=options.html, svg=options.svg, use_gpu=not options.cpu)
+    status = run(console, steps=options.steps, html=options.html, use_gpu=not options.cpu)
+    if options.svg is not None:
+        console.save_svg(str(options.svg), title="hybrid-ops demo")
+    return status
 
 
 def _bench(options: argparse.Namespace, console: Console) -> int:

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.markup import escape
+from rich.table import Table
 from torch import Tensor
 
 import hybrid_ops
@@ -204,6 +206,24 @@ def interpreter_missing() -> str | None:
     if version < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         return "the interpreter of Triton 3.6 fails with numpy >= 2.4: pip install 'triton>=3.7' or 'numpy<2.4'"
     return None
+
+
+def table(rows: Iterable[Row]) -> Table:
+    """A line for each op and implementation; the columns are dtypes."""
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    table = Table(title="error / budget, against NumPy in float64", title_justify="left", header_style="bold", box=None)
+    for column in ("op", "implementation", *dtypes, ""):
+        table.add_column(column, justify="right" if column in dtypes else "left")
+    for row in rows:
+        where = "" if row.where in ("cpu", "cuda") else f" [dim]({row.where})[/]"
+        if row.skipped is not None:
+            table.add_row(row.op, row.impl + where, "", "", "", f"[yellow]skipped[/]: {escape(row.skipped)}")
+            continue
+        ratios = [
+            f"{row.ratio[dtype]:.2f}" if dtype in row.ratio else "" for dtype in ("float32", "bfloat16", "float16")
+        ]
+        table.add_row(row.op, row.impl + where, *ratios, "[green]right[/]" if row.passed else "[red]wrong[/]")
+    return table
 
 
 def _main() -> None:

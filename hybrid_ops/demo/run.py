@@ -1,0 +1,194 @@
+"""`hybrid-ops demo`: train, compare, write, prove, draw."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import hybrid_ops
+
+from .. import info, selfcheck
+from ..models import NemotronHForCausalLM
+from . import prove, report
+from . import text as texts
+from .report import Results
+from .train import Recipe, bits, new_model, surprise, train
+
+LIMIT = 2.2  # bits per unseen byte; above it the run has failed
+PROMPT = b"When a function is called, "
+SAMPLES_AT = (0, 50, 150, 500)
+POSITIONS = (100, 4000)
+
+
+def run(console: Console, *, steps: int | None = None, html: Path = Path("demo.html"), use_gpu: bool = True) -> int:
+    """Everything that `hybrid-ops demo` prints; returns the exit status. `steps` cuts the training short."""
+    began = time.perf_counter()
+    device = torch.device("cuda" if use_gpu and torch.cuda.is_available() else "cpu")
+    recipe = Recipe() if steps is None else dataclasses.replace(Recipe(), steps=steps)
+    corpus = texts.corpus()
+    model = new_model(recipe, device)
+    parameters = sum(p.numel() for p in model.parameters())
+    pattern = model.config.hybrid_override_pattern
+    results = Results(_machine(device), recipe, corpus, PROMPT, pattern, parameters)
+    _introduce(console, results)
+
+    if device.type == "cuda":
+        with console.status("compiling Triton kernels for this GPU"):
+            hybrid_ops.warmup(model)
+    _heading(console, "1", "Training")
+    _train(console, model, results)
+
+    _heading(console, "2", "Bits for each byte of the text that it has not seen")
+    with console.status("measuring"):
+        results.surprise = surprise(model, corpus.held_out)
+        results.compressors = texts.compressors(corpus)
+        results.ngram = texts.best_ngram(corpus)
+    console.print(_comparison(results))
+
+    _heading(console, "3", "Writing, with a memory that does not grow")
+    _write(console, model, results)
+
+    _heading(console, "4", "Is it right?")
+    sample = corpus.held_out[:128]
+    with console.status("asking NumPy"):
+        results.proofs = [prove.against_reference(model, sample), *prove.ways_of_reading(model, sample)]
+        results.memory = prove.watch(model, corpus.held_out[:256])
+    _print_proofs(console, results)
+    with console.status("checking every operator against NumPy") as status:
+        for row in selfcheck.rows(device.type):
+            results.ops.append(row)
+            status.update(f"checking {row.op}, {row.impl}")
+    console.print(selfcheck.table(results.ops))
+
+    timed = device.type != "cuda" or _bench(console, results)
+    failures = [
+        *([f"{results.bits:.2f} bits per unseen byte, more than {LIMIT}"] if not results.bits <= LIMIT else []),
+        *(proof.claim for proof in results.proofs if not proof.holds),
+        *(f"{row.op} ({row.impl})" for row in results.ops if not row.passed),
+        *([] if timed else ["bench"]),
+    ]
+    results.seconds = time.perf_counter() - began
+    html.write_text(report.page(results), encoding="utf-8")
+    console.print()
+    for failure in failures:
+        console.print(f"[red]failed:[/] {escape(failure)}", highlight=False)
+    done = "[green]All of it holds.[/] " if not failures else ""
+    console.print(f"{done}{results.seconds:.0f} seconds. The picture, for a browser:")
+    console.print(str(html.resolve()), highlight=False, soft_wrap=True)
+    return 1 if failures else 0
+
+
+def _machine(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else info.machine()
+
+
+def _introduce(console: Console, results: Results) -> None:
+    recipe, corpus = results.recipe, results.corpus
+    letters = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
+    layers = ", ".join(letters[letter] for letter in results.pattern)
+    console.print(
+        f"[bold]hybrid-ops demo[/] on {escape(results.machine)}\n\n"
+        f"A hybrid model of {results.parameters / 1e6:.2f} million parameters ({layers})\n"
+        f"learns from Python's own help texts: {len(corpus.train) / 1e3:.0f} kB, byte by byte, "
+        f"{recipe.steps} steps of {recipe.batch} x {recipe.length} bytes.\n"
+        f"{len(corpus.held_out_topics)} topics ({len(corpus.held_out) / 1e3:.0f} kB) are kept from it, "
+        f"{100 * corpus.shared:.0f}% of their lines are in the rest: "
+        f"{escape(', '.join(corpus.held_out_topics))}.",
+        highlight=False,
+    )
+
+
+def _heading(console: Console, number: str, title: str) -> None:
+    console.print(f"\n[bold cyan]{number}[/]  [bold]{title}[/]\n")
+
+
+def _train(console: Console, model: NemotronHForCausalLM, results: Results) -> None:
+    recipe, began = results.recipe, time.perf_counter()
+    columns = (
+        TextColumn("step {task.completed:3.0f}"),
+        BarColumn(bar_width=24),
+        TextColumn("loss {task.fields[loss]:.2f} nats, {task.fields[bits]:.2f} bits/byte"),
+        TextColumn("{task.fields[speed]:.0f} kB/s"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=recipe.steps, loss=float("nan"), bits=float("nan"), speed=0.0)
+        _sample(console, model, results, 0)
+        for step, loss in enumerate(train(model, results.corpus.train, recipe), start=1):
+            results.losses.append(loss)
+            results.training_seconds = time.perf_counter() - began
+            speed = step * recipe.bytes_per_step / results.training_seconds / 1e3
+            progress.update(task, completed=step, loss=loss, bits=bits(loss), speed=speed)
+            if step in SAMPLES_AT or step == recipe.steps:
+                _sample(console, model, results, step)
+    console.print(
+        f"\n{results.losses[0]:.2f} nats at the start, {results.losses[-1]:.2f} at the end, "
+        f"{results.training_seconds:.0f} s",
+        highlight=False,
+    )
+
+
+def _sample(console: Console, model: NemotronHForCausalLM, results: Results, step: int) -> None:
+    """Continue the prompt, print it and keep it."""
+    written = b"".join(prove.write(model, PROMPT, 180))
+    results.samples.append((step, written))
+    line = " ".join(report.printable(written).split())
+    console.print(f"[bold]after {step:3d} steps[/]  [dim]{PROMPT.decode()}[/]{escape(line)}", highlight=False)
+
+
+def _comparison(results: Results) -> Table:
+    table = Table(box=None, header_style="bold")
+    table.add_column("")
+    table.add_column("having read\nthe training text", justify="right")
+    table.add_column("")
+    table.add_column("alone", justify="right")
+    entries = results.rivals | {"this model": results.bits}
+    for name, value in sorted(entries.items(), key=lambda item: item[1]):
+        bar = "█" * round(30 * value / max(entries.values()))
+        alone = f"{results.compressors[name].alone:.2f}" if name in results.compressors else ""
+        table.add_row(name, f"{value:.2f}", f"[cyan]{bar}[/]", alone, style="bold" if name == "this model" else "")
+    return table
+
+
+def _write(console: Console, model: NemotronHForCausalLM, results: Results) -> None:
+    console.print(PROMPT.decode(), end="", style="dim", highlight=False)
+    for byte in prove.write(model, PROMPT, 300, temperature=0.5):
+        results.written += byte
+        console.print(report.printable(byte), end="", markup=False, highlight=False, soft_wrap=True)
+    console.print("\n")
+    results.speeds = [prove.speed(model, results.corpus.train, position) for position in POSITIONS]
+    table = Table(box=None, header_style="bold")
+    for column in ("at byte", "bytes/s", "Mamba-2 state", "keys and values", "were every mixer attention"):
+        table.add_column(column, justify="right")
+    for speed in results.speeds:
+        memory = (speed.fixed, speed.keys_values, speed.all_attention)
+        table.add_row(str(speed.position), f"{speed.per_second:.0f}", *(f"{size / 1e3:,.0f} kB" for size in memory))
+    console.print(table)
+
+
+def _print_proofs(console: Console, results: Results) -> None:
+    for proof in results.proofs:
+        mark = "[green]yes[/]" if proof.holds else "[red]no [/]"
+        console.print(
+            f"{mark}  {proof.claim}: logits differ by {proof.difference:.1e} at most; {proof.detail}", highlight=False
+        )
+    console.print()
+
+
+def _bench(console: Console, results: Results) -> bool:
+    """SSD, convolution and norm at Super's shape, their floors and peers; whether every timed result was right."""
+    _heading(console, "5", "Speed at the shape of Nemotron 3 Super")
+    from ..bench import harness
+
+    try:
+        results.bench = harness.run(["ssd", "conv1d", "norm"], only="super-L8192-b1", console=console)
+    except RuntimeError as error:
+        console.print(str(error), style="red", markup=False)
+        return False
+    return True
