@@ -4,6 +4,7 @@ from ._library import Choice, explain, ops
 from ._version import __version__ as __version__
 from .conv1d import causal_conv1d
 from .conv1d_update import causal_conv1d_update
+from .models import warmup
 from .norm import gated_rms_norm, rms_norm
 from .ssd import ssd_chunk_scan
 from .ssd_update import ssd_state_update
@@ -18,4 +19,5 @@ __all__ = [
     "rms_norm",
     "ssd_chunk_scan",
     "ssd_state_update",
+    "warmup",
 ]
