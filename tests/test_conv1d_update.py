@@ -11,6 +11,7 @@ import hybrid_ops
 from hybrid_ops.reference import conv1d_update as reference
 
 from .budget import assert_within, round_to, to_numpy
+from .tensors import int32, to_device
 
 CPU_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INTERPRETER_DTYPES = [torch.float32, torch.float16]  # the interpreter truncates float32 to bfloat16
@@ -82,14 +83,6 @@ def problem(case):
         options["cu_seqlens"] = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     bias = randn(dim).to(case["weight_dtype"]) if case["bias"] else None
     return (x, state, randn(dim, width).to(case["weight_dtype"]), bias), options
-
-
-def to_device(value, device):
-    """On the device with the same strides: plain `.to` would make a slice dense."""
-    if not isinstance(value, torch.Tensor) or device == "cpu":
-        return value
-    storage = torch.as_strided(value, (value.untyped_storage().nbytes() // value.element_size(),), (1,), 0).to(device)
-    return torch.as_strided(storage, value.shape, value.stride(), value.storage_offset())
 
 
 def oracle(arguments, options, dtype, **more):
@@ -264,10 +257,6 @@ def test_cuda_graph():
 
 
 GOOD = dict(x=torch.randn(2, 3, 8), conv_state=torch.zeros(4, 8, 5), weight=torch.randn(8, 4))
-
-
-def int32(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 @pytest.mark.parametrize(

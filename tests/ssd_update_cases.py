@@ -1,0 +1,180 @@
+"""Random problems for `ssd_state_update`, and the check that every implementation passes."""
+
+import math
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+import hybrid_ops
+from hybrid_ops.reference import ssd_update as reference
+
+from .budget import assert_within, to_numpy
+from .tensors import to_device
+
+CPU_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+INTERPRETER_DTYPES = [torch.float32, torch.float16]  # the interpreter truncates float32 to bfloat16
+NULL = 3  # a row of the pool that stands for padding, where slots are given
+
+
+@st.composite
+def cases(draw, dtypes, headdims=(8, 24), dstates=(16, 20, 48), max_batch=3, max_groups=2):
+    batch = draw(st.sampled_from([0, 1, 2, max_batch]))
+    form = draw(st.sampled_from(["single", "tokens", "packed"]))
+    T = draw(st.sampled_from([0, 1, 2, 4]))
+    slots = draw(st.sampled_from([None, "read", "write", "both", "each", "accepted"]))
+    dtype = draw(st.sampled_from(dtypes))
+    return dict(
+        seed=draw(st.integers(0, 2**31 - 1)),
+        dtype=dtype,
+        state_dtype=draw(st.sampled_from(dtypes)),
+        small_dtype=draw(st.sampled_from([torch.float32, dtype])),
+        form=form,
+        lengths={
+            "single": [1] * batch,
+            "tokens": [T] * batch,
+            "packed": draw(st.lists(st.sampled_from([0, 1, 3]), min_size=batch, max_size=batch)),
+        }[form],
+        T=T,
+        ngroups=draw(st.integers(1, max_groups)),
+        heads_per_group=draw(st.sampled_from([1, 2])),
+        headdim=draw(st.sampled_from(headdims)),
+        dstate=draw(st.sampled_from(dstates)),
+        # dt |A|: as in a trained model, up to 80 a token, no step at all, steps above softplus' usual threshold
+        regime=draw(st.sampled_from(["usual", "usual", "steep", "zero", "large"])),
+        D=draw(st.sampled_from([None, "head", "feature"])),
+        z=draw(st.booleans()),
+        dt_bias=draw(st.booleans()),
+        dt_softplus=draw(st.booleans()),
+        dt_limit=draw(st.sampled_from([(0.0, math.inf), (0.0, math.inf), (0.25, 0.5)])),
+        slots=slots,
+        padded=draw(st.booleans()),
+        update_state=draw(st.booleans()) if slots in (None, "read", "accepted") else True,
+        strided=draw(st.booleans()),
+        pool=draw(st.sampled_from(["contiguous", "transposed", "slice"])),
+        out=draw(st.sampled_from([None, "fresh", "x"])),
+    )
+
+
+def problem(case):
+    """(state, x, dt, A, B, C) and options, on the CPU. x, z, B, C, dt may be slices of one wider tensor."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    lengths, G, P, N = case["lengths"], case["ngroups"], case["headdim"], case["dstate"]
+    batch, H = len(lengths), G * case["heads_per_group"]
+    tokens = {"single": (batch,), "tokens": (batch, case["T"]), "packed": (sum(lengths),)}[case["form"]]
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    A = -torch.exp(rand(H) * math.log(16))  # 1 to 16, as Mamba-2 initialises it
+    dt = rand(*tokens, H) * {"usual": 0.2, "steep": 80 / 16, "zero": 0.0, "large": 40.0}[case["regime"]]
+    if case["regime"] == "usual" and case["dt_softplus"]:
+        dt = dt * 60 - 10  # softplus of it reaches down to 5e-5
+    sizes = [H * P, H * P, G * N, G * N]
+    wide = randn(*tokens, sum(sizes)).to(case["dtype"])
+    parts = [part if case["strided"] else part.contiguous() for part in wide.split(sizes, -1)]
+    x, z = (part.unflatten(-1, (H, P)) for part in parts[:2])
+    B, C = (part.unflatten(-1, (G, N)) for part in parts[2:])
+    dt = dt.to(case["small_dtype"])
+    if case["strided"]:
+        dt = torch.cat([dt, dt], -1)[..., :H]
+
+    width = {"single": 1, "tokens": case["T"], "packed": max([1, *lengths])}[case["form"]]
+    nslots = batch * (width + 2) + 5
+    shape = {"contiguous": (nslots, H, P, N), "transposed": (nslots, N, H, P)}
+    state = randn(*shape.get(case["pool"], (nslots, 2 * H, P, N + 3))).to(case["state_dtype"])
+    if case["pool"] == "transposed":
+        state = state.permute(0, 2, 3, 1)
+    elif case["pool"] == "slice":
+        state = state[:, ::2, :, 3:]
+
+    options = dict(dt_softplus=case["dt_softplus"], dt_limit=case["dt_limit"], update_state=case["update_state"])
+    if case["D"]:
+        options["D"] = randn(*((H,) if case["D"] == "head" else (H, P)))
+    if case["z"]:
+        options["z"] = z
+    if case["dt_bias"]:
+        options["dt_bias"] = randn(H).to(case["small_dtype"])
+    free = torch.tensor([s for s in range(batch, nslots) if s != NULL])  # rows that read_slots=None does not read
+    free = free[torch.randperm(len(free), generator=generator)].int()
+
+    def padded(slots):
+        if case["padded"]:
+            slots[rand(*slots.shape) < 0.4] = NULL
+        return slots
+
+    if case["slots"] in ("read", "both"):
+        options["read_slots"] = padded(free[:batch].clone())
+    if case["slots"] in ("write", "both"):
+        options["write_slots"] = padded(free[batch : 2 * batch].clone())
+    if case["slots"] in ("each", "accepted"):
+        table = padded(free[: batch * width].clone().view(batch, width))
+        if case["slots"] == "each" or (case["update_state"] and width):
+            options["write_slots"] = table
+        if case["slots"] == "accepted" and width:
+            options["read_slots"] = table
+            options["num_accepted"] = torch.randint(1, width + 1, (batch,), generator=generator).int()
+    if case["slots"]:
+        options["null_slot"] = NULL
+    if case["form"] == "packed":
+        options["cu_seqlens"] = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    return (state, x, dt, A, B, C), options
+
+
+def oracle(arguments, options, dtype, store=lambda S, slot, t: S):
+    def array(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        return to_numpy(value, dtype) if value.is_floating_point() else value.numpy()
+
+    named = {k: array(v) for k, v in options.items()}
+    return reference.ssd_state_update(*(array(a) for a in arguments), dtype=dtype, store=store, **named)
+
+
+def check_update(case, impl, device="cpu"):
+    arguments, options = problem(case)
+    written = set()
+
+    def store(S, slot, t):
+        written.add(slot)
+        return S
+
+    ref, ref_pool = oracle(arguments, options, np.float64, store)
+    base, base_pool = oracle(arguments, options, np.float32)
+
+    before = arguments[0].clone()
+    state, x, *rest = (to_device(a, device) for a in arguments)
+    options = {k: to_device(v, device) for k, v in options.items()}
+    out = {"fresh": torch.full_like(x, float("nan")), "x": x}.get(case["out"])
+    y = hybrid_ops.ssd_state_update(state, x, *rest, out=out, impl=impl, **options)
+    assert out is None or y is out
+    assert_within("y", y, ref, base, case["dtype"], axis=-2)
+    written = sorted(written)
+    if written:  # per slot and head
+        heads = (len(written) * state.shape[1], *state.shape[2:])
+        assert_within(
+            "state",
+            state.cpu()[written].reshape(heads),
+            ref_pool[written].reshape(heads),
+            base_pool[written].reshape(heads),
+            max(case["dtype"], case["state_dtype"], key=lambda d: torch.finfo(d).eps),
+            axis=0,
+        )
+    others = [s for s in range(len(before)) if s not in written]
+    assert torch.equal(state.cpu()[others], before[others])
+
+
+SIZES = {"cpu": (2, 8, 20), "cuda": (8, 80, 96)}  # H, P, N; the interpreter is slow
+
+
+def decoder(generator_seed, batch, T, device, H=None, P=None, N=None):
+    """Random x, dt, A, B, C, z, D of T tokens for each sequence."""
+    if H is None:
+        H, P, N = SIZES[device]
+    g = torch.Generator().manual_seed(generator_seed)
+    x, z, B, C = (torch.randn(batch, T, *s, generator=g) for s in ((H, P), (H, P), (2, N), (2, N)))
+    dt, A, D = torch.rand(batch, T, H, generator=g), -torch.rand(H, generator=g), torch.randn(H, generator=g)
+    return tuple(t.to(device) for t in (x, dt, A, B, C, z, D))
