@@ -26,8 +26,10 @@ class Config(NamedTuple):
 
 @functools.cache
 def config(headdim: int, dstate: int, heads_per_group: int, itemsize: int, state_interval: int, arch: int) -> Config:
-    """Chunks end where states are kept; sm_86, 89 and 120 have the shared memory of half chunks."""
-    q = 32 if itemsize == 4 else 64 if arch in (86, 89, 120) or dstate > 128 else 128
+    """Chunks end where states are kept. sm_86, 89, 120 have too little shared memory for long chunks or two stages."""
+    small = arch in (86, 89, 120)
+    large_state = headdim > 64 or dstate > 128
+    q = 32 if itemsize == 4 or (small and large_state) else 64 if small or dstate > 128 else 128
     if state_interval:
         q = min(q, state_interval & -state_interval)  # the largest power of two that divides it
     return Config(
@@ -38,7 +40,7 @@ def config(headdim: int, dstate: int, heads_per_group: int, itemsize: int, state
         WALK_WARPS=8 if q == 128 else 4,
         WALK_STAGES=3,
         SCAN_WARPS=4,
-        SCAN_STAGES=2,
+        SCAN_STAGES=1 if small and large_state else 2,
     )
 
 
