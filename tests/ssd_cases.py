@@ -30,16 +30,23 @@ def cases(
     intervals=(0, 0, 16, 48),
     pools=True,
     signs=("both",),
+    state_dtypes=(None, None, torch.float32, torch.bfloat16, torch.float16),
+    rounds_operands=False,
 ):
     layout = draw(st.sampled_from(layouts))
     interval = 0 if layout == "seq_idx" else draw(st.sampled_from(intervals))
-    softplus = draw(st.booleans())
+    dtype = draw(st.sampled_from(dtypes))
+    runs = draw(st.lists(lengths, min_size=0 if layout == "packed" else 1, max_size=max_sequences))
+    batch = draw(st.sampled_from([0, 1, 2])) if layout != "packed" else 1
+    if rounds_operands and batch * sum(runs) < 16:
+        # a kernel rounds the weight that a token has in y: a head with a few such roundings is no measure of error
+        dtype = torch.float32
     return dict(
         seed=draw(st.integers(0, 2**31 - 1)),
-        dtype=draw(st.sampled_from(dtypes)),
+        dtype=dtype,
         layout=layout,
-        lengths=draw(st.lists(lengths, min_size=0 if layout == "packed" else 1, max_size=max_sequences)),
-        batch=draw(st.sampled_from([0, 1, 2])) if layout != "packed" else 1,
+        lengths=runs,
+        batch=batch,
         ngroups=draw(st.sampled_from(ngroups)),
         heads_per_group=draw(st.sampled_from(heads_per_group)),
         headdim=draw(headdims),
@@ -51,13 +58,13 @@ def cases(
         D=draw(st.sampled_from([None, "head", "feature"])),
         z=draw(st.booleans()),
         dt_bias=draw(st.booleans()),
-        dt_softplus=softplus,
+        dt_softplus=draw(st.booleans()),
         limited=draw(st.booleans()),  # three steps of four beyond dt_limit
         initial=draw(st.booleans()),
         offsets=draw(st.booleans()) if layout != "seq_idx" else False,
         interval=interval,
         small_fp32=draw(st.booleans()),
-        state_dtype=draw(st.sampled_from([None, None, torch.float32, torch.bfloat16, torch.float16])),
+        state_dtype=draw(st.sampled_from(state_dtypes)),
         pool=draw(st.booleans()) if pools else False,
         signs=draw(st.sampled_from(signs)),
     )

@@ -28,18 +28,21 @@ def check_ssd(case, impl, device="cpu", oracle=run_reference):
 # Triton's interpreter truncates float32 to bfloat16, and takes a millisecond an instruction
 INTERPRETER_CASES = dict(
     dtypes=[torch.float32, torch.float16],
+    state_dtypes=(None, torch.float32, torch.float16),
     lengths=st.one_of(st.sampled_from([0, 1, 31, 32, 33]), st.integers(0, 70)),
     max_sequences=3,
     headdims=st.sampled_from([8, 16, 24]),
     dstates=st.sampled_from([16, 24, 32]),
     heads_per_group=(1, 2),
     intervals=(0, 16),
+    rounds_operands=True,
 )
 GPU_CASES = dict(
     lengths=st.one_of(st.sampled_from([0, 1, 63, 64, 65, 127, 128, 129, 256]), st.integers(0, 300)),
     headdims=st.sampled_from([8, 64, 72, 80, 128]),
     dstates=st.sampled_from([16, 64, 96, 128, 256]),
     heads_per_group=(1, 3, 8),
+    rounds_operands=True,
 )
 
 
