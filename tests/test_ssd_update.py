@@ -12,7 +12,7 @@ from hybrid_ops.reference import ssd_update as reference
 from hybrid_ops.triton_kernels import ssd_update as kernels
 
 from .budget import to_numpy
-from .ssd_update_cases import CPU_DTYPES, INTERPRETER_DTYPES, SIZES, cases, check_update, decoder, oracle
+from .ssd_update_cases import CPU_DTYPES, INTERPRETER_DTYPES, NULL, SIZES, cases, check_update, decoder, oracle
 from .tensors import int32
 
 
@@ -104,6 +104,39 @@ def test_several_tokens_interpreter():
 def test_several_tokens_gpu():
     check_tokens_at_once("triton", "cuda")
     check_speculation("triton", "cuda")
+
+
+def check_padding(impl, device="cpu"):
+    """Read, null_slot is a sequence of padding, whatever its write slot; written, it only drops that state."""
+    x, dt, A, B, C, _, _ = decoder(9, 3, 2, device)
+    before = torch.randn(8, *SIZES[device], device=device)
+    for write in (int32(4, 5, NULL), torch.stack([int32(4, 5, NULL), int32(6, 7, NULL)], 1)):
+        pool = before.clone()
+        read, write = int32(1, NULL, 2).to(device), write.to(device)
+        options = dict(write_slots=write, null_slot=NULL, impl=impl)
+        y = hybrid_ops.ssd_state_update(pool, x, dt, A, B, C, read_slots=read, **options)
+        alone = before[[1, 2]]
+        expected = hybrid_ops.ssd_state_update(alone, x[[0, 2]], dt[[0, 2]], A, B[[0, 2]], C[[0, 2]], impl=impl)
+        assert torch.equal(y[[0, 2]], expected)
+        assert (y[1] == 0).all()
+        last = 4 if write.dim() == 1 else 6
+        assert torch.equal(pool[last], alone[0])
+        kept = [s for s in range(8) if s != last and (s != 4 or write.dim() == 1)]
+        assert torch.equal(pool[kept], before[kept])
+
+
+def test_padding():
+    check_padding("torch")
+
+
+@pytest.mark.interpreter
+def test_padding_interpreter():
+    check_padding("triton")
+
+
+@pytest.mark.gpu
+def test_padding_gpu():
+    check_padding("triton", "cuda")
 
 
 # --- what only the device sees ---
