@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from ._version import __version__
 
@@ -51,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # every command says by itself what it does without NumPy, a GPU or a newer driver
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     try:
-        return options.run(options, Console(record=getattr(options, "svg", None) is not None))
+        if getattr(options, "svg", None) is not None:
+            return options.run(options, Console(record=True, width=100))
+        return options.run(options, Console())
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -108,10 +109,7 @@ def _check(options: argparse.Namespace, console: Console) -> int:
         for row in selfcheck.rows():
             rows.append(row)
             status.update(f"{row.op}: {row.impl}")
-    console.print(selfcheck.table(rows))
-    for row in rows:
-        for complaint in row.complaints:
-            console.print(f"[red]wrong[/] {row.op} ({row.impl}): {escape(complaint)}", highlight=False)
+    selfcheck.show(console, rows)
     if options.json is not None:
         options.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
     wrong = sum(not row.passed for row in rows)

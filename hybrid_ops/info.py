@@ -101,7 +101,7 @@ def _installed(package: str) -> bool:
 def describe() -> dict[str, str]:
     """The machine and the software, a line each."""
     facts = {
-        "machine": machine(),
+        "machine": _machine(),
         "Python": platform.python_version(),
         "hybrid-ops": hybrid_ops.__version__,
         "torch": f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"),
@@ -132,11 +132,14 @@ def _triton() -> str:
     return version
 
 
-def machine() -> str:
-    """Processor, cores that this process may use, memory, system."""
+def processor() -> str:
+    """The CPU and how many of its cores this process may use."""
+    return f"{_cpu()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def _machine() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cores = len(os.sched_getaffinity(0))
-    return f"{_cpu()}, {cores} cores, {memory:.0f} GiB, {platform.system()} {platform.release()}"
+    return f"{processor()}, {memory:.0f} GiB, {platform.system()} {platform.release()}"
 
 
 def _cpu() -> str:

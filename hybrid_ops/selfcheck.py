@@ -1,7 +1,7 @@
 """`hybrid-ops check`: every public op on this machine against the NumPy reference, in units of its error budget.
 
 Triton kernels run on the GPU; without one in Triton's interpreter, which has to be a process of its own:
-`TRITON_INTERPRET=1 python -m hybrid_ops.selfcheck` prints their rows as JSON.
+`TRITON_INTERPRET=1 python -m hybrid_ops.selfcheck OP ...` prints their rows as JSON.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
@@ -182,7 +183,7 @@ def _interpreter_rows(names: tuple[str, ...]) -> Iterator[Row]:
     if (reason := interpreter_missing()) is not None:
         yield Row("every op", "triton", where, {}, [], skipped=reason)
         return
-    command = [sys.executable, "-m", "hybrid_ops.selfcheck"]
+    command = [sys.executable, "-m", "hybrid_ops.selfcheck", *names]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     seen = 0
     with tempfile.TemporaryFile("w+") as errors:
@@ -195,7 +196,7 @@ def _interpreter_rows(names: tuple[str, ...]) -> Iterator[Row]:
         error = errors.read().strip()
     if process.returncode or seen != len(names):
         last = error.splitlines()[-1] if error else f"exit status {process.returncode}"
-        yield Row("every op", "triton", where, {}, [f"{' '.join(command[1:])} ended early: {last}"])
+        yield Row("every op", "triton", where, {}, [f"{' '.join(command[1:3])} ended early: {last}"])
 
 
 def interpreter_missing() -> str | None:
@@ -208,26 +209,37 @@ def interpreter_missing() -> str | None:
     return None
 
 
-def table(rows: Iterable[Row]) -> Table:
-    """A line for each op and implementation; the columns are dtypes."""
+def show(console: Console, rows: Iterable[Row]) -> None:
+    """A line for each op and implementation; then what was wrong, and why others did not run."""
+    rows = list(rows)
     dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     table = Table(title="error / budget, against NumPy in float64", title_justify="left", header_style="bold", box=None)
     for column in ("op", "implementation", *dtypes, ""):
-        table.add_column(column, justify="right" if column in dtypes else "left")
+        table.add_column(column, justify="right" if column in dtypes else "left", no_wrap=True)
     for row in rows:
         where = "" if row.where in ("cpu", "cuda") else f" [dim]({row.where})[/]"
+        ratios = [f"{row.ratio[dtype]:.2f}" if dtype in row.ratio else "" for dtype in dtypes]
+        verdict = "[green]right[/]" if row.passed else "[red]wrong[/]"
+        table.add_row(row.op, row.impl + where, *ratios, verdict if row.skipped is None else "[yellow]skipped[/]")
+    console.print(table)
+    for row in rows:
+        for complaint in row.complaints:
+            console.print(f"[red]wrong[/] {row.op} ({row.impl}): {escape(complaint)}", highlight=False, soft_wrap=True)
+    for reason, skipped in _by_reason(rows).items():
+        console.print(f"[yellow]skipped[/] {', '.join(skipped)}: {escape(reason)}", highlight=False, soft_wrap=True)
+
+
+def _by_reason(rows: Iterable[Row]) -> dict[str, list[str]]:
+    """What did not run, for each reason once."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
         if row.skipped is not None:
-            table.add_row(row.op, row.impl + where, "", "", "", f"[yellow]skipped[/]: {escape(row.skipped)}")
-            continue
-        ratios = [
-            f"{row.ratio[dtype]:.2f}" if dtype in row.ratio else "" for dtype in ("float32", "bfloat16", "float16")
-        ]
-        table.add_row(row.op, row.impl + where, *ratios, "[green]right[/]" if row.passed else "[red]wrong[/]")
-    return table
+            reasons.setdefault(row.skipped, []).append(f"{row.op} ({row.impl})")
+    return reasons
 
 
 def _main() -> None:
-    for op in problems(torch.float32):
+    for op in sys.argv[1:]:
         print(json.dumps(dataclasses.asdict(check(op, "triton", "cpu", INTERPRETER_DTYPES))), flush=True)
 
 

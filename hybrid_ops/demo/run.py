@@ -63,7 +63,7 @@ def run(console: Console, *, steps: int | None = None, html: Path = Path("demo.h
         for row in selfcheck.rows(device.type):
             results.ops.append(row)
             status.update(f"checking {row.op}, {row.impl}")
-    console.print(selfcheck.table(results.ops))
+    selfcheck.show(console, results.ops)
 
     timed = device.type != "cuda" or _bench(console, results)
     failures = [
@@ -79,12 +79,12 @@ def run(console: Console, *, steps: int | None = None, html: Path = Path("demo.h
         console.print(f"[red]failed:[/] {escape(failure)}", highlight=False)
     done = "[green]All of it holds.[/] " if not failures else ""
     console.print(f"{done}{results.seconds:.0f} seconds. The picture, for a browser:")
-    console.print(str(html.resolve()), highlight=False, soft_wrap=True)
+    console.print(str(html), highlight=False, soft_wrap=True)
     return 1 if failures else 0
 
 
 def _machine(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else info.machine()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else info.processor()
 
 
 def _introduce(console: Console, results: Results) -> None:
@@ -94,11 +94,11 @@ def _introduce(console: Console, results: Results) -> None:
     console.print(
         f"[bold]hybrid-ops demo[/] on {escape(results.machine)}\n\n"
         f"A hybrid model of {results.parameters / 1e6:.2f} million parameters ({layers})\n"
-        f"learns from Python's own help texts: {len(corpus.train) / 1e3:.0f} kB, byte by byte, "
+        f"learns from Python's own help texts: {len(corpus.train) / 1e3:.0f} kB, byte by byte, in "
         f"{recipe.steps} steps of {recipe.batch} x {recipe.length} bytes.\n"
-        f"{len(corpus.held_out_topics)} topics ({len(corpus.held_out) / 1e3:.0f} kB) are kept from it, "
-        f"{100 * corpus.shared:.0f}% of their lines are in the rest: "
-        f"{escape(', '.join(corpus.held_out_topics))}.",
+        f"{len(corpus.held_out_topics)} topics ({len(corpus.held_out) / 1e3:.0f} kB) are kept from it; "
+        f"{100 * corpus.shared:.0f}% of their lines occur in the rest.\n"
+        "Then it is measured, it writes, it is proved against NumPy, and a picture is drawn.",
         highlight=False,
     )
 
@@ -158,9 +158,13 @@ def _comparison(results: Results) -> Table:
 
 def _write(console: Console, model: NemotronHForCausalLM, results: Results) -> None:
     console.print(PROMPT.decode(), end="", style="dim", highlight=False)
+    column = len(PROMPT)
     for byte in prove.write(model, PROMPT, 300, temperature=0.5):
         results.written += byte
-        console.print(report.printable(byte), end="", markup=False, highlight=False, soft_wrap=True)
+        end_of_line = byte == b"\n" or (byte == b" " and column > console.width - 12)
+        column = 0 if end_of_line else column + 1
+        letter = "\n" if end_of_line else report.printable(byte)
+        console.print(letter, end="", markup=False, highlight=False, soft_wrap=True)
     console.print("\n")
     results.speeds = [prove.speed(model, results.corpus.train, position) for position in POSITIONS]
     table = Table(box=None, header_style="bold")
@@ -176,7 +180,7 @@ def _print_proofs(console: Console, results: Results) -> None:
     for proof in results.proofs:
         mark = "[green]yes[/]" if proof.holds else "[red]no [/]"
         console.print(
-            f"{mark}  {proof.claim}: logits differ by {proof.difference:.1e} at most; {proof.detail}", highlight=False
+            f"{mark}  {proof.claim}: logits differ by {proof.difference:.0e}; {proof.detail}", highlight=False
         )
     console.print()
 
