@@ -46,17 +46,20 @@ def causal_conv1d_update(
         y.zero_()
         return
 
-    # [batch, dim, state_len + steps]: the old columns, then the new ones; a column of the stream, counted without the
-    # dropped ones, is found `dropped` places later once it is a token
+    # [batch, dim, state_len + steps]: the old columns, then the new ones
     columns = torch.cat([conv_state[slot.where(kept, 0)].to(dtype), tokens.to(dtype).transpose(1, 2)], dim=2)
-    old = (state_len - dropped)[:, None]
+    if rollback is None and cu_seqlens is None:
+        window, newest = columns[:, :, state_len - (width - 1) :], columns[:, :, steps:]
+    else:
+        old = (state_len - dropped)[:, None]
 
-    def at(column: Tensor) -> Tensor:
-        """Columns (batch, m) of the streams, zero before their beginning."""
-        place = (column + torch.where(column >= old, dropped[:, None], 0)).clamp(0, columns.shape[2] - 1)
-        return columns.gather(2, place[:, None].expand(-1, dim, -1)).where((column >= 0)[:, None], 0.0)
+        def at(column: Tensor) -> Tensor:
+            """Columns (batch, m) of the streams, zero before their beginning; tokens are `dropped` places further."""
+            place = (column + torch.where(column >= old, dropped[:, None], 0)).clamp(0, columns.shape[2] - 1)
+            return columns.gather(2, place[:, None].expand(-1, dim, -1)).where((column >= 0)[:, None], 0.0)
 
-    window = at(old - (width - 1) + torch.arange(steps + width - 1, device=device))
+        window = at(old - (width - 1) + torch.arange(steps + width - 1, device=device))
+        newest = at(old + lengths[:, None] - state_len + torch.arange(state_len, device=device))
     taps = weight.to(dtype)[:, :, None]
     result = window.new_zeros(batch, dim, steps)
     for k in range(width):
@@ -64,7 +67,6 @@ def causal_conv1d_update(
     if bias is not None:
         result += bias.to(dtype)[:, None]
     result = (F.silu(result) if silu else result).transpose(1, 2)
-    newest = at(old + lengths[:, None] - state_len + torch.arange(state_len, device=device))
     conv_state[slot[kept]] = newest[kept].to(conv_state.dtype)
     if cu_seqlens is None:
         y.copy_(result.where(inside[..., None], 0.0))

@@ -44,45 +44,45 @@ def ssd_state_update(
     else:
         bounds = cu_seqlens.long().clamp(0, len(x))
         begin, lengths = bounds[:-1], (bounds[1:] - bounds[:-1]).clamp(min=0)
-        batch = len(lengths)
-        steps = int(lengths.max()) if batch else 0
-    if nslots == 0 or batch == 0:
+    slot = torch.arange(len(begin), device=device) if read_slots is None else _chosen(read_slots, num_accepted)
+    kept = _which(_usable(slot, nslots, None if read_slots is None else null_slot))  # the others are padding
+    slot, begin, lengths = slot[kept], begin[kept], lengths[kept]
+    write = None if write_slots is None else write_slots[kept].long()
+    each = write if write is not None and write.dim() == 2 else None
+    if len(slot) == 0:
         y.zero_()
         return
+    shortest, longest = int(lengths.min()), int(lengths.max())
 
-    slot = torch.arange(batch, device=device) if read_slots is None else _chosen(read_slots, num_accepted)
-    kept = slot >= 0 if read_slots is None else _usable(slot, nslots, null_slot)
-    S = state[slot.where(kept, 0)].to(dtype)  # [batch, H, P, N], a copy
-
-    per_head = nheads // B.shape[-2]
-    xs, steps_of_dt = x.to(dtype), _step_sizes(dt.to(dtype), dt_bias, dt_softplus, dt_min, dt_max)
-    decay = torch.exp(steps_of_dt * A.to(dtype))  # [tokens, H]
-    inputs = steps_of_dt[..., None] * xs  # [tokens, H, P]
-    B, C = (t.to(dtype).repeat_interleave(per_head, dim=-2) for t in (B, C))  # [tokens, H, N]
+    steps_of_dt, xs = _step_sizes(dt.to(dtype), dt_bias, dt_softplus, dt_min, dt_max), x.to(dtype)
+    decay = torch.exp(steps_of_dt * A.to(dtype))[..., None, None]  # [tokens, H, 1, 1]
+    inputs = (steps_of_dt[..., None] * xs)[..., None]  # [tokens, H, P, 1]
+    B, C = (t.to(dtype).repeat_interleave(nheads // t.shape[-2], dim=-2) for t in (B, C))  # [tokens, H, N]
     result = torch.zeros_like(xs)
-    if D is not None:
-        result = xs * (D.to(dtype)[:, None] if D.dim() == 1 else D.to(dtype))
-    gate = None if z is None else F.silu(z.to(dtype))
     covered = torch.zeros(len(xs), dtype=torch.bool, device=device)
-
-    for t in range(steps):
-        active = kept & (t < lengths)
-        row = (begin + t).where(active, 0)
-        after = S * decay[row][..., None, None]
-        after.addcmul_(inputs[row][..., None], B[row][..., None, :])
-        S = after.where(active[:, None, None, None], S)
-        rows = row[active]
-        result[rows] += (S[active] @ C[rows][..., None])[..., 0]
+    S = state[slot].to(dtype)  # [batch, H, P, N], a copy
+    for t in range(longest):
+        active = slice(None) if t < shortest else (t < lengths).nonzero()[:, 0]
+        rows = begin[active] + t
+        part = S[active]
+        part.mul_(decay[rows]).addcmul_(inputs[rows], B[rows][..., None, :])
+        if t >= shortest:
+            S[active] = part
+        result[rows] = (part @ C[rows][..., None])[..., 0]
         covered[rows] = True
-        if update_state and write_slots is not None and write_slots.dim() == 2 and t < write_slots.shape[1]:
-            place = write_slots[:, t].long()
-            _store(state, S, place, active & _usable(place, nslots, null_slot), seed, torch.full_like(place, t))
-    if update_state and (write_slots is None or write_slots.dim() == 1):
-        place = slot if write_slots is None else write_slots.long()
-        wanted = kept if write_slots is None else kept & _usable(place, nslots, null_slot)
-        _store(state, S, place, wanted, seed, (lengths - 1).clamp(min=0))
-    if gate is not None:
-        result = result * gate
+        if update_state and each is not None and t < each.shape[1]:
+            place = each[active, t]
+            wanted = _which(_usable(place, nslots, null_slot))
+            _store(state, part[wanted], place[wanted], seed, torch.full_like(place[wanted], t))
+    if update_state and each is None:
+        place = slot if write is None else write
+        wanted = _which(_usable(place, nslots, None if write is None else null_slot))
+        _store(state, S[wanted], place[wanted], seed, (lengths[wanted] - 1).clamp(min=0))
+
+    if D is not None:
+        result.addcmul_(D.to(dtype)[:, None] if D.dim() == 1 else D.to(dtype), xs)
+    if z is not None:
+        result.mul_(F.silu(z.to(dtype)))
     y.copy_(result.where(covered[:, None, None], 0.0).view(y.shape))
 
 
@@ -97,8 +97,14 @@ def _chosen(read_slots: Tensor, num_accepted: Tensor | None) -> Tensor:
     return read_slots.long().gather(1, column.where(inside, 0)[:, None])[:, 0].where(inside, -1)
 
 
-def _usable(slot: Tensor, nslots: int, null_slot: int) -> Tensor:
-    return (slot >= 0) & (slot < nslots) & (slot != null_slot)
+def _usable(slot: Tensor, nslots: int, null_slot: int | None) -> Tensor:
+    inside = (slot >= 0) & (slot < nslots)
+    return inside if null_slot is None else inside & (slot != null_slot)
+
+
+def _which(mask: Tensor) -> Tensor | slice:
+    """An index of the true ones, that copies nothing where all are."""
+    return slice(None) if bool(mask.all()) else mask.nonzero()[:, 0]
 
 
 def _step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float) -> Tensor:
@@ -109,14 +115,12 @@ def _step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_min: f
     return dt.clamp(dt_min, dt_max)
 
 
-def _store(state: Tensor, S: Tensor, place: Tensor, wanted: Tensor, seed: Tensor | None, t: Tensor) -> None:
-    """state[place[b]] = S[b] for every wanted b, rounded to nearest, or with the bits of token t[b]."""
-    place, S = place[wanted], S[wanted]
+def _store(state: Tensor, S: Tensor, place: Tensor, seed: Tensor | None, t: Tensor) -> None:
+    """state[place[b]] = S[b], rounded to nearest, or with the bits of token t[b]."""
     if seed is not None:
         elements = state[0].numel()
         index = place[:, None] * elements + torch.arange(elements, device=S.device)
-        bits = random_bits(seed, index, t[wanted][:, None])
-        S = round_stochastic(S.float(), bits.view(S.shape), state.dtype)
+        S = round_stochastic(S.float(), random_bits(seed, index, t[:, None]).view(S.shape), state.dtype)
     state[place] = S.to(state.dtype)
 
 
