@@ -100,8 +100,9 @@ def ssd_chunk_scan(
             steps = step_sizes(dt, dt_bias, seq_idx, dt_softplus, dt_min, dt_max, compute_dtype(x))
             inputs = chunk_inputs(chunks, x, steps, A, B, C, seq_idx)
             starts, ends = pass_states(chunks, inputs, start)
-            ungated = outputs(inputs, starts)
-            finish(chunks, ungated, x, D, z, seq_idx, y)
+            direct = chunk_view(chunks, y) if y.dtype == compute_dtype(x) else None
+            result = outputs(inputs, starts, direct)
+            finish(y if direct is not None else from_chunks(chunks, result, *x.shape[:2]), x, D, z, seq_idx, y)
         if final_states is not None:
             final_states.copy_(_final(chunks, start, ends))
         if interval_states is not None:
@@ -172,10 +173,18 @@ def from_chunks(chunks: Chunks, t: Tensor, batch: int, seqlen: int) -> Tensor:
     return t.flatten(0, 2).index_select(0, chunks.gather.place).unflatten(0, (batch, seqlen))
 
 
+def chunk_view(chunks: Chunks, t: Tensor) -> Tensor | None:
+    """(batch, seqlen, ...) as a view (R, K, Q, ...), to be written; None where there is none."""
+    if chunks.gather is not None or t.shape[1] != chunks.K * chunks.Q:
+        return None
+    return t.unflatten(1, (chunks.K, chunks.Q))
+
+
 def write_tokens(chunks: Chunks, t: Tensor, result: Tensor) -> None:
     """(R, K, Q, ...) into result, (batch, seqlen, ...)."""
-    if chunks.gather is None and result.shape[1] == chunks.K * chunks.Q:
-        result.unflatten(1, (chunks.K, chunks.Q)).copy_(t)
+    view = chunk_view(chunks, result)
+    if view is not None:
+        view.copy_(t)
     else:
         result.copy_(from_chunks(chunks, t, *result.shape[:2]))
 
@@ -312,14 +321,14 @@ def pass_states(chunks: Chunks, inputs: Inputs, start: Tensor) -> tuple[Tensor, 
     return starts.view(R * K, H, P, N), ends.view(R * K, H, P, N)
 
 
-def outputs(inputs: Inputs, starts: Tensor) -> Tensor:
+def outputs(inputs: Inputs, starts: Tensor, y: Tensor | None = None) -> Tensor:
     """y before skip and gate, (R, K, Q, H, P): what the chunk's own tokens give, and what its first state gives."""
     shape, ngroups, Q = inputs.x.shape, ngroups_of(inputs), inputs.x.shape[2]
     own = decay_matrix(inputs).mul_(torch.bmm(inputs.C, inputs.B.mT)[:, None])
     within = from_head_major(torch.bmm(own.view(-1, Q, Q), head_major(inputs.x, inputs.dt)), shape, ngroups)
     before = from_group_major(read_state(inputs.C, starts), shape)
     from_start = decays(inputs)[0].unflatten(3, (ngroups, -1))[..., None]
-    y = within.new_empty(shape)
+    y = within.new_empty(shape) if y is None else y
     torch.addcmul(within, before, from_start, out=y.unflatten(3, (ngroups, -1)))
     return y
 
@@ -329,22 +338,21 @@ def read_state(C: Tensor, starts: Tensor) -> Tensor:
     return torch.bmm(C, starts.view(C.shape[0], -1, starts.shape[3]).mT)
 
 
-def finish(
-    chunks: Chunks, ungated: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None, seq_idx: Tensor | None, y: Tensor
-) -> None:
-    """Skip, gate, padding, one cast."""
-    result = skip(from_chunks(chunks, ungated, x.shape[0], x.shape[1]), x, D)
+def finish(result: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None, seq_idx: Tensor | None, y: Tensor) -> None:
+    """Skip, gate, padding, all in place in result, which may be y; then the one cast."""
+    add_skip_(result, x, D)
     if z is not None:
-        result = result * F.silu(z.to(result.dtype))
+        result.mul_(F.silu(z.to(result.dtype)))
     if seq_idx is not None:
-        result = result.masked_fill((seq_idx < 0)[..., None, None], 0)
-    y.copy_(result)
+        result.masked_fill_((seq_idx < 0)[..., None, None], 0)
+    if result is not y:
+        y.copy_(result)
 
 
-def skip(y: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
+def add_skip_(y: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
     if D is None:
         return y
-    return torch.addcmul(y, x.to(y.dtype), (D[:, None] if D.dim() == 1 else D).to(y.dtype))
+    return y.addcmul_(x.to(y.dtype), (D[:, None] if D.dim() == 1 else D).to(y.dtype))
 
 
 def _final(chunks: Chunks, start: Tensor, ends: Tensor) -> Tensor:

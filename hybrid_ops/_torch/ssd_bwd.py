@@ -14,7 +14,9 @@ from torch import Tensor
 from .ssd import (
     Chunks,
     Inputs,
+    add_skip_,
     chunk_inputs,
+    chunk_view,
     compute_dtype,
     cut,
     decays,
@@ -29,7 +31,6 @@ from .ssd import (
     outputs,
     pass_states,
     read_state,
-    skip,
     step_sizes,
     unclamped_steps,
     write_tokens,
@@ -93,8 +94,8 @@ def ssd_chunk_scan_bwd(
         if z is not None and dz is not None:
             gate = z.to(dtype)
             sigmoid = torch.sigmoid(gate)
-            ungated = skip(from_chunks(chunks, outputs(inputs, starts), *x.shape[:2]), x, D)
-            dz.copy_(dy * ungated * sigmoid * (1 + gate * (1 - sigmoid)))
+            ungated = add_skip_(from_chunks(chunks, outputs(inputs, starts), *x.shape[:2]), x, D)
+            dz.copy_(ungated.mul_(dy).mul_(sigmoid * (1 + gate * (1 - sigmoid))))
             dungated = dy * (sigmoid * gate)
         if D is not None and dD is not None:
             product = (dungated * x).sum((0, 1))
@@ -111,7 +112,7 @@ def ssd_chunk_scan_bwd(
         split = (R, K, ngroups, Q, H // ngroups, P)
         from_start, to_end, across = decays(inputs)
         dy_decayed = group_major(dy_rev, from_start.flip(2), ngroups)
-        dC_rev.baddbmm_(dy_decayed, starts.view(R * K * ngroups, -1, state[2]))
+        _add_products(dC_rev, dy_decayed, starts.view(R * K * ngroups, -1, state[2]))
         dstarts = torch.bmm(dy_decayed.mT, C_rev).view(R, K, *state)
         dlog_read_rev = _by_token((read_state(C_rev, starts).mul_(dy_decayed)).view(split).sum(-1))
 
@@ -128,11 +129,12 @@ def ssd_chunk_scan_bwd(
         dlog_across = (dends * starts.view_as(dends)).sum((-2, -1)).mul_(across)
         dends = dends.view(R * K * ngroups, -1, state[2])
         x_decayed = group_major(inputs.x, inputs.dt * to_end, ngroups)
-        dB_groups.baddbmm_(x_decayed, dends)
+        _add_products(dB_groups, x_decayed, dends)
         dx_write = torch.bmm(inputs.B, dends.mT)
         dlog_write = _by_token((x_decayed.mul_(dx_write)).view(split).sum(-1))
 
-        dxd = dx_write.new_empty(inputs.x.shape)  # gradient of dt' x
+        direct = chunk_view(chunks, dx) if dx.dtype == dtype else None
+        dxd = dx_write.new_empty(inputs.x.shape) if direct is None else direct  # gradient of dt' x
         torch.addcmul(
             from_head_major(dxd_within, inputs.x.shape, ngroups),
             from_group_major(dx_write, inputs.x.shape),
@@ -152,7 +154,8 @@ def ssd_chunk_scan_bwd(
         dxd.mul_(inputs.dt[..., None])
         if D is not None:
             dxd.addcmul_(dy_chunks, (D[:, None] if D.dim() == 1 else D).to(dtype))
-        write_tokens(chunks, dxd, dx)
+        if direct is None:
+            write_tokens(chunks, dxd, dx)
         for groups, gradient in ((dB_groups, dB), (dC_rev.flip(1), dC)):
             write_tokens(chunks, groups.view(R, K, ngroups, Q, -1).transpose(2, 3), gradient)
 
@@ -178,6 +181,16 @@ def _within(inputs: Inputs, dy_rev: Tensor, C_rev: Tensor) -> tuple[Tensor, Tens
     return dxd, dlog.transpose(2, 3), dB, dC_rev
 
 
+def _add_products(result: Tensor, left: Tensor, right: Tensor) -> None:
+    """result += left @ right, over all features of all heads of a group.
+
+    The error of a float32 sum grows with its length and with what it starts from, so the sum is taken in pieces, and
+    not by baddbmm, which would start it from the result.
+    """
+    for piece in range(0, left.shape[2], 64):
+        result += torch.bmm(left[:, :, piece : piece + 64], right[:, piece : piece + 64])
+
+
 def _by_token(t: Tensor) -> Tensor:
     """(R, K, G, Q, M) as (R, K, Q, H)."""
     return t.transpose(2, 3).flatten(3)
@@ -201,10 +214,11 @@ def _pass_back(
         dends += taken.masked_fill_(~kept[:, None, None, None], 0).view_as(dends)
     across = across[..., None, None]
     for k in range(K - 1, 0, -1):
-        earlier = torch.addcmul(dstarts[:, k], dends[:, k], across[:, k])
-        if gather is not None:
-            earlier.masked_fill_(gather.restart[k], 0)
-        dends[:, k - 1] += earlier
+        if gather is None:
+            dends[:, k - 1].add_(dstarts[:, k]).addcmul_(dends[:, k], across[:, k])
+        else:
+            earlier = torch.addcmul(dstarts[:, k], dends[:, k], across[:, k])
+            dends[:, k - 1] += earlier.masked_fill_(gather.restart[k], 0)
     return dends
 
 
