@@ -1,6 +1,7 @@
 """Random problems for `ssd_state_update`, and the check that every implementation passes."""
 
 import math
+import random
 
 import numpy as np
 import torch
@@ -19,40 +20,42 @@ NULL = 3  # a row of the pool that stands for padding, where slots are given
 
 @st.composite
 def cases(draw, dtypes, headdims=(8, 24), dstates=(16, 20, 48), max_batch=3, max_groups=2):
-    batch = draw(st.sampled_from([0, 1, 2, max_batch]))
-    form = draw(st.sampled_from(["single", "tokens", "packed"]))
-    T = draw(st.sampled_from([0, 1, 2, 4]))
-    slots = draw(st.sampled_from([None, "read", "write", "both", "each", "accepted"]))
-    dtype = draw(st.sampled_from(dtypes))
+    # one draw seeds the rest: drawn one by one, choices repeat from example to example, and ragged batches went missing
+    choose = random.Random(draw(st.integers(0, 2**64))).choice
+    batch = choose([0, 1, 2, max_batch, max_batch])
+    form = choose(["single", "tokens", "packed", "packed"])
+    T = choose([0, 1, 2, 4])
+    slots = choose([None, "read", "write", "both", "each", "accepted"])
+    dtype = choose(dtypes)
     return dict(
-        seed=draw(st.integers(0, 2**31 - 1)),
+        seed=choose(range(2**31)),
         dtype=dtype,
-        state_dtype=draw(st.sampled_from(dtypes)),
-        small_dtype=draw(st.sampled_from([torch.float32, dtype])),
+        state_dtype=choose(dtypes),
+        small_dtype=choose([torch.float32, dtype]),
         form=form,
         lengths={
             "single": [1] * batch,
             "tokens": [T] * batch,
-            "packed": draw(st.lists(st.sampled_from([0, 1, 3]), min_size=batch, max_size=batch)),
+            "packed": [choose([0, 1, 3]) for _ in range(batch)],
         }[form],
         T=T,
-        ngroups=draw(st.integers(1, max_groups)),
-        heads_per_group=draw(st.sampled_from([1, 2])),
-        headdim=draw(st.sampled_from(headdims)),
-        dstate=draw(st.sampled_from(dstates)),
+        ngroups=choose(range(1, max_groups + 1)),
+        heads_per_group=choose([1, 2]),
+        headdim=choose(headdims),
+        dstate=choose(dstates),
         # dt |A|: as in a trained model, up to 80 a token, no step at all, steps above softplus' usual threshold
-        regime=draw(st.sampled_from(["usual", "usual", "steep", "zero", "large"])),
-        D=draw(st.sampled_from([None, "head", "feature"])),
-        z=draw(st.booleans()),
-        dt_bias=draw(st.booleans()),
-        dt_softplus=draw(st.booleans()),
-        dt_limit=draw(st.sampled_from([(0.0, math.inf), (0.0, math.inf), (0.25, 0.5)])),
+        regime=choose(["usual", "usual", "steep", "zero", "large"]),
+        D=choose([None, "head", "feature"]),
+        z=choose([False, True]),
+        dt_bias=choose([False, True]),
+        dt_softplus=choose([False, True]),
+        dt_limit=choose([(0.0, math.inf), (0.0, math.inf), (0.25, 0.5)]),
         slots=slots,
-        padded=draw(st.booleans()),
-        update_state=draw(st.booleans()) if slots in (None, "read", "accepted") else True,
-        strided=draw(st.booleans()),
-        pool=draw(st.sampled_from(["contiguous", "transposed", "slice"])),
-        out=draw(st.sampled_from([None, "fresh", "x"])),
+        padded=choose([False, True]),
+        update_state=choose([False, True]) if slots in (None, "read", "accepted") else True,
+        strided=choose([False, True]),
+        pool=choose(["contiguous", "transposed", "slice"]),
+        out=choose([None, "fresh", "x"]),
     )
 
 

@@ -1,4 +1,5 @@
 import doctest
+import random
 from pathlib import Path
 
 import numpy as np
@@ -20,33 +21,35 @@ NULL = 3  # a row of the pool that stands for padding, where slots are given
 
 @st.composite
 def cases(draw, dtypes, dims=(1, 8, 24), max_batch=4):
-    batch = draw(st.sampled_from([0, 1, 2, max_batch]))
-    form = draw(st.sampled_from(["single", "tokens", "packed"]))
-    T = draw(st.sampled_from([0, 1, 2, 6]))
-    spare = draw(st.integers(0, 4))
+    # one draw seeds the rest: drawn one by one, choices repeat from example to example, and ragged batches went missing
+    choose = random.Random(draw(st.integers(0, 2**64))).choice
+    batch = choose([0, 1, 2, max_batch, max_batch])
+    form = choose(["single", "tokens", "packed", "packed"])
+    T = choose([0, 1, 2, 6])
+    spare = choose(range(5))
     return dict(
-        seed=draw(st.integers(0, 2**31 - 1)),
-        dtype=draw(st.sampled_from(dtypes)),
-        state_dtype=draw(st.sampled_from(dtypes)),
-        weight_dtype=draw(st.sampled_from(dtypes)),
+        seed=choose(range(2**31)),
+        dtype=choose(dtypes),
+        state_dtype=choose(dtypes),
+        weight_dtype=choose(dtypes),
         form=form,
         lengths={
             "single": [1] * batch,
             "tokens": [T] * batch,
-            "packed": draw(st.lists(st.sampled_from([0, 1, 2, 5]), min_size=batch, max_size=batch)),
+            "packed": [choose([0, 1, 2, 5]) for _ in range(batch)],
         }[form],
         T=T,
-        dim=draw(st.sampled_from(dims)),
-        width=draw(st.integers(1, 8)),
+        dim=choose(dims),
+        width=choose(range(1, 9)),
         spare=spare,
-        rollback=draw(st.none() | st.lists(st.integers(0, spare), min_size=batch, max_size=batch)),
-        slots=draw(st.sampled_from([None, "distinct", "padded"])),
-        bias=draw(st.booleans()),
-        activation=draw(st.sampled_from([None, "silu"])),
-        strided=draw(st.booleans()),
-        pool=draw(st.sampled_from(["contiguous", "channel-last", "slice"])),
-        out=draw(st.sampled_from([None, "fresh", "strided", "x"])),
-        scale=draw(st.sampled_from([1e-2, 1.0, 1e2])),
+        rollback=choose([None, [choose(range(spare + 1)) for _ in range(batch)]]),
+        slots=choose([None, "distinct", "padded"]),
+        bias=choose([False, True]),
+        activation=choose([None, "silu"]),
+        strided=choose([False, True]),
+        pool=choose(["contiguous", "channel-last", "slice"]),
+        out=choose([None, "fresh", "strided", "x"]),
+        scale=choose([1e-2, 1.0, 1e2]),
     )
 
 
