@@ -264,10 +264,26 @@ def _check_pool(
 
 
 @explains("ssd_chunk_scan")
-def _choose(*, device: str = "cuda", impl: str = "auto", headdim: int = 64, dstate: int = 128, **_: Any) -> Choice:
+def _choose(
+    *,
+    device: str = "cuda",
+    impl: str = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+    nheads: int = 128,
+    headdim: int = 64,
+    ngroups: int = 8,
+    dstate: int = 128,
+    state_interval: int = 0,
+    **_: Any,
+) -> Choice:
     chosen, reason = _device.choose(impl, torch.device(device))
-    config = {"chunk": _torch_ssd.chunk_of(headdim, dstate, 0)} if chosen == "torch" else {}
-    return Choice(chosen, config, reason)
+    if chosen != "triton":
+        return Choice(chosen, dict(Q=_torch_ssd.chunk_of(headdim, dstate, state_interval)), reason)
+    from .triton_kernels import ssd as kernels
+
+    major, minor = _device.capability(torch.device(device).index or 0) if torch.cuda.is_available() else (9, 0)
+    config = kernels.config(headdim, dstate, nheads // ngroups, dtype.itemsize, state_interval, 10 * major + minor)
+    return Choice(chosen, config._asdict(), reason)
 
 
 def _ssd_fwd(*arguments: Any) -> None:

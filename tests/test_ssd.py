@@ -352,6 +352,12 @@ def test_named_implementation_does_not_fall_back():
     assert hybrid_ops.explain("ssd_chunk_scan", device="cpu").impl == "torch"
 
 
+@pytest.mark.interpreter
+def test_explain_interpreter():
+    choice = hybrid_ops.explain("ssd_chunk_scan", device="cpu", impl="triton", state_interval=16, chunk_size=16)
+    assert (choice.impl, choice.config["Q"]) == ("triton", 16)
+
+
 def test_opcheck():
     a = small()
     inputs = tuple(a.values())
