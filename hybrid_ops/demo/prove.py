@@ -34,7 +34,7 @@ class Speed(NamedTuple):
     all_attention: int  # what it would hold if its Mamba-2 layers were attention layers too
 
 
-def speed(model: NemotronHForCausalLM, text: bytes, position: int, steps: int = 64) -> Speed:
+def speed(model: NemotronHForCausalLM, text: bytes, position: int, steps: int) -> Speed:
     """Read `position` bytes, then time `steps` more, one at a time, each chosen from the logits before it."""
     cache = model.new_cache(1, max_length=position + steps)
     with torch.no_grad():

@@ -128,15 +128,15 @@ def ngram_bits(train: bytes, test: bytes, n: int) -> float:
         p(b | h) = (max(c(hb) - d, 0) + d kinds(h) p(b | h without its first byte)) / c(h)
 
     c counts occurrences for the longest history, else the different bytes before; kinds(h) counts the different bytes
-    behind h; d = n1 / (n1 + 2 n2) with ni the number of hb counted i times.
+    behind h; d is about n1 / (n1 + 2 n2), ni being the number of hb counted i times.
 
     Source: Chen and Goodman 1998, "An Empirical Study of Smoothing Techniques for Language Modeling", section 2.7.
     """
     data = np.frombuffer(train + test, np.uint8).astype(np.int64)
     size = len(train)
-    grams = [np.zeros(len(data), np.int64)]  # grams[k][i] numbers the k bytes that end at i: equal bytes, equal number
+    grams = [np.ones(len(data), np.int64)]  # grams[k][i] > 0 numbers the k bytes that end at i
     for _ in range(n):
-        grams.append(np.unique(_before(grams[-1]) * 256 + data, return_inverse=True)[1])
+        grams.append(np.unique(_before(grams[-1]) * 256 + data, return_inverse=True)[1] + 1)
     p = np.full(len(test), 1 / 256)
     for k in range(1, n + 1):
         gram, history = grams[k], _before(grams[k - 1])
@@ -146,12 +146,12 @@ def ngram_bits(train: bytes, test: bytes, n: int) -> float:
         one_each = np.unique(gram[counted], return_index=True)[1]
         kinds = np.bincount(history[counted][one_each], minlength=len(c_h))
         n1, n2 = (c_hb == 1).sum(), (c_hb == 2).sum()
-        d = n1 / max(n1 + 2 * n2, 1)
+        d = (n1 + 0.5) / (n1 + 2 * n2 + 1)  # strictly between 0 and 1, in the smallest texts too
         c_hb, c_h, kinds = c_hb[gram[size:]], c_h[history[size:]], kinds[history[size:]]
         p = np.where(c_h > 0, (np.maximum(c_hb - d, 0) + d * kinds * p) / np.maximum(c_h, 1), p)
     return float(-np.log2(p).mean())
 
 
 def _before(gram: np.ndarray) -> np.ndarray:
-    """The number of the bytes that end one place earlier."""
+    """The number of the bytes that end one place earlier; 0 where the text begins."""
     return np.concatenate([[0], gram[:-1]])

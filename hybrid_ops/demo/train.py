@@ -36,7 +36,8 @@ class Recipe:
 
 def config() -> NemotronHConfig:
     """0.74 million parameters over bytes: Mamba-2, MLP, Mamba-2, attention, MLP, Mamba-2, MLP."""
-    return NemotronHConfig.preset("tiny")
+    # 0.02, right for wide models, leaves one of 128 features about 0.1 bits per byte worse after the 500 steps
+    return NemotronHConfig.preset("tiny", initializer_range=0.05)
 
 
 def new_model(recipe: Recipe, device: torch.device) -> NemotronHForCausalLM:
