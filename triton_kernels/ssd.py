@@ -114,7 +114,8 @@ def ssd_chunk_scan(
     table = x.new_empty(slots, 4, dtype=torch.int32)
     entering = x.new_empty(slots, nheads, dstate, headdim)
     runs = None if seq_idx is None else run_numbers(seq_idx)
-    BLOCK_P = triton.next_power_of_2(max(headdim, 16))
+    # a wgmma operand of 16 columns made Triton 3.6 read beyond its shared memory (headdim 8 on an H200)
+    BLOCK_P = max(64, triton.next_power_of_2(headdim))
     BLOCK_H = min(16, triton.next_power_of_2(nheads))
     sizes = (nheads, nheads // ngroups, headdim, dstate)
     precision = "ieee" if x.dtype == torch.float32 else "tf32"

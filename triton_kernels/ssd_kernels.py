@@ -10,8 +10,8 @@ neighbours, and a cut of the sequence at such a position changes no bit. Dense r
 
 Letters: Q tokens of a chunk, P headdim, N dstate, H heads, G groups. Chunks live in slots: row * slots_per_row + k for
 dense input, cu_seqlens[s] // Q + 2 s + k for packed input, which is free of collisions without a prefix sum.
-Exponents are differences of `a` that are never positive, in base 2; float32 input takes `a` in float64, because its
-error budget leaves no room for the cancellation.
+Exponents are differences of `a` in base 2, and b = a - log2(dt') brings dt' along: exp2(a_l - b_s) is the decay from s
+to l times dt'_s. float32 input takes all of it in float64: its error budget leaves no room for the cancellation.
 """
 
 import triton
@@ -197,8 +197,8 @@ def state_walk_kernel(
         x = tl.load(x_ptr, inside[:, None] & (p < headdim)[None, :], other=0.0)  # [Q, P]
         B = tl.load(B_ptr, inside[:, None] & (n < dstate)[None, :], other=0.0).to(dtype)  # [Q, N]
         a_last = tl.load(a_ptr + Q - 1)
-        scale = tl.exp2((a_last - tl.load(b_ptr + i)).to(tl.float32))  # [Q], dt' and decay to the end of the chunk
-        keep = tl.exp2(a_last.to(tl.float32))
+        scale = tl.exp2(a_last - tl.load(b_ptr + i)).to(tl.float32)  # [Q], dt' and decay to the end of the chunk
+        keep = tl.exp2(a_last).to(tl.float32)
         if run_ptr is not None:  # only the last run of the chunk reaches its end
             run = tl.load(run_ptr + row * total + token, inside, other=-1)
             run_out = tl.load(run_ptr + row * total + tl.minimum(begin - lead + (k + 1) * Q, end) - 1)
@@ -335,20 +335,20 @@ def scan_rows(
         y = tl.dot(C, state, input_precision=PRECISION)  # [M, N] @ [N, P] -> [M, P]
         if M_START > 0:
             anchor = tl.load(a_ptr + head * Q + M_START - 1)
-            reach = tl.exp2(anchor.to(tl.float32))
-            key = tl.exp2((anchor - tl.load(b_ptr + head * Q + j)).to(tl.float32))
+            reach = tl.exp2(anchor).to(tl.float32)
+            key = tl.exp2(anchor - tl.load(b_ptr + head * Q + j)).to(tl.float32)
             x_seen = tl.load(x_before + head * x_stride_h, was[:, None] & in_p, other=0.0)  # [M_START, P]
             if run_ptr is not None:
                 y = tl.where(from_state[:, None], y, 0.0)
             weights = (CB_before * key[None, :]).to(dtype)
             y = tl.dot(weights, x_seen, y * reach, input_precision=PRECISION)  # [M, M_START] @ [M_START, P] -> [M, P]
-            y *= tl.exp2((a - anchor).to(tl.float32))[:, None]
+            y *= tl.exp2(a - anchor).to(tl.float32)[:, None]
         else:
-            reach = tl.exp2(a.to(tl.float32))
+            reach = tl.exp2(a).to(tl.float32)
             if run_ptr is not None:
                 reach = tl.where(from_state, reach, 0.0)
             y *= reach[:, None]
-        decay = tl.exp2(tl.where(visible, (a[:, None] - b[None, :]).to(tl.float32), float("-inf")))  # [M, M]
+        decay = tl.exp2(tl.where(visible, a[:, None] - b[None, :], float("-inf"))).to(tl.float32)  # [M, M]
         weights = (CB * decay).to(dtype)
         y = tl.dot(weights, x, y, input_precision=PRECISION)  # [M, M] @ [M, P] -> [M, P]
 
