@@ -21,6 +21,8 @@ STEEPEST_EXPONENT = 88
 
 def check_gradients(case, device="cpu"):
     """Every gradient against the sequential adjoint, given random gradients of every result."""
+    if case["dtype"] == torch.float16:  # the gradient of dt, a sum over all later tokens, leaves float16's range
+        case = case | dict(small_fp32=True)
     tensors, options = problem(case)
     generator = torch.Generator().manual_seed(case["seed"] + 1)
     leaves = {
