@@ -152,13 +152,16 @@ def _comparison(results: Results) -> Table:
     table = Table(box=None, header_style="bold")
     table.add_column("")
     table.add_column("having read\nthe training text", justify="right")
-    table.add_column("")
     table.add_column("alone", justify="right")
+    table.add_column("")
     entries = results.rivals | {"this model": results.bits}
+    alone = {name: size.alone for name, size in results.compressors.items()}
+    scale = 36 / max(*entries.values(), *alone.values())
     for name, value in sorted(entries.items(), key=lambda item: item[1]):
-        bar = "█" * round(30 * value / max(entries.values()))
-        alone = f"{results.compressors[name].alone:.2f}" if name in results.compressors else ""
-        table.add_row(name, f"{value:.2f}", f"[cyan]{bar}[/]", alone, style="bold" if name == "this model" else "")
+        more = alone.get(name, value) - value
+        bar = f"[cyan]{'█' * round(scale * value)}[/][bright_black]{'█' * round(scale * more)}[/]"
+        style = "bold" if name == "this model" else ""
+        table.add_row(name, f"{value:.2f}", f"{alone[name]:.2f}" if name in alone else "", bar, style=style)
     return table
 
 
@@ -174,8 +177,8 @@ def _write(console: Console, model: NemotronHForCausalLM, results: Results) -> N
     console.print("\n")
     results.speeds = [prove.speed(model, results.corpus.train, position, TIMED_BYTES) for position in POSITIONS]
     table = Table(box=None, header_style="bold")
-    for column in ("at byte", "bytes/s", "Mamba-2 state", "keys and values", "were every mixer attention"):
-        table.add_column(column, justify="right")
+    for heading in ("at byte", "bytes/s", "Mamba-2 state", "keys and values", "were every mixer attention"):
+        table.add_column(heading, justify="right")
     for speed in results.speeds:
         memory = (speed.fixed, speed.keys_values, speed.all_attention)
         table.add_row(str(speed.position), f"{speed.per_second:.0f}", *(f"{size / 1e3:,.0f} kB" for size in memory))
