@@ -51,7 +51,7 @@ def run(console: Console, *, steps: int | None = None, html: Path = Path("demo.h
         results.ngram = texts.best_ngram(corpus)
     console.print(_comparison(results))
 
-    _heading(console, "3", "Writing, with a memory that does not grow")
+    _heading(console, "3", "Writing, and what has to be remembered")
     _write(console, model, results)
 
     _heading(console, "4", "Is it right?")
