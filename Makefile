@@ -7,11 +7,11 @@ help: ## say what each target does
 
 demo: ## train a hybrid model, generate with it, prove it against references (under 3 minutes without a GPU)
 	@.ci/venv demo
-	@.venv/bin/hybrid-ops demo
+	@OMP_WAIT_POLICY=passive .venv/bin/hybrid-ops demo
 
 demo-svg: ## run the demo again and draw the README's picture from it
 	@.ci/venv demo
-	@.venv/bin/hybrid-ops demo --svg docs/demo.svg
+	@OMP_WAIT_POLICY=passive .venv/bin/hybrid-ops demo --svg docs/demo.svg
 
 test: export OMP_NUM_THREADS = 1
 test: ## every test: ops, model, packaging; then the Triton kernels in Triton's interpreter
