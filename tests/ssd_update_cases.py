@@ -22,22 +22,25 @@ NULL = 3  # a row of the pool that stands for padding, where slots are given
 def cases(draw, dtypes, headdims=(8, 24), dstates=(16, 20, 48), max_batch=3, max_groups=2):
     # one draw seeds the rest: drawn one by one, choices repeat from example to example, and ragged batches went missing
     choose = random.Random(draw(st.integers(0, 2**64))).choice
-    batch = choose([0, 1, 2, max_batch, max_batch])
+    dtype = choose(dtypes)
+    # float32 errors are those of a few roundings, of dt and exp above all, one for each token of a head: with a single
+    # token, whether the baseline or the kernel has the larger one is chance
+    batch = choose([0, 1, 2, max_batch, max_batch]) * (8 if dtype == torch.float32 else 1)
     form = choose(["single", "tokens", "packed", "packed"])
     T = choose([0, 1, 2, 4])
     slots = choose([None, "read", "write", "both", "each", "accepted"])
-    dtype = choose(dtypes)
+    lengths = {
+        "single": [1] * batch,
+        "tokens": [T] * batch,
+        "packed": [choose([0, 1, 3]) for _ in range(batch)],
+    }[form]
     return dict(
         seed=choose(range(2**31)),
         dtype=dtype,
         state_dtype=choose(dtypes),
         small_dtype=choose([torch.float32, dtype]),
         form=form,
-        lengths={
-            "single": [1] * batch,
-            "tokens": [T] * batch,
-            "packed": [choose([0, 1, 3]) for _ in range(batch)],
-        }[form],
+        lengths=lengths,
         T=T,
         ngroups=choose(range(1, max_groups + 1)),
         heads_per_group=choose([1, 2]),
@@ -86,7 +89,7 @@ def problem(case):
         dt = torch.cat([dt, dt], -1)[..., :H]
 
     width = {"single": 1, "tokens": case["T"], "packed": max([1, *lengths])}[case["form"]]
-    nslots = batch * (width + 2) + 5
+    nslots = batch * (width + 3) + 5
     shape = {"contiguous": (nslots, H, P, N), "transposed": (nslots, N, H, P)}
     state = randn(*shape.get(case["pool"], (nslots, 2 * H, P, N + 3))).to(case["state_dtype"])
     if case["pool"] == "transposed":
@@ -137,6 +140,21 @@ def oracle(arguments, options, dtype, store=lambda S, slot, t: S):
     return reference.ssd_state_update(*(array(a) for a in arguments), dtype=dtype, store=store, **named)
 
 
+def float32_baselines(arguments, options, count):
+    """[(y, pool)] of float32 computations that differ in the order of the sum over dstate alone.
+
+    Few values dominate a head where dt and z are large, so that one float32 run may be nearly exact by luck: several
+    measure what such a run is worth.
+    """
+    state, x, dt, A, B, C = arguments
+    runs = []
+    for k in range(count):
+        order = torch.arange(B.shape[-1]).roll(5 * k)
+        y, pool = oracle((state[..., order], x, dt, A, B[..., order], C[..., order]), options, np.float32)
+        runs.append((y, pool[..., order.argsort().numpy()]))
+    return runs
+
+
 def check_update(case, impl, device="cpu"):
     arguments, options = problem(case)
     written = set()
@@ -146,7 +164,7 @@ def check_update(case, impl, device="cpu"):
         return S
 
     ref, ref_pool = oracle(arguments, options, np.float64, store)
-    base, base_pool = oracle(arguments, options, np.float32)
+    baselines = float32_baselines(arguments, options, 4 if case["dtype"] == torch.float32 else 1)
 
     before = arguments[0].clone()
     state, x, *rest = (to_device(a, device) for a in arguments)
@@ -154,7 +172,9 @@ def check_update(case, impl, device="cpu"):
     out = {"fresh": torch.full_like(x, float("nan")), "x": x}.get(case["out"])
     y = hybrid_ops.ssd_state_update(state, x, *rest, out=out, impl=impl, **options)
     assert out is None or y is out
-    assert_within("y", y, ref, base, case["dtype"], axis=-2)
+    times = len(baselines)
+    all_y = np.concatenate([y for y, _ in baselines])
+    assert_within("y", torch.cat([y] * times), np.concatenate([ref] * times), all_y, case["dtype"], axis=-2)
     written = sorted(written)
     if written:  # per slot and head
         heads = (len(written) * state.shape[1], *state.shape[2:])
@@ -162,7 +182,7 @@ def check_update(case, impl, device="cpu"):
             "state",
             state.cpu()[written].reshape(heads),
             ref_pool[written].reshape(heads),
-            base_pool[written].reshape(heads),
+            baselines[0][1][written].reshape(heads),
             max(case["dtype"], case["state_dtype"], key=lambda d: torch.finfo(d).eps),
             axis=0,
         )

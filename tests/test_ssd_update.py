@@ -29,8 +29,8 @@ def test_update_interpreter(case):
 
 
 @pytest.mark.gpu
-@settings(max_examples=150)
-@given(case=cases(CPU_DTYPES, headdims=(8, 64, 80), dstates=(16, 20, 96, 128, 256), max_batch=20, max_groups=4))
+@settings(max_examples=80)
+@given(case=cases(CPU_DTYPES, headdims=(8, 64, 80), dstates=(16, 20, 96, 128, 256), max_batch=4, max_groups=3))
 def test_update_gpu(case):
     check_update(case, "triton", "cuda")
 

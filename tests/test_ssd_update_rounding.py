@@ -177,7 +177,8 @@ def check_stochastic(dtype, impl, dstate, device="cpu"):
         options = dict(read_slots=table[:, 0].to(device), write_slots=write, impl=impl)
         expected_y = hybrid_ops.ssd_state_update(wide, x, dt, A, B, B, **options)
         y = hybrid_ops.ssd_state_update(stored, x, dt, A, B, B, rounding="stochastic", seed=seed, **options)
-        assert torch.equal(y, expected_y)
+        # the sum over dstate may run in another order where the state has another width: some ulp of the largest
+        assert (y - expected_y).abs().max() <= 1e-6 * expected_y.abs().max()
         expected = narrow.cpu().double().numpy()
         round_for = reference.stochastic_store(int(seed), NARROW[dtype])
         for slots in write.view(batch, -1).tolist():

@@ -28,7 +28,9 @@ def config(batch: int, dim: int) -> Config:
     return Config(BLOCK_D=min(block, triton.next_power_of_2(max(dim, 16))), num_warps=4)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["T", "total", "nslots", "null_slot"]
+)  # they change from call to call: one kernel for all
 def conv1d_update_kernel(
     x_ptr,
     conv_state_ptr,

@@ -110,7 +110,8 @@ def store_state(
     tl.store(state_ptr + slot * slot_stride, S.to(dtype), mask)
 
 
-@triton.jit
+# these change from call to call: one kernel for all values
+@triton.jit(do_not_specialize=["T", "total", "nslots", "read_width", "write_width", "null_slot"])
 def ssd_update_kernel(
     state_ptr,
     x_ptr,

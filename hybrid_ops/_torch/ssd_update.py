@@ -68,7 +68,7 @@ def ssd_state_update(
         part.mul_(decay[rows]).addcmul_(inputs[rows], B[rows][..., None, :])
         if t >= shortest:
             S[active] = part
-        result[rows] = (part @ C[rows][..., None])[..., 0]
+        result[rows] = (part * C[rows][..., None, :]).sum(3)
         covered[rows] = True
         if update_state and each is not None and t < each.shape[1]:
             place = each[active, t]
