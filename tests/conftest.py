@@ -1,3 +1,4 @@
+import functools
 import os
 
 import hypothesis
@@ -27,6 +28,20 @@ def pytest_collection_modifyitems(items):
             item.add_marker(
                 pytest.mark.skip(reason="runs with TRITON_INTERPRET=1" if not INTERPRETED else "runs without")
             )
+        elif INTERPRETED and interpreter_cannot_loop():
+            item.add_marker(pytest.mark.skip(reason="Triton < 3.7 interprets no computed range() with NumPy >= 2.4"))
+
+
+@functools.cache
+def interpreter_cannot_loop():
+    import numpy
+    import triton
+
+    return version(triton.__version__) < (3, 7) and version(numpy.__version__) >= (2, 4)
+
+
+def version(text):
+    return tuple(int(number) for number in text.split(".")[:2])
 
 
 @pytest.fixture(autouse=True)
