@@ -8,11 +8,11 @@ help: ## say what each target does
 demo demo-svg: export OMP_WAIT_POLICY = passive # threads that wait must not spin: five times slower on busy cores
 demo: ## train a hybrid model, generate with it, prove it against references (under 3 minutes without a GPU)
 	@.ci/venv demo
-	@OMP_WAIT_POLICY=passive .venv/bin/hybrid-ops demo
+	@.venv/bin/hybrid-ops demo
 
 demo-svg: ## run the demo again and draw the README's picture from it
 	@.ci/venv demo
-	@OMP_WAIT_POLICY=passive .venv/bin/hybrid-ops demo --svg docs/demo.svg
+	@.venv/bin/hybrid-ops demo --svg docs/demo.svg
 
 test: export OMP_NUM_THREADS = 1
 test: ## every test: ops, model, packaging; then the Triton kernels in Triton's interpreter
