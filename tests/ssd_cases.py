@@ -38,8 +38,10 @@ def cases(
     dtype = draw(st.sampled_from(dtypes))
     runs = draw(st.lists(lengths, min_size=0 if layout == "packed" else 1, max_size=max_sequences))
     batch = draw(st.sampled_from([0, 1, 2])) if layout != "packed" else 1
-    if rounds_operands and batch * (runs[0] if layout == "dense" else sum(runs)) < 16:
-        # a kernel rounds the weight that a token has in y: a head with a few such roundings is no measure of error
+    # A token's weight in y is computed once for all features: a head with a few such weights is no measure of error,
+    # for theirs may cancel, or be rounded by a kernel to x's dtype, with more or less luck than the baseline has.
+    count = batch * (runs[0] if layout == "dense" else sum(runs))
+    if count < 64 and rounds_operands:
         dtype = torch.float32
     return dict(
         seed=draw(st.integers(0, 2**31 - 1)),
@@ -66,7 +68,7 @@ def cases(
         small_fp32=draw(st.booleans()),
         state_dtype=draw(st.sampled_from(state_dtypes)),
         pool=draw(st.booleans()) if pools else False,
-        signs=draw(st.sampled_from(signs)),
+        signs="positive" if count < 16 else draw(st.sampled_from(signs)),
     )
 
 
