@@ -26,16 +26,38 @@ def small(**changes):
     return arguments | changes
 
 
-def test_padding_may_hold_anything():
+def check_padding_may_hold_anything(impl, device="cpu"):
     seq_idx = torch.zeros(2, 20, dtype=torch.int32)
     seq_idx[:, 5:9] = -1
-    clean = small(z=torch.randn(2, 20, 4, 8), seq_idx=seq_idx, return_final_states=True)
+    clean = small(z=torch.randn(2, 20, 4, 8), seq_idx=seq_idx)
     dirty = dict(clean)
     for name in ("x", "dt", "B", "C", "z"):
         dirty[name] = clean[name].clone()
         dirty[name][:, 5:9] = float("nan")
-    for got, expected in zip(hybrid_ops.ssd_chunk_scan(**dirty), hybrid_ops.ssd_chunk_scan(**clean), strict=True):
-        assert torch.equal(got, expected)
+    got, expected = (
+        hybrid_ops.ssd_chunk_scan(
+            **{name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()},
+            return_final_states=True,
+            impl=impl,
+        )
+        for given in (dirty, clean)
+    )
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
+def test_padding_may_hold_anything():
+    check_padding_may_hold_anything("torch")
+
+
+@pytest.mark.interpreter
+def test_padding_may_hold_anything_interpreter():
+    check_padding_may_hold_anything("triton")
+
+
+@pytest.mark.gpu
+def test_padding_may_hold_anything_gpu():
+    check_padding_may_hold_anything("triton", "cuda")
 
 
 def test_results_and_their_dtypes():

@@ -194,18 +194,18 @@ def state_walk_kernel(
     for k in range(0, tl.cdiv(lead + length, Q)):
         tl.store(entering_ptr, state.to(dtype), in_state)
         inside = (token >= begin) & (token < end)
-        x = tl.load(x_ptr, inside[:, None] & (p < headdim)[None, :], other=0.0)  # [Q, P]
-        B = tl.load(B_ptr, inside[:, None] & (n < dstate)[None, :], other=0.0).to(dtype)  # [Q, N]
         a_last = tl.load(a_ptr + Q - 1)
-        scale = tl.exp2(a_last - tl.load(b_ptr + i)).to(tl.float32)  # [Q], dt' and decay to the end of the chunk
         keep = tl.exp2(a_last).to(tl.float32)
-        if run_ptr is not None:  # only the last run of the chunk reaches its end
+        if run_ptr is not None:  # only the last run of the chunk reaches its end; padding may hold anything
             run = tl.load(run_ptr + row * total + token, inside, other=-1)
             run_out = tl.load(run_ptr + row * total + tl.minimum(begin - lead + (k + 1) * Q, end) - 1)
             run_out = tl.where(run_out < 0, ~run_out, run_out)
-            scale = tl.where(run == run_out, scale, 0.0)
+            inside = inside & (run == run_out)
             keep = tl.where(run_in == run_out, keep, 0.0)
             run_in = run_out
+        x = tl.load(x_ptr, inside[:, None] & (p < headdim)[None, :], other=0.0)  # [Q, P]
+        B = tl.load(B_ptr, inside[:, None] & (n < dstate)[None, :], other=0.0).to(dtype)  # [Q, N]
+        scale = tl.exp2(a_last - tl.load(b_ptr + i)).to(tl.float32)  # [Q], dt' and decay to the end of the chunk
         scaled = (x.to(tl.float32) * scale[:, None]).to(dtype)
         # the computed operand is the right one, which goes through shared memory: a left one would live in registers
         # that the pipelined loop may overwrite while wgmma still reads them
@@ -292,19 +292,21 @@ def scan_rows(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     token = first + M_START + i
     inside = (token >= first_token) & (token < last)
+    seen = inside
+    if run_ptr is not None:
+        run = tl.load(run_ptr + token, inside, other=-1)
+        own = tl.where(run < 0, ~run, run)
+        seen = inside & (run >= 0)  # padding may hold anything
     in_p = (p < headdim)[None, :]
     in_n = (n < dstate)[None, :]
     token64 = token.to(tl.int64)[:, None]
 
     C = tl.load(C_ptr + token64 * C_stride_t + n[None, :], inside[:, None] & in_n, other=0.0).to(dtype)  # [M, N]
-    B = tl.load(B_ptr + token64 * B_stride_t + n[None, :], inside[:, None] & in_n, other=0.0).to(dtype)
+    B = tl.load(B_ptr + token64 * B_stride_t + n[None, :], seen[:, None] & in_n, other=0.0).to(dtype)
     CB = tl.dot(C, tl.trans(B), input_precision=PRECISION)  # [M, N] @ [N, M] -> [M, M]
     visible = i[:, None] >= i[None, :]
     if run_ptr is not None:
-        run = tl.load(run_ptr + token, inside, other=-1)
-        real = run >= 0
-        own = tl.where(real, run, ~run)
-        visible = visible & (own[:, None] == run[None, :])  # padding has dt' = 0 and may be nobody's
+        visible = visible & (own[:, None] == own[None, :])
         run_in = tl.load(run_ptr + first_token - 1, first_token > 0, other=0)
         run_in = tl.where(run_in < 0, ~run_in, run_in)
         from_state = own == run_in
@@ -314,11 +316,13 @@ def scan_rows(
         j = tl.arange(0, M_START)
         before = first + j
         was = (before >= first_token) & (before < last)
+        if run_ptr is not None:
+            run = tl.load(run_ptr + before, was, other=-1)
+            was = was & (run >= 0)
         before64 = before.to(tl.int64)[:, None]
         B = tl.load(B_ptr + before64 * B_stride_t + n[None, :], was[:, None] & in_n, other=0.0).to(dtype)
         CB_before = tl.dot(C, tl.trans(B), input_precision=PRECISION)  # [M, N] @ [N, M_START] -> [M, M_START]
         if run_ptr is not None:
-            run = tl.load(run_ptr + before, was, other=-1)
             CB_before = tl.where(own[:, None] == run[None, :], CB_before, 0.0)
         x_before = x_ptr + before64 * x_stride_t + p[None, :]
 
@@ -328,7 +332,7 @@ def scan_rows(
             (n < dstate)[:, None] & in_p,
             other=0.0,
         )  # [N, P]
-        x = tl.load(x_own + head * x_stride_h, inside[:, None] & in_p, other=0.0)  # [M, P]
+        x = tl.load(x_own + head * x_stride_h, seen[:, None] & in_p, other=0.0)  # [M, P]
         a = tl.load(a_ptr + head * Q + M_START + i)
         b = tl.load(b_ptr + head * Q + M_START + i)
 
@@ -361,7 +365,7 @@ def scan_rows(
             )
             y *= z.to(tl.float32) * tl.sigmoid(z.to(tl.float32))
         if run_ptr is not None:
-            y = tl.where(real[:, None], y, 0.0)
+            y = tl.where(seen[:, None], y, 0.0)
         tl.store(y_own + head * y_stride_h, y.to(y_ptr.dtype.element_ty), inside[:, None] & in_p)
 
 
