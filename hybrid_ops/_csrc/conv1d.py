@@ -15,12 +15,12 @@ class Config(NamedTuple):
 
 
 def config(rows: int, seqlen: int, dim: int, element_size: int, num_sms: int) -> Config:
-    """Runs as long as leaves every multiprocessor about 4096 threads, ten or so generations of blocks.
+    """Runs as long as leaves every multiprocessor about 1024 threads, three or so generations of blocks.
 
     A run of n tokens reads width - 1 tokens of the run before it once more; short runs keep the GPU full to the end.
     """
     threads_per_token = rows * dim * element_size // 16
-    run = seqlen * threads_per_token // (4096 * num_sms)
+    run = seqlen * threads_per_token // (1024 * num_sms)
     return Config(tokens_per_thread=max(4, min(64, 1 << max(run, 1).bit_length() - 1)))
 
 
