@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import hybrid_ops
 
@@ -161,9 +162,9 @@ def ops_table(device: str) -> Table:
         try:
             chosen, config, reason = hybrid_ops.explain(op, device=device)
         except RuntimeError as problem:
-            table.add_row(op, "[red]none[/]", "", str(problem))
+            table.add_row(op, "[red]none[/]", "", Text(str(problem)))
             continue
-        table.add_row(op, chosen, ", ".join(f"{k}={v}" for k, v in config.items()), reason)
+        table.add_row(op, chosen, ", ".join(f"{k}={v}" for k, v in config.items()), Text(reason))
     return table
 
 
@@ -173,7 +174,7 @@ def show(console: Console) -> None:
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
     for name, value in describe().items():
-        facts.add_row(name, value)
+        facts.add_row(name, Text(value))  # not markup: "hybrid-ops[nvcc]"
     console.print(facts)
     console.print()
     console.print(ops_table("cuda" if torch.cuda.is_available() else "cpu"))

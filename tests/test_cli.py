@@ -53,6 +53,12 @@ def test_info_names_missing_extras(monkeypatch):
     assert info.missing_extras() == {"bench": ["no-such-package"]}
 
 
+def test_info_prints_extras_whole(monkeypatch, capsys):
+    monkeypatch.setattr("hybrid_ops.info.missing_extras", lambda: {"nvcc": ["cuda-toolkit"]})
+    assert cli.main(["info"]) == 0
+    assert "hybrid-ops[nvcc]" in capsys.readouterr().out
+
+
 @pytest.mark.usefixtures("on_cpu_without_interpreter")
 def test_check_passes(tmp_path, capsys):
     assert cli.main(["check", "--json", str(tmp_path / "rows.json")]) == 0
