@@ -5,7 +5,7 @@ PYTEST = .venv/bin/python -m pytest -q --numprocesses=2 --durations=15
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo demo-svg: export GOMP_SPINCOUNT = 30000 # threads wait for each other briefly, then sleep: on busy cores spinning is ten times slower
+demo demo-svg: export GOMP_SPINCOUNT = 30000 # waiting threads soon sleep: spinning ones take busy cores from those that work
 demo: ## train a hybrid model, generate with it, prove it against references (under 3 minutes without a GPU)
 	@.ci/venv demo
 	@.venv/bin/hybrid-ops demo

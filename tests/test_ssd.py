@@ -38,7 +38,7 @@ GPU_CASES = dict(
     lengths=st.one_of(st.sampled_from([0, 1, 63, 64, 65, 127, 128, 129, 256]), st.integers(0, 300)),
     headdims=st.sampled_from([8, 64, 72, 80, 128]),
     dstates=st.sampled_from([16, 64, 96, 128, 256]),
-    heads_per_group=(1, 3, 8),
+    heads_per_group=(1, 3, 8, 16),
     rounds_operands=True,
 )
 

@@ -50,9 +50,9 @@ _PLANS: dict[tuple[Any, ...], dict[Any, Any]] = {}
 def plan_of(*problem: Any) -> dict[Any, Any]:
     """The compiled kernels of a problem: all its tensors (or None) and every scalar that is not the same for all calls.
 
-    Triton binds and specialises arguments anew at each launch, some 35 us for 40 of them. Whatever it specialises on,
-    dtypes, divisibility of sizes and strides, alignment of pointers, is in the key here, so a problem that comes again
-    is launched at the cost of the launch.
+    Triton binds and specialises arguments anew at each launch; an SSD call, three launches of 30 to 40 arguments, took
+    the host 137 us that way. Whatever it specialises on, dtypes, divisibility of sizes and strides, alignment of
+    pointers, is in the key here, so a problem that comes again is launched without that.
     """
     if not problem[0].is_cuda:  # the interpreter, or compilation for a GPU that is not here
         return {}

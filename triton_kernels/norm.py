@@ -19,7 +19,7 @@ class Config(NamedTuple):
 
 
 def config(group_size: int) -> Config:
-    """About 4096 elements a program keep 16-byte loads in flight without spilling; rows never split."""
+    """About 4096 elements a program; a row of a group is never split."""
     block = triton.next_power_of_2(max(group_size, 16))
     return Config(BLOCK_R=max(1, 4096 // block), BLOCK_S=block, num_warps=min(16, max(4, block // 512)))
 

@@ -353,7 +353,7 @@ def scan_rows(
                 reach = tl.where(from_state, reach, 0.0)
             y *= reach[:, None]
         decay = tl.exp2(tl.where(visible, a[:, None] - b[None, :], float("-inf"))).to(tl.float32)  # [M, M]
-        weights = (CB * decay).to(dtype)
+        weights = (CB * decay).to(dtype)  # a left operand in registers: no wgmma is left in flight behind its product
         y = tl.dot(weights, x, y, input_precision=PRECISION)  # [M, M] @ [M, P] -> [M, P]
 
         if D_ptr is not None:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .norm import compute_dtype
+
 # Added to dt' A where seq_idx begins a new sequence: exp of it is 0, so nothing crosses, forward or backward.
 _RESET = -1000.0
 
@@ -56,10 +58,6 @@ def chunk_of(headdim: int, dstate: int, state_interval: int) -> int:
     """Tokens of a chunk: work grows with Q, states kept with 1/Q; they balance where Q^2 is about P N."""
     size = 32 if headdim * dstate <= 2048 else 64
     return min(size, state_interval & -state_interval) if state_interval else size
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def ssd_chunk_scan(
