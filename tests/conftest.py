@@ -6,9 +6,9 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-PHASES = [
-    phase for phase in hypothesis.Phase if phase != hypothesis.Phase.shrink or not INTERPRETED
-]  # it takes minutes
+# shrinking takes minutes where every example may compile kernels or interprets them
+SHRINKS = not INTERPRETED and not torch.cuda.is_available()
+PHASES = [phase for phase in hypothesis.Phase if phase != hypothesis.Phase.shrink or SHRINKS]
 
 # new examples on every run of a person's, the same ones in CI and in the interpreter, whose few say nothing about rates
 SAME = INTERPRETED or os.environ.get("CI") is not None

@@ -108,8 +108,7 @@ def ssd_chunk_scan(
     cfg = config(headdim, dstate, nheads // ngroups, x.element_size(), state_interval, architecture(x))
     Q, HEADS = cfg.Q, cfg.HEADS
     slots = seqlen // Q + 2 * nseq if cu_seqlens is not None else batch * (seqlen // Q + 2)
-    # float32 input leaves no room in its budget for the cancellation in differences of float32 sums
-    a = x.new_empty(slots, nheads, Q, dtype=torch.float64 if x.dtype == torch.float32 else torch.float32)
+    a = x.new_empty(slots, nheads, Q, dtype=torch.float32 if x.dtype == torch.bfloat16 else torch.float64)
     b = x.new_empty(slots, nheads, Q, dtype=a.dtype)
     table = x.new_empty(slots, 4, dtype=torch.int32)
     entering = x.new_empty(slots, nheads, dstate, headdim)
@@ -118,6 +117,7 @@ def ssd_chunk_scan(
     BLOCK_P = max(64, triton.next_power_of_2(headdim))
     BLOCK_H = min(16, triton.next_power_of_2(nheads))
     sizes = (nheads, nheads // ngroups, headdim, dstate)
+    D_per_feature = D is not None and D.dim() == 2
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     x_strides, B_strides = x.stride()[:3], B.stride()[:3]
     plan = plan_of(
@@ -154,8 +154,9 @@ def ssd_chunk_scan(
             slots * (Q // cfg.BLOCK_M) * (nheads // HEADS),
             (x, B, C, D, z, a, b, runs, table, entering, y, seqlen, *x_strides, *B_strides, *C.stride()[:3])
             + ((0, 0, 0) if z is None else z.stride()[:3])
-            + (*y.stride()[:3], 0 if D is None else D.stride(0), 0 if D is None or D.dim() == 1 else D.stride(1))
-            + (*sizes, precision, HEADS, Q, cfg.BLOCK_M, triton.next_power_of_2(max(dstate, 16)), BLOCK_P),
+            + (*y.stride()[:3], 0 if D is None else D.stride(0), D.stride(1) if D_per_feature else 0)
+            + (*sizes, D_per_feature, precision, HEADS, Q, cfg.BLOCK_M)
+            + (triton.next_power_of_2(max(dstate, 16)), BLOCK_P),
             num_warps=cfg.SCAN_WARPS,
             num_stages=cfg.SCAN_STAGES,
         )

@@ -11,7 +11,8 @@ neighbours, and a cut of the sequence at such a position changes no bit. Dense r
 Letters: Q tokens of a chunk, P headdim, N dstate, H heads, G groups. Chunks live in slots: row * slots_per_row + k for
 dense input, cu_seqlens[s] // Q + 2 s + k for packed input, which is free of collisions without a prefix sum.
 Exponents are differences of `a` in base 2, and b = a - log2(dt') brings dt' along: exp2(a_l - b_s) is the decay from s
-to l times dt'_s. float32 input takes all of it in float64: its error budget leaves no room for the cancellation.
+to l times dt'_s. `a` and `b` grow with the chunk while their differences stay small, so where the input has more digits
+than bfloat16 they are float64, and only the difference is rounded (for float32 input, the exponential).
 """
 
 import triton
@@ -24,6 +25,15 @@ def softplus(x):
     u = tl.exp(tl.minimum(x, 20.0))
     w = 1.0 + u
     return tl.where(x > 20.0, x, tl.where(w == 1.0, u, tl.log(w) * (u / (w - 1.0))))
+
+
+@triton.jit
+def decay_of(exponent, dtype: tl.constexpr):
+    """exp2 of a difference of `a` and `b`, as float32; `dtype` is that of x."""
+    if dtype == tl.float32:
+        return tl.exp2(exponent).to(tl.float32)
+    else:
+        return tl.exp2(exponent.to(tl.float32))
 
 
 @triton.jit
@@ -195,7 +205,7 @@ def state_walk_kernel(
         tl.store(entering_ptr, state.to(dtype), in_state)
         inside = (token >= begin) & (token < end)
         a_last = tl.load(a_ptr + Q - 1)
-        keep = tl.exp2(a_last).to(tl.float32)
+        keep = decay_of(a_last, dtype)
         if run_ptr is not None:  # only the last run of the chunk reaches its end; padding may hold anything
             run = tl.load(run_ptr + row * total + token, inside, other=-1)
             run_out = tl.load(run_ptr + row * total + tl.minimum(begin - lead + (k + 1) * Q, end) - 1)
@@ -205,7 +215,7 @@ def state_walk_kernel(
             run_in = run_out
         x = tl.load(x_ptr, inside[:, None] & (p < headdim)[None, :], other=0.0)  # [Q, P]
         B = tl.load(B_ptr, inside[:, None] & (n < dstate)[None, :], other=0.0).to(dtype)  # [Q, N]
-        scale = tl.exp2(a_last - tl.load(b_ptr + i)).to(tl.float32)  # [Q], dt' and decay to the end of the chunk
+        scale = decay_of(a_last - tl.load(b_ptr + i), dtype)  # [Q], dt' and decay to the end of the chunk
         scaled = (x.to(tl.float32) * scale[:, None]).to(dtype)
         # the computed operand is the right one, which goes through shared memory: a left one would live in registers
         # that the pipelined loop may overwrite while wgmma still reads them
@@ -272,6 +282,7 @@ def scan_rows(
     D_stride_p,
     headdim: tl.constexpr,
     dstate: tl.constexpr,
+    D_PER_FEATURE: tl.constexpr,
     PRECISION: tl.constexpr,
     HEADS: tl.constexpr,
     Q: tl.constexpr,
@@ -284,7 +295,8 @@ def scan_rows(
 
     A row sees the state that entered the chunk, the rows of the chunk before this block (where M_START > 0), and its
     own block. For the first two the decay splits at `anchor`, the end of what lies before the block, into a factor of
-    the row and one of the key, neither above 1: one exponential a row instead of one a pair.
+    the row and one of the key, neither above 1: one exponential a row instead of one a pair. What a token adds to its
+    own y is not left to the matrix product, which would round its weight: after steep steps there is nothing else.
     """
     i = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
@@ -304,9 +316,10 @@ def scan_rows(
     C = tl.load(C_ptr + token64 * C_stride_t + n[None, :], inside[:, None] & in_n, other=0.0).to(dtype)  # [M, N]
     B = tl.load(B_ptr + token64 * B_stride_t + n[None, :], seen[:, None] & in_n, other=0.0).to(dtype)
     CB = tl.dot(C, tl.trans(B), input_precision=PRECISION)  # [M, N] @ [N, M] -> [M, M]
-    visible = i[:, None] >= i[None, :]
+    CB_own = tl.sum(C.to(tl.float32) * B.to(tl.float32), axis=1)  # [M]
+    earlier = i[:, None] > i[None, :]
     if run_ptr is not None:
-        visible = visible & (own[:, None] == own[None, :])
+        earlier = earlier & (own[:, None] == own[None, :])
         run_in = tl.load(run_ptr + first_token - 1, first_token > 0, other=0)
         run_in = tl.where(run_in < 0, ~run_in, run_in)
         from_state = own == run_in
@@ -339,26 +352,31 @@ def scan_rows(
         y = tl.dot(C, state, input_precision=PRECISION)  # [M, N] @ [N, P] -> [M, P]
         if M_START > 0:
             anchor = tl.load(a_ptr + head * Q + M_START - 1)
-            reach = tl.exp2(anchor).to(tl.float32)
-            key = tl.exp2(anchor - tl.load(b_ptr + head * Q + j)).to(tl.float32)
+            reach = decay_of(anchor, dtype)
+            key = decay_of(anchor - tl.load(b_ptr + head * Q + j), dtype)
             x_seen = tl.load(x_before + head * x_stride_h, was[:, None] & in_p, other=0.0)  # [M_START, P]
             if run_ptr is not None:
                 y = tl.where(from_state[:, None], y, 0.0)
             weights = (CB_before * key[None, :]).to(dtype)
             y = tl.dot(weights, x_seen, y * reach, input_precision=PRECISION)  # [M, M_START] @ [M_START, P] -> [M, P]
-            y *= tl.exp2(a - anchor).to(tl.float32)[:, None]
+            y *= decay_of(a - anchor, dtype)[:, None]
         else:
-            reach = tl.exp2(a).to(tl.float32)
+            reach = decay_of(a, dtype)
             if run_ptr is not None:
                 reach = tl.where(from_state, reach, 0.0)
             y *= reach[:, None]
-        decay = tl.exp2(tl.where(visible, a[:, None] - b[None, :], float("-inf"))).to(tl.float32)  # [M, M]
+        decay = decay_of(tl.where(earlier, a[:, None] - b[None, :], float("-inf")), dtype)  # [M, M]
         weights = (CB * decay).to(dtype)  # a left operand in registers: no wgmma is left in flight behind its product
         y = tl.dot(weights, x, y, input_precision=PRECISION)  # [M, M] @ [M, P] -> [M, P]
 
+        skip = CB_own * decay_of(a - b, dtype)  # [M]
         if D_ptr is not None:
-            D = tl.load(D_ptr + head * D_stride_h + p * D_stride_p, p < headdim, other=0.0).to(tl.float32)
-            y += D[None, :] * x.to(tl.float32)
+            if D_PER_FEATURE:
+                D = tl.load(D_ptr + head * D_stride_h + p * D_stride_p, p < headdim, other=0.0).to(tl.float32)
+                y += D[None, :] * x.to(tl.float32)
+            else:
+                skip += tl.load(D_ptr + head * D_stride_h).to(tl.float32)
+        y += skip[:, None] * x.to(tl.float32)
         if z_ptr is not None:
             z = tl.load(
                 z_ptr + token64 * z_stride_t + head * z_stride_h + p[None, :], inside[:, None] & in_p, other=0.0
@@ -404,6 +422,7 @@ def chunk_scan_kernel(
     heads_per_group: tl.constexpr,
     headdim: tl.constexpr,
     dstate: tl.constexpr,
+    D_PER_FEATURE: tl.constexpr,
     PRECISION: tl.constexpr,
     HEADS: tl.constexpr,
     Q: tl.constexpr,
@@ -445,12 +464,14 @@ def chunk_scan_kernel(
         scan_rows(
             x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, a_ptr, b_ptr, run_ptr, entering_ptr, y_ptr, first, first_token, last,
             x_stride_t, x_stride_h, B_stride_t, C_stride_t, z_stride_t, z_stride_h, y_stride_t, y_stride_h,
-            D_stride_h, D_stride_p, headdim, dstate, PRECISION, HEADS, Q, 0, BLOCK_M, BLOCK_N, BLOCK_P,
+            D_stride_h, D_stride_p, headdim, dstate, D_PER_FEATURE, PRECISION, HEADS,
+            Q, 0, BLOCK_M, BLOCK_N, BLOCK_P,
         )
     elif m_blocks > 1:
         scan_rows(
             x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, a_ptr, b_ptr, run_ptr, entering_ptr, y_ptr, first, first_token, last,
             x_stride_t, x_stride_h, B_stride_t, C_stride_t, z_stride_t, z_stride_h, y_stride_t, y_stride_h,
-            D_stride_h, D_stride_p, headdim, dstate, PRECISION, HEADS, Q, Q // 2, BLOCK_M, BLOCK_N, BLOCK_P,
+            D_stride_h, D_stride_p, headdim, dstate, D_PER_FEATURE, PRECISION, HEADS,
+            Q, Q // 2, BLOCK_M, BLOCK_N, BLOCK_P,
         )
     # fmt: on
