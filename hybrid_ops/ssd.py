@@ -282,7 +282,7 @@ def _choose(
     from .triton_kernels import ssd as kernels
 
     major, minor = _device.capability(torch.device(device).index or 0) if torch.cuda.is_available() else (9, 0)
-    config = kernels.config(headdim, dstate, nheads // ngroups, dtype.itemsize, state_interval, 10 * major + minor)
+    config = kernels.config(headdim, dstate, nheads // ngroups, dtype, state_interval, 10 * major + minor)
     return Choice(chosen, config._asdict(), reason)
 
 

@@ -25,19 +25,24 @@ class Config(NamedTuple):
 
 
 @functools.cache
-def config(headdim: int, dstate: int, heads_per_group: int, itemsize: int, state_interval: int, arch: int) -> Config:
+def config(
+    headdim: int, dstate: int, heads_per_group: int, dtype: torch.dtype, state_interval: int, arch: int
+) -> Config:
     """Chunks end where states are kept. sm_86, 89, 120 have too little shared memory for long chunks or two stages."""
     small = arch in (86, 89, 120)
     large_state = headdim > 64 or dstate > 128
-    q = 32 if itemsize == 4 or (small and large_state) else 64 if small or dstate > 128 else 128
+    q = 32 if dtype == torch.float32 or (small and large_state) else 64 if small or dstate > 128 else 128
     if state_interval:
         q = min(q, state_interval & -state_interval)  # the largest power of two that divides it
+    columns = triton.next_power_of_2(max(dstate, 16))
+    if dtype != torch.float16:  # whose states have one unit for all columns
+        columns = min(128 if q == 128 else 64, columns)
     return Config(
         Q=q,
         BLOCK_M=min(q, 64),
-        BLOCK_N=min(128 if q == 128 else 64, triton.next_power_of_2(max(dstate, 16))),
+        BLOCK_N=columns,
         HEADS=next(n for n in (16, 8, 4, 2, 1) if heads_per_group % n == 0),
-        WALK_WARPS=8 if q == 128 else 4,
+        WALK_WARPS=8 if q == 128 or columns > 128 else 4,
         WALK_STAGES=3,
         SCAN_WARPS=4,
         SCAN_STAGES=1 if small and large_state else 2,
@@ -105,18 +110,20 @@ def ssd_chunk_scan(
     if interval_states is not None and cu_seqlens is not None:
         interval_base = first_interval(cu_seqlens, seq_offsets, state_interval)
 
-    cfg = config(headdim, dstate, nheads // ngroups, x.element_size(), state_interval, architecture(x))
+    cfg = config(headdim, dstate, nheads // ngroups, x.dtype, state_interval, architecture(x))
     Q, HEADS = cfg.Q, cfg.HEADS
     slots = seqlen // Q + 2 * nseq if cu_seqlens is not None else batch * (seqlen // Q + 2)
     a = x.new_empty(slots, nheads, Q, dtype=torch.float32 if x.dtype == torch.bfloat16 else torch.float64)
     b = x.new_empty(slots, nheads, Q, dtype=a.dtype)
     table = x.new_empty(slots, 4, dtype=torch.int32)
     entering = x.new_empty(slots, nheads, dstate, headdim)
+    unit = x.new_empty(slots, nheads, dtype=torch.float32) if x.dtype == torch.float16 else None
     runs = None if seq_idx is None else run_numbers(seq_idx)
     # a wgmma operand of 16 columns made Triton 3.6 read beyond its shared memory (headdim 8 on an H200)
     BLOCK_P = max(64, triton.next_power_of_2(headdim))
     BLOCK_H = min(16, triton.next_power_of_2(nheads))
     sizes = (nheads, nheads // ngroups, headdim, dstate)
+    exact_operand = x.element_size() == 2 and any(t is not None and t.element_size() == 2 for t in (final, interval))
     D_per_feature = D is not None and D.dim() == 2
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     x_strides, B_strides = x.stride()[:3], B.stride()[:3]
@@ -139,10 +146,10 @@ def ssd_chunk_scan(
             state_walk_kernel,
             triton.cdiv(dstate, cfg.BLOCK_N) * nheads * nseq,
             (x, B, a, b, runs, cu_seqlens, seq_offsets, initial, final, interval)
-            + (read_slots, write_slots, interval_slots, interval_base, entering)
+            + (read_slots, write_slots, interval_slots, interval_base, entering, unit)
             + (seqlen, null_slot, 0 if ssm_state is None else ssm_state.shape[0], num_intervals, *x_strides, *B_strides)
             + tuple(0 if t is None else t.stride(0) for t in (initial, final, interval))
-            + (*sizes, state_interval, precision, Q, cfg.BLOCK_N, BLOCK_P),
+            + (*sizes, state_interval, exact_operand, precision, Q, cfg.BLOCK_N, BLOCK_P),
             num_warps=cfg.WALK_WARPS,
             num_stages=cfg.WALK_STAGES,
         )
@@ -152,7 +159,8 @@ def ssd_chunk_scan(
             plan,
             chunk_scan_kernel,
             slots * (Q // cfg.BLOCK_M) * (nheads // HEADS),
-            (x, B, C, D, z, a, b, runs, table, entering, y, seqlen, *x_strides, *B_strides, *C.stride()[:3])
+            (x, B, C, D, z, a, b, runs, table, entering, unit, y, seqlen)
+            + (*x_strides, *B_strides, *C.stride()[:3])
             + ((0, 0, 0) if z is None else z.stride()[:3])
             + (*y.stride()[:3], 0 if D is None else D.stride(0), D.stride(1) if D_per_feature else 0)
             + (*sizes, D_per_feature, precision, HEADS, Q, cfg.BLOCK_M)

@@ -37,6 +37,25 @@ def decay_of(exponent, dtype: tl.constexpr):
 
 
 @triton.jit
+def power_of_two(value):
+    """The largest one that is not above a value > 0; 2^-100 for smaller ones."""
+    value = tl.maximum(value, 7.888609052210118e-31)
+    return (value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def dot_over_states(a, b, PRECISION: tl.constexpr):
+    """a [M, N] @ b [N, P]. In float32 runs of 64 terms are summed apart: more, one after the other, lose too much."""
+    runs: tl.constexpr = a.shape[1] // 64
+    if a.dtype == tl.float32 and runs > 1:
+        a = tl.permute(tl.reshape(a, [a.shape[0], runs, 64]), [1, 0, 2])
+        b = tl.reshape(b, [runs, 64, b.shape[1]])
+        return tl.sum(tl.dot(a, b, input_precision=PRECISION), axis=0)
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
 def sequence_bounds(s, cu_seqlens_ptr, seq_offsets_ptr, total, Q: tl.constexpr):
     """(first token, length, places of its first chunk that lie before it, first slot); `total` is a row's length."""
     lead = s * 0
@@ -144,6 +163,7 @@ def state_walk_kernel(
     interval_slots_ptr,
     interval_base_ptr,
     entering_ptr,
+    unit_ptr,
     total,
     null_slot,
     num_slots,
@@ -162,6 +182,7 @@ def state_walk_kernel(
     headdim: tl.constexpr,
     dstate: tl.constexpr,
     STATE_INTERVAL: tl.constexpr,
+    EXACT_OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -189,6 +210,9 @@ def state_walk_kernel(
     B_ptr += token.to(tl.int64)[:, None] * B_stride_t + n[None, :]
     a_ptr += slot * Q
     b_ptr += slot * Q
+    if unit_ptr is not None:
+        tl.static_assert(n_tiles == 1)
+        unit_ptr += slot
     entering_ptr += slot * dstate * headdim + n[:, None] * headdim + p[None, :]
 
     state = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
@@ -202,7 +226,13 @@ def state_walk_kernel(
 
     run_in = s * 0
     for k in range(0, tl.cdiv(lead + length, Q)):
-        tl.store(entering_ptr, state.to(dtype), in_state)
+        if unit_ptr is not None:  # states have a wider range than float16: K3 gets them in units of their own
+            unit = power_of_two(tl.max(tl.abs(state)))
+            tl.store(unit_ptr, unit)
+            tl.store(entering_ptr, (state / unit).to(dtype), in_state)
+            unit_ptr += nheads
+        else:
+            tl.store(entering_ptr, state.to(dtype), in_state)
         inside = (token >= begin) & (token < end)
         a_last = tl.load(a_ptr + Q - 1)
         keep = decay_of(a_last, dtype)
@@ -216,10 +246,20 @@ def state_walk_kernel(
         x = tl.load(x_ptr, inside[:, None] & (p < headdim)[None, :], other=0.0)  # [Q, P]
         B = tl.load(B_ptr, inside[:, None] & (n < dstate)[None, :], other=0.0).to(dtype)  # [Q, N]
         scale = decay_of(a_last - tl.load(b_ptr + i), dtype)  # [Q], dt' and decay to the end of the chunk
-        scaled = (x.to(tl.float32) * scale[:, None]).to(dtype)
+        unit = 1.0
+        if unit_ptr is not None:
+            unit = power_of_two(tl.max(scale))
+            scale /= unit
+        exact = x.to(tl.float32) * scale[:, None]
+        scaled = exact.to(dtype)
         # the computed operand is the right one, which goes through shared memory: a left one would live in registers
         # that the pipelined loop may overwrite while wgmma still reads them
-        state = tl.dot(tl.trans(B), scaled, state * keep, input_precision=PRECISION)  # [N, Q] @ [Q, P] -> [N, P]
+        state *= keep / unit
+        state = tl.dot(tl.trans(B), scaled, state, input_precision=PRECISION)  # [N, Q] @ [Q, P] -> [N, P]
+        if EXACT_OPERAND:  # a state that is rounded when it is stored may not be the sum of rounded products too
+            rest = (exact - scaled.to(tl.float32)).to(dtype)
+            state = tl.dot(tl.trans(B), rest, state, input_precision=PRECISION)
+        state *= unit
         x_ptr += Q * x_stride_t
         B_ptr += Q * B_stride_t
         a_ptr += nheads * Q
@@ -266,6 +306,7 @@ def scan_rows(
     b_ptr,
     run_ptr,
     entering_ptr,
+    unit_ptr,
     y_ptr,
     first,
     first_token,
@@ -315,7 +356,7 @@ def scan_rows(
 
     C = tl.load(C_ptr + token64 * C_stride_t + n[None, :], inside[:, None] & in_n, other=0.0).to(dtype)  # [M, N]
     B = tl.load(B_ptr + token64 * B_stride_t + n[None, :], seen[:, None] & in_n, other=0.0).to(dtype)
-    CB = tl.dot(C, tl.trans(B), input_precision=PRECISION)  # [M, N] @ [N, M] -> [M, M]
+    CB = dot_over_states(C, tl.trans(B), PRECISION)  # [M, N] @ [N, M] -> [M, M]
     CB_own = tl.sum(C.to(tl.float32) * B.to(tl.float32), axis=1)  # [M]
     earlier = i[:, None] > i[None, :]
     if run_ptr is not None:
@@ -334,7 +375,7 @@ def scan_rows(
             was = was & (run >= 0)
         before64 = before.to(tl.int64)[:, None]
         B = tl.load(B_ptr + before64 * B_stride_t + n[None, :], was[:, None] & in_n, other=0.0).to(dtype)
-        CB_before = tl.dot(C, tl.trans(B), input_precision=PRECISION)  # [M, N] @ [N, M_START] -> [M, M_START]
+        CB_before = dot_over_states(C, tl.trans(B), PRECISION)  # [M, N] @ [N, M_START] -> [M, M_START]
         if run_ptr is not None:
             CB_before = tl.where(own[:, None] == run[None, :], CB_before, 0.0)
         x_before = x_ptr + before64 * x_stride_t + p[None, :]
@@ -349,10 +390,12 @@ def scan_rows(
         a = tl.load(a_ptr + head * Q + M_START + i)
         b = tl.load(b_ptr + head * Q + M_START + i)
 
-        y = tl.dot(C, state, input_precision=PRECISION)  # [M, N] @ [N, P] -> [M, P]
+        y = dot_over_states(C, state, PRECISION)  # [M, N] @ [N, P] -> [M, P]
         if M_START > 0:
             anchor = tl.load(a_ptr + head * Q + M_START - 1)
             reach = decay_of(anchor, dtype)
+            if unit_ptr is not None:
+                reach *= tl.load(unit_ptr + head)
             key = decay_of(anchor - tl.load(b_ptr + head * Q + j), dtype)
             x_seen = tl.load(x_before + head * x_stride_h, was[:, None] & in_p, other=0.0)  # [M_START, P]
             if run_ptr is not None:
@@ -362,6 +405,8 @@ def scan_rows(
             y *= decay_of(a - anchor, dtype)[:, None]
         else:
             reach = decay_of(a, dtype)
+            if unit_ptr is not None:
+                reach *= tl.load(unit_ptr + head)
             if run_ptr is not None:
                 reach = tl.where(from_state, reach, 0.0)
             y *= reach[:, None]
@@ -399,6 +444,7 @@ def chunk_scan_kernel(
     run_ptr,
     table_ptr,
     entering_ptr,
+    unit_ptr,
     y_ptr,
     total,
     x_stride_b,
@@ -459,17 +505,21 @@ def chunk_scan_kernel(
     a_ptr += vector * Q
     b_ptr += vector * Q
     entering_ptr += vector * dstate * headdim
+    if unit_ptr is not None:
+        unit_ptr += vector
     # fmt: off
     if m_block == 0:
         scan_rows(
-            x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, a_ptr, b_ptr, run_ptr, entering_ptr, y_ptr, first, first_token, last,
+            x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, a_ptr, b_ptr, run_ptr, entering_ptr, unit_ptr, y_ptr,
+            first, first_token, last,
             x_stride_t, x_stride_h, B_stride_t, C_stride_t, z_stride_t, z_stride_h, y_stride_t, y_stride_h,
             D_stride_h, D_stride_p, headdim, dstate, D_PER_FEATURE, PRECISION, HEADS,
             Q, 0, BLOCK_M, BLOCK_N, BLOCK_P,
         )
     elif m_blocks > 1:
         scan_rows(
-            x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, a_ptr, b_ptr, run_ptr, entering_ptr, y_ptr, first, first_token, last,
+            x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, a_ptr, b_ptr, run_ptr, entering_ptr, unit_ptr, y_ptr,
+            first, first_token, last,
             x_stride_t, x_stride_h, B_stride_t, C_stride_t, z_stride_t, z_stride_h, y_stride_t, y_stride_h,
             D_stride_h, D_stride_p, headdim, dstate, D_PER_FEATURE, PRECISION, HEADS,
             Q, Q // 2, BLOCK_M, BLOCK_N, BLOCK_P,
