@@ -5,6 +5,7 @@ Triton kernels run on the GPU; without one in Triton's interpreter, which has to
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -139,6 +140,13 @@ def problems(dtype: torch.dtype) -> dict[str, Problem]:
     }
 
 
+@functools.cache  # it is the slowest part, and every implementation is compared with the same
+def expected(op: str, dtype: torch.dtype) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The reference's results in float64, and in float32 for the budget."""
+    problem = problems(dtype)[op]
+    return problem.reference(op, np.float64), problem.reference(op, np.float32)
+
+
 def check(op: str, impl: str, device: str, dtypes: Iterable[torch.dtype]) -> Row:
     """Run one implementation of one op in each dtype. An exception is a complaint, not the end of the check."""
     where = "interpreter" if impl == "triton" and device == "cpu" else device
@@ -151,7 +159,7 @@ def check(op: str, impl: str, device: str, dtypes: Iterable[torch.dtype]) -> Row
         except Exception as error:
             row.complaints.append(f"{name}: {type(error).__name__}: {error}")
             continue
-        ref, base = problem.reference(op, np.float64), problem.reference(op, np.float32)
+        ref, base = expected(op, dtype)
         row.ratio[name] = 0.0
         for result, value in got.items():
             ratio, complaint = measure(result, value, ref[result], base[result], dtype, axis=problem.axis[result])

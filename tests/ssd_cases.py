@@ -131,6 +131,10 @@ def problem(case):
             tensors["interval_slots"] = slots[nseq + 1 : 3 * nseq + 1].reshape(nseq, 2)
     elif case["initial"]:
         tensors["initial_states"] = (randn(nseq, *states) * case["scale"]).to(stored)
+    if case["strided"]:
+        for name in set(tensors) - {"x", "z", "B", "C", "ssm_state"}:
+            if tensors[name] is not None:
+                tensors[name] = torch.stack([tensors[name]] * 2, dim=-1)[..., 0]  # elements lie apart
     return tensors, options
 
 

@@ -8,7 +8,7 @@ import hybrid_ops
 from hybrid_ops.reference import ssd as reference
 
 from .budget import assert_within, to_numpy
-from .ssd_cases import cases, problem, result_dtype, run_op, run_reference, run_torch
+from .ssd_cases import DTYPES, cases, problem, result_dtype, run_op, run_reference, run_torch
 
 
 def check_ssd(case, impl, device="cpu", oracle=run_reference):
@@ -56,10 +56,11 @@ def test_ssd_interpreter(case):
 
 
 @pytest.mark.gpu
-@settings(max_examples=60)
-@given(case=cases(**GPU_CASES))
-def test_ssd_gpu(case):
-    check_ssd(case, "triton", "cuda")
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=15)  # each compiles three kernels
+@given(data=st.data())
+def test_ssd_gpu(dtype, data):
+    check_ssd(data.draw(cases(**GPU_CASES, dtypes=[dtype])), "triton", "cuda")
 
 
 @pytest.mark.gpu
@@ -69,11 +70,15 @@ def test_torch_on_gpu(case):
     check_ssd(case, "torch", "cuda")
 
 
+LONG_CASES = GPU_CASES | dict(lengths=st.integers(1000, 3000), ngroups=(1, 8), intervals=(0, 256))
+
+
 @pytest.mark.gpu
-@settings(max_examples=20)
-@given(case=cases(**GPU_CASES | dict(lengths=st.integers(1000, 3000), ngroups=(1, 8), intervals=(0, 256))))
-def test_long_sequences_gpu(case):
-    check_ssd(case, "triton", "cuda", run_torch)
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=6)
+@given(data=st.data())
+def test_long_sequences_gpu(dtype, data):
+    check_ssd(data.draw(cases(**LONG_CASES, dtypes=[dtype])), "triton", "cuda", run_torch)
 
 
 PREFIX = dict(

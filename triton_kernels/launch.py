@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import triton
 from torch import Tensor
+
+Plan = TypeVar("Plan")
 
 
 @contextlib.contextmanager
@@ -29,6 +31,11 @@ def rows(tensor: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """For small tensors, whose kernels take no strides."""
+    return None if tensor is None else tensor.contiguous()
+
+
 @functools.cache
 def _architecture_of(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
@@ -44,33 +51,53 @@ def architecture(tensor: Tensor) -> int:
     return triton.runtime.driver.active.get_current_target().arch
 
 
-_PLANS: dict[tuple[Any, ...], dict[Any, Any]] = {}
+def cdiv(a: int, b: int) -> int:
+    """As `triton.cdiv`, which takes 3 us on the host."""
+    return -(-a // b)
 
 
-def plan_of(*problem: Any) -> dict[Any, Any]:
-    """The compiled kernels of a problem: all its tensors (or None) and every scalar that is not the same for all calls.
+def next_power_of_2(n: int) -> int:
+    """As `triton.next_power_of_2`, which takes 3 us on the host."""
+    return 1 << (n - 1).bit_length()
 
-    Triton binds and specialises arguments anew at each launch; an SSD call, three launches of 30 to 40 arguments, took
-    the host 137 us that way. Whatever it specialises on, dtypes, divisibility of sizes and strides, alignment of
-    pointers, is in the key here, so a problem that comes again is launched without that.
+
+class Launch:
+    """A kernel with all that the calls of one problem have in common: its grid, scalars, constants and options.
+
+    A kernel's parameters are its tensors (or None), then scalars, then constants. Triton binds and specialises them
+    anew at each launch, 30 us for 40 of them; here the compiled kernel is kept, so a `Launch` may be used again only
+    for tensors of the same `traits`.
     """
-    if not problem[0].is_cuda:  # the interpreter, or compilation for a GPU that is not here
-        return {}
-    key = tuple(
-        (t.shape, t.stride(), t.dtype, t.data_ptr() % 16, t.device) if isinstance(t, Tensor) else t for t in problem
-    )
-    plan = _PLANS.get(key)
-    if plan is None:
+
+    def __init__(self, kernel: Any, grid: int, scalars: tuple[Any, ...], **options: Any) -> None:
+        self._kernel, self._grid, self._scalars, self._options = kernel, (grid, 1, 1), scalars, options
+        self._compiled: Any = None
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        if self._compiled is not None:
+            self._compiled[self._grid](*tensors, *self._scalars)
+            return
+        compiled = self._kernel[self._grid](*tensors, *self._scalars, **self._options)
+        if torch.cuda.is_available():  # not in the interpreter, nor where one compiles for a GPU that is not here
+            self._compiled = compiled
+
+
+def traits(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """What Triton specialises kernels on, beside the values of scalars."""
+    return tuple([None if t is None else (t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors])
+
+
+_PLANS: dict[tuple[Any, ...], Any] = {}
+
+
+def plan(key: tuple[Any, ...], make: Callable[[], Plan], device: torch.device) -> Plan:
+    """What `make` returns, made once for each key on each GPU."""
+    if device.type != "cuda":
+        return make()
+    key = (*key, device)
+    found = _PLANS.get(key)
+    if found is None:
         if len(_PLANS) >= 4096:
             _PLANS.clear()
-        plan = _PLANS[key] = {}
-    return plan
-
-
-def launch(plan: dict[Any, Any], kernel: Any, grid: int, arguments: tuple[Any, ...], **options: Any) -> None:
-    """Launch a kernel of a plan; `arguments` are all of the kernel's parameters in order, its constants among them."""
-    compiled = plan.get(kernel.__name__)
-    if compiled is None:
-        plan[kernel.__name__] = kernel[(grid,)](*arguments, **options)
-    else:
-        compiled[(grid, 1, 1)](*arguments)
+        found = _PLANS[key] = make()
+    return found

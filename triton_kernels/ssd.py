@@ -6,10 +6,9 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from .launch import architecture, launch, on_device, plan_of
+from .launch import Launch, architecture, cdiv, dense, next_power_of_2, on_device, plan, traits
 from .ssd_kernels import chunk_decay_kernel, chunk_scan_kernel, state_walk_kernel
 
 
@@ -34,7 +33,7 @@ def config(
     q = 32 if dtype == torch.float32 or (small and large_state) else 64 if small or dstate > 128 else 128
     if state_interval:
         q = min(q, state_interval & -state_interval)  # the largest power of two that divides it
-    columns = triton.next_power_of_2(max(dstate, 16))
+    columns = next_power_of_2(max(dstate, 16))
     if dtype != torch.float16:  # whose states have one unit for all columns
         columns = min(128 if q == 128 else 64, columns)
     return Config(
@@ -78,23 +77,25 @@ def ssd_chunk_scan(
 ) -> None:
     """Fill y and the states. `ssm_state` is read through `read_slots` and written through the other two."""
     batch, seqlen, nheads, headdim = x.shape
-    ngroups, dstate = B.shape[2:]
+    dstate = B.shape[3]
     nseq = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     if interval_states is not None:
         interval_states.zero_()
     if nseq == 0 or nheads == 0 or headdim == 0:
         return
     x, B, C = (t if t.stride(3) == 1 else t.contiguous() for t in (x, B, C))
+    A, cu_seqlens, seq_offsets = A.contiguous(), dense(cu_seqlens), dense(seq_offsets)
+    read_slots, write_slots, interval_slots = dense(read_slots), dense(write_slots), dense(interval_slots)
     if z is not None and z.stride(3) != 1:
         z = z.contiguous()
     if y.stride(3) != 1:  # odd `out=` strides: one copy
-        dense = y.new_empty(y.shape)
+        packed_y = y.new_empty(y.shape)
         ssd_chunk_scan(
             *(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, seq_offsets, read_slots, write_slots),
-            *(interval_slots, dense, final_states, interval_states, ssm_state, dt_softplus, dt_min, dt_max),
+            *(interval_slots, packed_y, final_states, interval_states, ssm_state, dt_softplus, dt_min, dt_max),
             *(state_interval, null_slot, batch_invariant),
         )
-        y.copy_(dense)
+        y.copy_(packed_y)
         return
     initial = initial_states if read_slots is None else ssm_state
     final = final_states if write_slots is None else ssm_state
@@ -104,70 +105,114 @@ def ssd_chunk_scan(
     elif interval_states is not None:
         num_intervals = interval_states.shape[0 if cu_seqlens is not None else 1]
         interval = interval_states.flatten(0, -4)
-    if initial_states is not None and not initial_states.is_contiguous():
-        initial = initial_states.contiguous()
+    if initial_states is not None:
+        initial = dense(initial_states)
     interval_base = None
     if interval_states is not None and cu_seqlens is not None:
         interval_base = first_interval(cu_seqlens, seq_offsets, state_interval)
 
+    per_sequence = (nseq, 0 if ssm_state is None else ssm_state.shape[0], num_intervals)
+    options = (dt_softplus, dt_min, dt_max, state_interval, null_slot)
+    runs = None if seq_idx is None else run_numbers(seq_idx)
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial, runs, cu_seqlens, seq_offsets, y, final, interval)
+    p = plan(
+        (
+            "ssd_chunk_scan",
+            x.shape,
+            B.shape,
+            per_sequence,
+            options,
+            traits(*tensors, read_slots, write_slots, interval_slots),
+        ),
+        lambda: make_plan(*tensors, *per_sequence, *options),
+        x.device,
+    )
+    ab = x.new_empty(p.slots, nheads, 2, p.Q, dtype=torch.float32 if x.dtype == torch.bfloat16 else torch.float64)
+    table = x.new_empty(p.slots, 4, dtype=torch.int32)
+    entering = x.new_empty(p.slots, nheads, dstate, headdim)
+    unit = x.new_empty(p.slots, nheads, dtype=torch.float32) if x.dtype == torch.float16 else None
+    with on_device(x):
+        p.decay(dt, A, dt_bias, runs, cu_seqlens, seq_offsets, ab, table)
+        p.walk(
+            *(x, B, ab, runs, cu_seqlens, seq_offsets, initial, final, interval),
+            *(read_slots, write_slots, interval_slots, interval_base, entering, unit),
+        )
+        if seqlen > 0:
+            p.scan(x, B, C, D, z, ab, runs, table, entering, unit, y)
+
+
+class ScanPlan(NamedTuple):
+    slots: int  # places for chunks
+    Q: int
+    decay: Launch
+    walk: Launch
+    scan: Launch
+
+
+def make_plan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial: Tensor | None,
+    runs: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_offsets: Tensor | None,
+    y: Tensor,
+    final: Tensor | None,
+    interval: Tensor | None,
+    nseq: int,
+    num_slots: int,
+    num_intervals: int,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    state_interval: int,
+    null_slot: int,
+) -> ScanPlan:
+    batch, seqlen, nheads, headdim = x.shape
+    ngroups, dstate = B.shape[2:]
     cfg = config(headdim, dstate, nheads // ngroups, x.dtype, state_interval, architecture(x))
     Q, HEADS = cfg.Q, cfg.HEADS
     slots = seqlen // Q + 2 * nseq if cu_seqlens is not None else batch * (seqlen // Q + 2)
-    a = x.new_empty(slots, nheads, Q, dtype=torch.float32 if x.dtype == torch.bfloat16 else torch.float64)
-    b = x.new_empty(slots, nheads, Q, dtype=a.dtype)
-    table = x.new_empty(slots, 4, dtype=torch.int32)
-    entering = x.new_empty(slots, nheads, dstate, headdim)
-    unit = x.new_empty(slots, nheads, dtype=torch.float32) if x.dtype == torch.float16 else None
-    runs = None if seq_idx is None else run_numbers(seq_idx)
     # a wgmma operand of 16 columns made Triton 3.6 read beyond its shared memory (headdim 8 on an H200)
-    BLOCK_P = max(64, triton.next_power_of_2(headdim))
-    BLOCK_H = min(16, triton.next_power_of_2(nheads))
+    BLOCK_P = max(64, next_power_of_2(headdim))
+    BLOCK_H = min(16, next_power_of_2(nheads))
     sizes = (nheads, nheads // ngroups, headdim, dstate)
     exact_operand = x.element_size() == 2 and any(t is not None and t.element_size() == 2 for t in (final, interval))
-    D_per_feature = D is not None and D.dim() == 2
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     x_strides, B_strides = x.stride()[:3], B.stride()[:3]
-    plan = plan_of(
-        *(x, dt, A, B, C, D, z, dt_bias, initial, runs, cu_seqlens, seq_offsets, read_slots, write_slots),
-        *(interval_slots, y, final, interval, interval_base, dt_softplus, state_interval, null_slot),
+    D_strides = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
+    decay = Launch(
+        chunk_decay_kernel,
+        slots * cdiv(nheads, BLOCK_H),
+        (seqlen, nheads, nseq, *dt.stride(), 0 if dt_bias is None else dt_bias.stride(0), dt_min, dt_max)
+        + (dt_softplus, Q, BLOCK_H),
+        num_warps=4,
     )
-    with on_device(x):
-        launch(
-            plan,
-            chunk_decay_kernel,
-            slots * triton.cdiv(nheads, BLOCK_H),
-            (dt, A, dt_bias, runs, cu_seqlens, seq_offsets, a, b, table, seqlen, nheads, nseq, *dt.stride())
-            + (0 if dt_bias is None else dt_bias.stride(0), dt_min, dt_max)
-            + (dt_softplus, Q, BLOCK_H),
-            num_warps=4,
-        )
-        launch(
-            plan,
-            state_walk_kernel,
-            triton.cdiv(dstate, cfg.BLOCK_N) * nheads * nseq,
-            (x, B, a, b, runs, cu_seqlens, seq_offsets, initial, final, interval)
-            + (read_slots, write_slots, interval_slots, interval_base, entering, unit)
-            + (seqlen, null_slot, 0 if ssm_state is None else ssm_state.shape[0], num_intervals, *x_strides, *B_strides)
-            + tuple(0 if t is None else t.stride(0) for t in (initial, final, interval))
-            + (*sizes, state_interval, exact_operand, precision, Q, cfg.BLOCK_N, BLOCK_P),
-            num_warps=cfg.WALK_WARPS,
-            num_stages=cfg.WALK_STAGES,
-        )
-        if seqlen == 0:
-            return
-        launch(
-            plan,
-            chunk_scan_kernel,
-            slots * (Q // cfg.BLOCK_M) * (nheads // HEADS),
-            (x, B, C, D, z, a, b, runs, table, entering, unit, y, seqlen)
-            + (*x_strides, *B_strides, *C.stride()[:3])
-            + ((0, 0, 0) if z is None else z.stride()[:3])
-            + (*y.stride()[:3], 0 if D is None else D.stride(0), D.stride(1) if D_per_feature else 0)
-            + (*sizes, D_per_feature, precision, HEADS, Q, cfg.BLOCK_M)
-            + (triton.next_power_of_2(max(dstate, 16)), BLOCK_P),
-            num_warps=cfg.SCAN_WARPS,
-            num_stages=cfg.SCAN_STAGES,
-        )
+    walk = Launch(
+        state_walk_kernel,
+        cdiv(dstate, cfg.BLOCK_N) * nheads * nseq,
+        (seqlen, null_slot, num_slots, num_intervals, *x_strides, *B_strides)
+        + tuple(0 if t is None else t.stride(0) for t in (initial, final, interval))
+        + (*sizes, state_interval, exact_operand, precision, Q, cfg.BLOCK_N, BLOCK_P),
+        num_warps=cfg.WALK_WARPS,
+        num_stages=cfg.WALK_STAGES,
+    )
+    scan = Launch(
+        chunk_scan_kernel,
+        slots * (Q // cfg.BLOCK_M) * (nheads // HEADS),
+        (seqlen, *x_strides, *B_strides, *C.stride()[:3], *((0, 0, 0) if z is None else z.stride()[:3]))
+        + (*y.stride()[:3], *D_strides, *sizes, D is not None and D.dim() == 2, precision, HEADS, Q, cfg.BLOCK_M)
+        + (next_power_of_2(max(dstate, 16)), BLOCK_P),
+        num_warps=cfg.SCAN_WARPS,
+        num_stages=cfg.SCAN_STAGES,
+    )
+    return ScanPlan(slots, Q, decay, walk, scan)
 
 
 def run_numbers(seq_idx: Tensor) -> Tensor:

@@ -77,8 +77,7 @@ def chunk_decay_kernel(
     run_ptr,
     cu_seqlens_ptr,
     seq_offsets_ptr,
-    a_ptr,
-    b_ptr,
+    ab_ptr,
     table_ptr,
     total,
     nheads,
@@ -138,20 +137,19 @@ def chunk_decay_kernel(
         run = tl.load(run_ptr + row.to(tl.int64) * total + token, inside, other=-1)
         mask = mask & (run >= 0)[:, None]
     dt = tl.where(mask, dt, 0.0)
-    A = tl.load(A_ptr + head, head < nheads, other=0.0).to(a_ptr.dtype.element_ty) * 1.4426950408889634
-    a = tl.cumsum(dt.to(a_ptr.dtype.element_ty) * A[None, :], axis=0)
-    out = (slot.to(tl.int64) * nheads + head[None, :]) * Q + i[:, None]
-    tl.store(a_ptr + out, a, (head < nheads)[None, :])
-    b = a - tl.log2(tl.maximum(dt, 1e-37).to(a_ptr.dtype.element_ty))
-    tl.store(b_ptr + out, tl.where(dt > 0.0, b, float("inf")), (head < nheads)[None, :])
+    A = tl.load(A_ptr + head, head < nheads, other=0.0).to(ab_ptr.dtype.element_ty) * 1.4426950408889634
+    a = tl.cumsum(dt.to(ab_ptr.dtype.element_ty) * A[None, :], axis=0)
+    out = (slot.to(tl.int64) * nheads + head[None, :]) * (2 * Q) + i[:, None]
+    tl.store(ab_ptr + out, a, (head < nheads)[None, :])
+    b = a - tl.log2(tl.maximum(dt, 1e-37).to(ab_ptr.dtype.element_ty))
+    tl.store(ab_ptr + out + Q, tl.where(dt > 0.0, b, float("inf")), (head < nheads)[None, :])
 
 
 @triton.jit
 def state_walk_kernel(
     x_ptr,
     B_ptr,
-    a_ptr,
-    b_ptr,
+    ab_ptr,
     run_ptr,
     cu_seqlens_ptr,
     seq_offsets_ptr,
@@ -208,8 +206,7 @@ def state_walk_kernel(
     x_ptr += row * x_stride_b + head * x_stride_h + token.to(tl.int64)[:, None] * x_stride_t + p[None, :]
     B_ptr += row * B_stride_b + head // heads_per_group * B_stride_g
     B_ptr += token.to(tl.int64)[:, None] * B_stride_t + n[None, :]
-    a_ptr += slot * Q
-    b_ptr += slot * Q
+    ab_ptr += slot * 2 * Q
     if unit_ptr is not None:
         tl.static_assert(n_tiles == 1)
         unit_ptr += slot
@@ -234,7 +231,7 @@ def state_walk_kernel(
         else:
             tl.store(entering_ptr, state.to(dtype), in_state)
         inside = (token >= begin) & (token < end)
-        a_last = tl.load(a_ptr + Q - 1)
+        a_last = tl.load(ab_ptr + Q - 1)
         keep = decay_of(a_last, dtype)
         if run_ptr is not None:  # only the last run of the chunk reaches its end; padding may hold anything
             run = tl.load(run_ptr + row * total + token, inside, other=-1)
@@ -245,7 +242,7 @@ def state_walk_kernel(
             run_in = run_out
         x = tl.load(x_ptr, inside[:, None] & (p < headdim)[None, :], other=0.0)  # [Q, P]
         B = tl.load(B_ptr, inside[:, None] & (n < dstate)[None, :], other=0.0).to(dtype)  # [Q, N]
-        scale = decay_of(a_last - tl.load(b_ptr + i), dtype)  # [Q], dt' and decay to the end of the chunk
+        scale = decay_of(a_last - tl.load(ab_ptr + Q + i), dtype)  # [Q], dt' and decay to the end of the chunk
         unit = 1.0
         if unit_ptr is not None:
             unit = power_of_two(tl.max(scale))
@@ -262,8 +259,7 @@ def state_walk_kernel(
         state *= unit
         x_ptr += Q * x_stride_t
         B_ptr += Q * B_stride_t
-        a_ptr += nheads * Q
-        b_ptr += nheads * Q
+        ab_ptr += nheads * 2 * Q
         entering_ptr += nheads * dstate * headdim
         token += Q
 
@@ -302,8 +298,7 @@ def scan_rows(
     C_ptr,
     D_ptr,
     z_ptr,
-    a_ptr,
-    b_ptr,
+    ab_ptr,
     run_ptr,
     entering_ptr,
     unit_ptr,
@@ -387,16 +382,16 @@ def scan_rows(
             other=0.0,
         )  # [N, P]
         x = tl.load(x_own + head * x_stride_h, seen[:, None] & in_p, other=0.0)  # [M, P]
-        a = tl.load(a_ptr + head * Q + M_START + i)
-        b = tl.load(b_ptr + head * Q + M_START + i)
+        a = tl.load(ab_ptr + head * 2 * Q + M_START + i)
+        b = tl.load(ab_ptr + head * 2 * Q + Q + M_START + i)
 
         y = dot_over_states(C, state, PRECISION)  # [M, N] @ [N, P] -> [M, P]
         if M_START > 0:
-            anchor = tl.load(a_ptr + head * Q + M_START - 1)
+            anchor = tl.load(ab_ptr + head * 2 * Q + M_START - 1)
             reach = decay_of(anchor, dtype)
             if unit_ptr is not None:
                 reach *= tl.load(unit_ptr + head)
-            key = decay_of(anchor - tl.load(b_ptr + head * Q + j), dtype)
+            key = decay_of(anchor - tl.load(ab_ptr + head * 2 * Q + Q + j), dtype)
             x_seen = tl.load(x_before + head * x_stride_h, was[:, None] & in_p, other=0.0)  # [M_START, P]
             if run_ptr is not None:
                 y = tl.where(from_state[:, None], y, 0.0)
@@ -439,8 +434,7 @@ def chunk_scan_kernel(
     C_ptr,
     D_ptr,
     z_ptr,
-    a_ptr,
-    b_ptr,
+    ab_ptr,
     run_ptr,
     table_ptr,
     entering_ptr,
@@ -502,15 +496,14 @@ def chunk_scan_kernel(
     if run_ptr is not None:
         run_ptr += row * total
     vector = slot.to(tl.int64) * nheads + head
-    a_ptr += vector * Q
-    b_ptr += vector * Q
+    ab_ptr += vector * 2 * Q
     entering_ptr += vector * dstate * headdim
     if unit_ptr is not None:
         unit_ptr += vector
     # fmt: off
     if m_block == 0:
         scan_rows(
-            x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, a_ptr, b_ptr, run_ptr, entering_ptr, unit_ptr, y_ptr,
+            x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, ab_ptr, run_ptr, entering_ptr, unit_ptr, y_ptr,
             first, first_token, last,
             x_stride_t, x_stride_h, B_stride_t, C_stride_t, z_stride_t, z_stride_h, y_stride_t, y_stride_h,
             D_stride_h, D_stride_p, headdim, dstate, D_PER_FEATURE, PRECISION, HEADS,
@@ -518,7 +511,7 @@ def chunk_scan_kernel(
         )
     elif m_blocks > 1:
         scan_rows(
-            x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, a_ptr, b_ptr, run_ptr, entering_ptr, unit_ptr, y_ptr,
+            x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, ab_ptr, run_ptr, entering_ptr, unit_ptr, y_ptr,
             first, first_token, last,
             x_stride_t, x_stride_h, B_stride_t, C_stride_t, z_stride_t, z_stride_h, y_stride_t, y_stride_h,
             D_stride_h, D_stride_p, headdim, dstate, D_PER_FEATURE, PRECISION, HEADS,
