@@ -60,9 +60,10 @@ def ceilings(device: torch.device) -> dict[str, float | None]:
 
 
 def _copy_us(device: torch.device, size: int) -> float:
-    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    """By an elementwise kernel: as a node of a graph a memcpy of 1 GiB reached 2.8 TB/s on an H200, this one 4.2."""
+    source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
-    return Graph([lambda: target.copy_(source)], keep_results=False).time().median
+    return Graph([lambda: torch.mul(source, 1.0, out=target)], keep_results=False).time().median
 
 
 def commit() -> str | None:

@@ -26,18 +26,22 @@ def tensor(
     """`shape` has a number per dimension, None where any size is right."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dim() != len(shape) or any(
-        want is not None and got != want for want, got in zip(shape, value.shape, strict=True)
-    ):
-        raise ValueError(f"{name} must have shape {_shape(shape)}, got {tuple(value.shape)}")
-    dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
-    if value.dtype not in dtypes:
+    found = value.shape
+    if found != shape and not _fits(found, shape):  # the comparison of tuples saves most calls the loop
+        raise ValueError(f"{name} must have shape {_shape(shape)}, got {tuple(found)}")
+    got = value.dtype
+    if got is not dtype and (isinstance(dtype, torch.dtype) or got not in dtype):
+        dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
         expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{name} must have dtype {expected}, got {str(value.dtype).removeprefix('torch.')}")
+        raise TypeError(f"{name} must have dtype {expected}, got {str(got).removeprefix('torch.')}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on {device}, got {value.device}")
-    if value.dtype == torch.float64 and value.device.type != "cpu":
+    if got is torch.float64 and value.device.type != "cpu":
         raise TypeError(f"{name} must not be float64 on {value.device}: float64 is for checks on the CPU")
+
+
+def _fits(found: Sequence[int], shape: Sequence[int | None]) -> bool:
+    return len(found) == len(shape) and all(want is None or got == want for want, got in zip(shape, found, strict=True))
 
 
 def rank(name: str, value: Tensor, ranks: Sequence[int], layout: str) -> None:
@@ -69,7 +73,11 @@ def out(value: Tensor | None, like: Tensor, needs_grad: bool) -> None:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def no_gradient(**given: Tensor | None) -> None:

@@ -266,7 +266,7 @@ def conv1d_edge(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "num_edges", "num_seqs", "search_steps", "num_slots", "null_slot"])
 def conv1d_kernel(
     x_ptr,
     weight_ptr,

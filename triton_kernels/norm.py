@@ -24,7 +24,7 @@ def config(group_size: int) -> Config:
     return Config(BLOCK_R=max(1, 4096 // block), BLOCK_S=block, num_warps=min(16, max(4, block // 512)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def norm_kernel(
     x_ptr,
     z_ptr,

@@ -41,7 +41,7 @@ def config(
         BLOCK_M=min(q, 64),
         BLOCK_N=columns,
         HEADS=next(n for n in (16, 8, 4, 2, 1) if heads_per_group % n == 0),
-        WALK_WARPS=8 if q == 128 or columns > 128 else 4,
+        WALK_WARPS=8 if columns > 128 or (q == 128 and headdim > 64) else 4,
         WALK_STAGES=3,
         SCAN_WARPS=4,
         SCAN_STAGES=1 if small and large_state else 2,
@@ -128,17 +128,16 @@ def ssd_chunk_scan(
         x.device,
     )
     ab = x.new_empty(p.slots, nheads, 2, p.Q, dtype=torch.float32 if x.dtype == torch.bfloat16 else torch.float64)
-    table = x.new_empty(p.slots, 4, dtype=torch.int32)
     entering = x.new_empty(p.slots, nheads, dstate, headdim)
     unit = x.new_empty(p.slots, nheads, dtype=torch.float32) if x.dtype == torch.float16 else None
     with on_device(x):
-        p.decay(dt, A, dt_bias, runs, cu_seqlens, seq_offsets, ab, table)
+        p.decay(dt, A, dt_bias, runs, cu_seqlens, seq_offsets, ab)
         p.walk(
             *(x, B, ab, runs, cu_seqlens, seq_offsets, initial, final, interval),
             *(read_slots, write_slots, interval_slots, interval_base, entering, unit),
         )
         if seqlen > 0:
-            p.scan(x, B, C, D, z, ab, runs, table, entering, unit, y)
+            p.scan(x, B, C, D, z, ab, runs, cu_seqlens, seq_offsets, entering, unit, y)
 
 
 class ScanPlan(NamedTuple):
@@ -206,7 +205,7 @@ def make_plan(
     scan = Launch(
         chunk_scan_kernel,
         slots * (Q // cfg.BLOCK_M) * (nheads // HEADS),
-        (seqlen, *x_strides, *B_strides, *C.stride()[:3], *((0, 0, 0) if z is None else z.stride()[:3]))
+        (seqlen, nseq, *x_strides, *B_strides, *C.stride()[:3], *((0, 0, 0) if z is None else z.stride()[:3]))
         + (*y.stride()[:3], *D_strides, *sizes, D is not None and D.dim() == 2, precision, HEADS, Q, cfg.BLOCK_M)
         + (next_power_of_2(max(dstate, 16)), BLOCK_P),
         num_warps=cfg.SCAN_WARPS,

@@ -70,6 +70,33 @@ def sequence_bounds(s, cu_seqlens_ptr, seq_offsets_ptr, total, Q: tl.constexpr):
 
 
 @triton.jit
+def chunk_bounds(slot, cu_seqlens_ptr, seq_offsets_ptr, total, nseq, Q: tl.constexpr):
+    """(row, first place, first token, one past the last token) of the chunk in a slot; without tokens if it is empty.
+
+    The first place lies before the first token where the sequence does not begin at a multiple of Q.
+    """
+    if cu_seqlens_ptr is not None:  # the last sequence whose first slot is not beyond this one
+        low = slot * 0
+        high = low + nseq
+        while high - low > 1:
+            middle = (low + high) // 2
+            begin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + middle), 0), total)
+            if begin // Q + 2 * middle <= slot:
+                low = middle
+            else:
+                high = middle
+        s = low
+        row = s * 0
+    else:
+        s = slot // (total // Q + 2)
+        row = s
+    begin, length, lead, first_slot = sequence_bounds(s, cu_seqlens_ptr, seq_offsets_ptr, total, Q)
+    first = begin - lead + (slot - first_slot) * Q
+    return row.to(tl.int64), first, tl.maximum(first, begin), tl.minimum(first + Q, begin + length)
+
+
+# sizes that change from call to call are not specialised on: one compiled kernel for all of them
+@triton.jit(do_not_specialize=["total", "nseq"])
 def chunk_decay_kernel(
     dt_ptr,
     A_ptr,
@@ -78,7 +105,6 @@ def chunk_decay_kernel(
     cu_seqlens_ptr,
     seq_offsets_ptr,
     ab_ptr,
-    table_ptr,
     total,
     nheads,
     nseq,
@@ -95,38 +121,13 @@ def chunk_decay_kernel(
     head_blocks = tl.cdiv(nheads, BLOCK_H)
     slot = tl.program_id(0) // head_blocks
     head = tl.program_id(0) % head_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
-    if cu_seqlens_ptr is not None:  # the last sequence whose first slot is not beyond this one
-        low = slot * 0
-        high = low + nseq
-        while high - low > 1:
-            middle = (low + high) // 2
-            begin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + middle), 0), total)
-            if begin // Q + 2 * middle <= slot:
-                low = middle
-            else:
-                high = middle
-        s = low
-    else:
-        s = slot // (total // Q + 2)
-    begin, length, lead, first_slot = sequence_bounds(s, cu_seqlens_ptr, seq_offsets_ptr, total, Q)
-    first = begin - lead + (slot - first_slot) * Q  # the chunk's first place, before its sequence where lead > 0
-    last = tl.minimum(first + Q, begin + length)
-    first_token = tl.maximum(first, begin)
-    row = s
-    if cu_seqlens_ptr is not None:
-        row = s * 0
-    if tl.program_id(0) % head_blocks == 0:
-        entry = table_ptr + slot.to(tl.int64) * 4
-        tl.store(entry, row)
-        tl.store(entry + 1, first)
-        tl.store(entry + 2, first_token)
-        tl.store(entry + 3, last)
+    row, first, first_token, last = chunk_bounds(slot, cu_seqlens_ptr, seq_offsets_ptr, total, nseq, Q)
 
     i = tl.arange(0, Q)
     token = first + i
     inside = (token >= first_token) & (token < last)
     mask = inside[:, None] & (head < nheads)[None, :]
-    offset = row.to(tl.int64) * dt_stride_b + token.to(tl.int64)[:, None] * dt_stride_t + head[None, :] * dt_stride_h
+    offset = row * dt_stride_b + token.to(tl.int64)[:, None] * dt_stride_t + head[None, :] * dt_stride_h
     dt = tl.load(dt_ptr + offset, mask, other=0.0).to(tl.float32)  # [Q, heads]
     if dt_bias_ptr is not None:
         dt += tl.load(dt_bias_ptr + head * dt_bias_stride, head < nheads, other=0.0).to(tl.float32)[None, :]
@@ -134,7 +135,7 @@ def chunk_decay_kernel(
         dt = softplus(dt)
     dt = tl.minimum(tl.maximum(dt, dt_min), dt_max)
     if run_ptr is not None:  # padding carries the complement of its run number; it changes no state
-        run = tl.load(run_ptr + row.to(tl.int64) * total + token, inside, other=-1)
+        run = tl.load(run_ptr + row * total + token, inside, other=-1)
         mask = mask & (run >= 0)[:, None]
     dt = tl.where(mask, dt, 0.0)
     A = tl.load(A_ptr + head, head < nheads, other=0.0).to(ab_ptr.dtype.element_ty) * 1.4426950408889634
@@ -145,7 +146,7 @@ def chunk_decay_kernel(
     tl.store(ab_ptr + out + Q, tl.where(dt > 0.0, b, float("inf")), (head < nheads)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "null_slot", "num_slots", "num_intervals"])
 def state_walk_kernel(
     x_ptr,
     B_ptr,
@@ -208,7 +209,6 @@ def state_walk_kernel(
     B_ptr += token.to(tl.int64)[:, None] * B_stride_t + n[None, :]
     ab_ptr += slot * 2 * Q
     if unit_ptr is not None:
-        tl.static_assert(n_tiles == 1)
         unit_ptr += slot
     entering_ptr += slot * dstate * headdim + n[:, None] * headdim + p[None, :]
 
@@ -427,7 +427,7 @@ def scan_rows(
         tl.store(y_own + head * y_stride_h, y.to(y_ptr.dtype.element_ty), inside[:, None] & in_p)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "nseq"])
 def chunk_scan_kernel(
     x_ptr,
     B_ptr,
@@ -436,11 +436,13 @@ def chunk_scan_kernel(
     z_ptr,
     ab_ptr,
     run_ptr,
-    table_ptr,
+    cu_seqlens_ptr,
+    seq_offsets_ptr,
     entering_ptr,
     unit_ptr,
     y_ptr,
     total,
+    nseq,
     x_stride_b,
     x_stride_t,
     x_stride_h,
@@ -477,11 +479,7 @@ def chunk_scan_kernel(
     slot = tl.program_id(0) // head_blocks // m_blocks
     head = tl.program_id(0) % head_blocks * HEADS
     group = head // heads_per_group
-    entry = table_ptr + slot.to(tl.int64) * 4
-    row = tl.load(entry).to(tl.int64)
-    first = tl.load(entry + 1)
-    first_token = tl.load(entry + 2)
-    last = tl.load(entry + 3)
+    row, first, first_token, last = chunk_bounds(slot, cu_seqlens_ptr, seq_offsets_ptr, total, nseq, Q)
     if first + m_block * BLOCK_M >= last:
         return
 
