@@ -18,7 +18,7 @@ SCORES = ("sigmoid", "softmax")
 
 
 class MoERouting(NamedTuple):
-    """The experts of each token, and the rows of their work: one for each (token, choice), sorted by expert, then token.
+    """The experts of each token, and the rows of their work: one for each choice, sorted by expert, then by token.
 
     With T tokens, k choices and E experts (those of `expert_range`); rows from offs[-1] on belong to no expert here.
     """
@@ -187,10 +187,10 @@ def _check_groups(num_experts: int, topk: int, num_groups: int, topk_groups: int
     if num_experts % num_groups:
         raise ValueError(f"num_groups must divide the number of experts, {num_experts}, got {num_groups}")
     _check_integer("topk_groups", topk_groups, 1, num_groups)
-    if topk > topk_groups * (num_experts // num_groups):
+    most = topk_groups * (num_experts // num_groups)
+    if topk > most:
         raise ValueError(
-            f"topk must be at most the {topk_groups * (num_experts // num_groups)} experts of topk_groups={topk_groups} "
-            f"groups, got {topk}"
+            f"topk must be at most {most}, the experts of {topk_groups} of {num_groups} groups, got {topk}"
         )
 
 
