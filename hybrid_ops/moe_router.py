@@ -215,10 +215,43 @@ class _Options(NamedTuple):
 
 
 @explains("moe_router")
-@explains("moe_sort")
-def _choose(*, device: str = "cuda", impl: str = "auto", **_: Any) -> Choice:
+def _choose_router(
+    *,
+    device: str = "cuda",
+    impl: str = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+    tokens: int = 8192,
+    hidden: int = 2688,
+    num_experts: int = 128,
+    topk: int = 6,
+    **_: Any,
+) -> Choice:
     chosen, reason = _device.choose(impl, torch.device(device))
-    return Choice(chosen, {}, reason)
+    if chosen != "triton":
+        return Choice(chosen, {}, reason)
+    from .triton_kernels import moe_router as kernels
+
+    logits = kernels.logits_config(tokens, hidden, num_experts, dtype != torch.float32)._asdict()
+    choice = kernels.choice_config(tokens, num_experts, topk)._asdict()
+    return Choice(chosen, {"logits": logits, "choice": choice}, reason)
+
+
+@explains("moe_sort")
+def _choose_sort(
+    *,
+    device: str = "cuda",
+    impl: str = "auto",
+    tokens: int = 8192,
+    num_experts: int = 128,
+    topk: int = 6,
+    **_: Any,
+) -> Choice:
+    chosen, reason = _device.choose(impl, torch.device(device))
+    if chosen != "triton":
+        return Choice(chosen, {}, reason)
+    from .triton_kernels import moe_sort as kernels
+
+    return Choice(chosen, {"block_tokens": kernels.block_tokens(tokens, topk, num_experts)}, reason)
 
 
 def _moe_router_fwd(
@@ -242,9 +275,13 @@ def _moe_router_fwd(
 ) -> None:
     choice = (weights, ids, score, num_groups, topk_groups, renormalize, scaling_factor)
     permutation = (counts, offs, token_index, sorted_weights, row_index)
-    _device.choose(impl, x.device)
-    _torch_moe_router.moe_router_fwd(x, weight, correction_bias, logits, *choice)
-    _torch_moe_router.moe_sort(ids, weights, 0, *permutation)
+    if _device.choose(impl, x.device)[0] == "triton":
+        from .triton_kernels import moe_router as kernels
+
+        kernels.moe_router_fwd(x, weight, correction_bias, logits, *choice, *permutation)
+    else:
+        _torch_moe_router.moe_router_fwd(x, weight, correction_bias, logits, *choice)
+        _torch_moe_router.moe_sort(ids, weights, 0, *permutation)
 
 
 def _moe_sort_fwd(
@@ -258,8 +295,13 @@ def _moe_sort_fwd(
     first_expert: int,
     impl: str,
 ) -> None:
-    _device.choose(impl, ids.device)
-    _torch_moe_router.moe_sort(ids, weights, first_expert, counts, offs, token_index, sorted_weights, row_index)
+    permutation = (counts, offs, token_index, sorted_weights, row_index)
+    if _device.choose(impl, ids.device)[0] == "triton":
+        from .triton_kernels import moe_sort as kernels
+
+        kernels.sort(ids, weights, first_expert, *permutation)
+    else:
+        _torch_moe_router.moe_sort(ids, weights, first_expert, *permutation)
 
 
 _moe_router_op = define(
