@@ -12,6 +12,7 @@ from hybrid_ops.reference import moe_router as reference
 from .budget import assert_within, to_numpy
 from .moe_router_cases import (
     cases,
+    check_logits,
     check_permutation,
     check_router,
     check_router_of_logits,
@@ -41,24 +42,41 @@ def test_sort(case):
 
 
 @pytest.mark.interpreter
-@settings(max_examples=25)
-@given(case=cases(INTERPRETER_DTYPES))
+@settings(max_examples=30)
+@given(case=cases(INTERPRETER_DTYPES, max_tokens=24, hidden=(0, 1, 7, 24, 70, 600)))
 def test_router_interpreter(case):
     check_router(case, "triton")
 
 
 @pytest.mark.interpreter
 @settings(max_examples=40)
-@given(case=cases(INTERPRETER_DTYPES))
+@given(case=cases(INTERPRETER_DTYPES, max_tokens=24))
 def test_router_of_logits_interpreter(case):
     check_router_of_logits(case, "triton")
 
 
 @pytest.mark.interpreter
-@settings(max_examples=25)
-@given(case=sort_cases())
+@settings(max_examples=40)
+@given(case=sort_cases(max_tokens=40))
 def test_sort_interpreter(case):
     check_sort(case, "triton")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", INTERPRETER_DTYPES)
+def test_chunks_interpreter(dtype, monkeypatch):
+    """A program that adds chunks of hidden up itself, and programs with one each, leave the same bits."""
+    from hybrid_ops.triton_kernels import moe_router as kernels
+
+    torch.manual_seed(0)
+    x, weight = torch.randn(70, 1100).to(dtype), torch.randn(40, 1100).to(dtype)
+    assert kernels.logits_config(70, 1100, 40, dtype != torch.float32).SPLITS == 3
+    apart = hybrid_ops.moe_router(x, weight, 3, impl="triton")
+    config = kernels.logits_config
+    monkeypatch.setattr(kernels, "logits_config", lambda *problem: config(*problem)._replace(SPLITS=1))
+    together = hybrid_ops.moe_router(x, weight, 3, impl="triton")
+    check_logits(together.logits, x, weight)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(together, apart, strict=True))
 
 
 GPU_SIZES = dict(max_tokens=70, hidden=(0, 1, 24, 70, 600, 1100), experts=(1, 2, 6, 36, 128, 130, 512))
@@ -145,7 +163,18 @@ def check_bad_ids(impl, device="cpu"):
     assert all((t[0], t[-1]) == (77, 77) for t in (*room, sorted_weights))
 
 
-CHECKS = [check_ties, check_not_a_number, check_bad_ids]
+def check_many_blocks(impl, device="cpu"):
+    """More choices than one block of the sort has, by a router that counts them and by the sort alone."""
+    torch.manual_seed(0)
+    logits = torch.randn(150, 40, device=device)
+    got = hybrid_ops.moe_router(logits, None, 4, correction_bias=torch.linspace(0, 1, 40, device=device), impl=impl)
+    check_permutation(got, 40)
+    again = hybrid_ops.moe_sort(got.ids, got.weights, 40, impl=impl)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got[3:], again[3:], strict=True))
+    check_permutation(hybrid_ops.moe_sort(got.ids, got.weights, 40, expert_range=(11, 37), impl=impl), 40, (11, 37))
+
+
+CHECKS = [check_ties, check_not_a_number, check_bad_ids, check_many_blocks]
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -385,6 +414,55 @@ def test_too_many_rows():
     ids = torch.zeros(1, 1, dtype=torch.int32).expand(2**26, 32)
     with pytest.raises(ValueError, match=r"tokens x choices must be less than 2\^31, got 67108864 x 32"):
         hybrid_ops.moe_sort(ids, torch.zeros(1, 1).expand(2**26, 32), 4)
+
+
+def launch(dtype, weight_dtype, tokens, hidden, num_experts, topk, **options):
+    """The router's launches, on CPU tensors, for `compiling_for`."""
+    from hybrid_ops.triton_kernels import moe_router as kernels
+
+    def index(*shape):
+        return torch.empty(*shape, dtype=torch.int32)
+
+    options = dict(score="sigmoid", num_groups=1, topk_groups=1, renormalize=True, scaling_factor=2.5) | options
+    kernels.moe_router_fwd(
+        torch.empty(tokens, hidden, dtype=dtype),
+        torch.empty(num_experts, hidden, dtype=weight_dtype),
+        torch.empty(num_experts),
+        torch.empty(tokens, num_experts),
+        torch.empty(tokens, topk),
+        index(tokens, topk),
+        *options.values(),
+        index(num_experts),
+        index(num_experts),
+        index(tokens * topk),
+        torch.empty(tokens * topk),
+        index(tokens, topk),
+    )
+
+
+def launch_sort(tokens, num_experts, topk):
+    from hybrid_ops.triton_kernels import moe_sort as kernels
+
+    ids, experts, rows = (
+        torch.empty(*s, dtype=torch.int32) for s in ((tokens, topk), (num_experts,), (tokens * topk,))
+    )
+    kernels.sort(ids, torch.empty(tokens, topk), 0, experts, experts, rows, torch.empty(tokens * topk), ids)
+
+
+@pytest.mark.parametrize("sm", [80, 89, 90, 100, 120])
+def test_compiles(sm, monkeypatch):
+    from .triton_targets import check, compiling_for
+
+    with compiling_for(sm, monkeypatch) as compiled:
+        launch(torch.bfloat16, torch.bfloat16, 8192, 2688, 128, 6)
+        launch(torch.bfloat16, torch.bfloat16, 64, 4096, 512, 22)
+        if sm in (90, 100):
+            launch(torch.bfloat16, torch.bfloat16, 8192, 4096, 512, 22)
+            launch(torch.bfloat16, torch.float32, 8192, 2688, 128, 6)
+            launch(torch.float32, torch.float32, 64, 70, 1024, 32, score="softmax", num_groups=8, topk_groups=4)
+            launch(torch.float16, torch.float16, 8192, 2688, 128, 6)
+            launch_sort(8192, 1024, 32)
+    check(compiled, sm)
 
 
 def test_opcheck():

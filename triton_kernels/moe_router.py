@@ -54,7 +54,7 @@ def logits_config(tokens: int, hidden: int, num_experts: int, half: bool) -> Log
         block_e = min(block_e, 32)
     splits = max(1, triton.cdiv(hidden, chunk)) if few else 1
     warps = 8 if large else 4
-    return LogitsConfig(block_t, block_e, 64 if half else 32, chunk, splits, warps, 4 if half else 1)
+    return LogitsConfig(block_t, block_e, 64 if half else 32, chunk, splits, warps, 3 if half else 1)
 
 
 @functools.cache
@@ -62,7 +62,7 @@ def choice_config(tokens: int, num_experts: int, topk: int) -> ChoiceConfig:
     """The tokens of a program are those of a block of the sort, whose choices it counts."""
     block_t = block_tokens(tokens, topk, num_experts)
     block_e = max(16, triton.next_power_of_2(num_experts))
-    return ChoiceConfig(block_t, block_e, num_warps=8 if block_t * block_e >= 8192 else 4)
+    return ChoiceConfig(block_t, block_e, num_warps=8 if block_t * block_e >= 4096 else 4)
 
 
 # the number of tokens changes from call to call and is not specialised: one kernel for all
@@ -172,9 +172,9 @@ def _in_chosen_groups(
     order = tl.where(g < NUM_GROUPS, _order(sums), LEAST)
     chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
     for _ in range(TOPK_GROUPS):
-        group = _first_largest(order, g, BLOCK_G)[:, None]
-        order = tl.where(g == group, LEAST, order)
-        chosen = chosen | (group_of == group)
+        largest = _first_largest(order, g, BLOCK_G)[:, None]
+        order = tl.where(g == largest, LEAST, order)
+        chosen = chosen | (group_of == largest)
     return chosen
 
 

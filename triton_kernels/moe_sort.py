@@ -17,8 +17,8 @@ MAX_ROWS = 512  # choices of a block: each is compared with all
 
 
 def block_tokens(tokens: int, topk: int, num_experts: int) -> int:
-    """Tokens of a block: a few hundred blocks, of at most MAX_ROWS choices, and 8192 scores where a router chooses."""
-    most = min(MAX_ROWS // topk, max(1, 8192 // max(16, triton.next_power_of_2(num_experts))))
+    """Tokens of a block: a few hundred blocks, of at most MAX_ROWS choices, and 4096 scores where a router chooses."""
+    most = min(MAX_ROWS // topk, max(1, 4096 // max(16, triton.next_power_of_2(num_experts))))
     block = max(4, triton.next_power_of_2(triton.cdiv(tokens, 256)))
     while block > most:
         block //= 2
@@ -171,6 +171,6 @@ def sort(
             ROWS=per_block,
             BLOCK_N=block_n,
             BLOCK_E=block_e,
-            BLOCK_M=min(32, block_n),
-            num_warps=4,
+            BLOCK_M=16,
+            num_warps=8 if block_n > 256 else 4,
         )
