@@ -69,9 +69,9 @@ def moe_router(
         ids are distinct and in range whatever comes in. Nothing is read on the host.
 
     x float32, bfloat16, float16. Products are exact (bfloat16 and float16 pairs) or as good as float32's (a float32
-    tensor among the two: no TF32), sums, scores and weights float32; all float64 for float64 x, on the CPU. A token's
-    results depend on no other token, to the bit. Differentiable in x and weight, through weights, sorted_weights and
-    logits; the choice is a constant.
+    tensor among the two: no TF32), sums, scores and weights float32; all float64 for float64 x, on the CPU. In the
+    Triton kernels a token's results depend on no other token, to the bit. Differentiable in x and weight, through
+    weights, sorted_weights and logits; the choice is a constant.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, name or number that is not the one expected.
@@ -232,8 +232,8 @@ def _choose_router(
     from .triton_kernels import moe_router as kernels
 
     logits = kernels.logits_config(tokens, hidden, num_experts, dtype != torch.float32)._asdict()
-    choice = kernels.choice_config(tokens, num_experts, topk)._asdict()
-    return Choice(chosen, {"logits": logits, "choice": choice}, reason)
+    choice = kernels.choice_config(tokens, num_experts, topk)
+    return Choice(chosen, {**logits, "CHOICE_BLOCK_T": choice.BLOCK_T, "CHOICE_BLOCK_E": choice.BLOCK_E}, reason)
 
 
 @explains("moe_sort")

@@ -2,8 +2,8 @@
 
 A token's bits depend on no other token. So hidden is cut into chunks at the same places however many tokens there are:
 with many tokens a program adds its chunks up itself, with few each chunk has a program of its own and the next kernel
-adds them up, in the same order. For the same reason every tile multiplies at least 64 rows: fewer would be other
-instructions.
+adds them up, in the same order. For the same reason every tile multiplies at least 64 rows (fewer would be other
+instructions), and a sum over a token's experts or choices has one order, or none that matters.
 
 Letters: T tokens, E experts and K of hidden in a program. All arithmetic is float32.
 """
@@ -35,6 +35,7 @@ class LogitsConfig(NamedTuple):
 class ChoiceConfig(NamedTuple):
     BLOCK_T: int
     BLOCK_E: int
+    COUNT: bool  # whether the sort takes more than one block, and so needs each block's counts
     num_warps: int
 
 
@@ -59,10 +60,15 @@ def logits_config(tokens: int, hidden: int, num_experts: int, half: bool) -> Log
 
 @functools.cache
 def choice_config(tokens: int, num_experts: int, topk: int) -> ChoiceConfig:
-    """The tokens of a program are those of a block of the sort, whose choices it counts."""
-    block_t = block_tokens(tokens, topk, num_experts)
+    """Where choices are counted, the tokens of a program are those of a block of the sort; else it has one token.
+
+    16 scores a thread. Up to 128 experts (512 where nothing is counted) a warp has whole tokens, and finds the largest
+    without waiting for others.
+    """
+    count = tokens * topk > MAX_ROWS
+    block_t = block_tokens(tokens, topk, num_experts) if count else 1
     block_e = max(16, triton.next_power_of_2(num_experts))
-    return ChoiceConfig(block_t, block_e, num_warps=8 if block_t * block_e >= 4096 else 4)
+    return ChoiceConfig(block_t, block_e, count, num_warps=min(8, max(1, block_t * block_e // 512)))
 
 
 # the number of tokens changes from call to call and is not specialised: one kernel for all
@@ -105,11 +111,9 @@ def logits_kernel(
             else:
                 x = tl.load(x_ptr + step, step + k[None, :] < hidden, other=0.0)
                 weight = tl.load(weight_ptr + step, step + k[:, None] < hidden, other=0.0)
-            if x.dtype == weight.dtype:
-                partial = tl.dot(x, weight, partial, input_precision="tf32x3")
-            else:
+            if x.dtype != weight.dtype:
                 x, weight = x.to(tl.float32), weight.to(tl.float32)
-                partial = tl.dot(x, weight, partial, input_precision="tf32x3")
+            partial = tl.dot(x, weight, partial, input_precision="tf32x3")
         total += partial
     partial_ptr += (tl.program_id(1) * tokens.to(tl.int64) + t)[:, None] * num_experts + e[None, :]
     tl.store(partial_ptr, total, (t[:, None] < tokens) & (e[None, :] < num_experts))
@@ -131,6 +135,18 @@ def _exp(x):
     p = p * r + 0.5
     p = p * r + 1.0
     return (p * r + 1.0) * tl.exp2(n)
+
+
+@triton.jit
+def _sum_in_any_order(values):
+    """[rows]: sums of numbers from 0 to 1, the same bits however threads share them: integers, in units of 2^-44.
+
+    What is cut off is below 2^-34 of the sum of up to 1024 numbers of which one is 1. NaN stays NaN.
+    """
+    nan = values != values
+    units = (tl.where(nan, 0.0, values) * 17592186044416.0).to(tl.int64)
+    total = tl.sum(units, 1).to(tl.float32) * 5.684341886080802e-14
+    return tl.where(tl.max(nan.to(tl.int32), 1) > 0, float("nan"), total)
 
 
 @triton.jit
@@ -211,18 +227,17 @@ def choice_kernel(
     e = tl.arange(0, BLOCK_E)[None, :]  # [1, E]
     mask = (t < tokens) & (e < num_experts)
 
-    partial_ptr += t * partial_stride + e
-    logits = tl.load(partial_ptr, mask, other=0.0)
+    logits = tl.load(partial_ptr + t * partial_stride + e, mask, other=0.0)
     if SPLITS > 1:
-        for _ in range(SPLITS - 1):
-            partial_ptr += tokens.to(tl.int64) * partial_stride
-            logits += tl.load(partial_ptr, mask, other=0.0)
+        for split in tl.static_range(1, SPLITS):
+            row = split * tokens.to(tl.int64) + t
+            logits += tl.load(partial_ptr + row * partial_stride + e, mask, other=0.0)
         tl.store(logits_ptr + t * num_experts + e, logits, mask)
 
     if SOFTMAX:
         logits = tl.where(e < num_experts, logits, float("-inf"))
         exp = tl.where(e < num_experts, _exp(logits - tl.max(logits, 1)[:, None]), 0.0)
-        s = tl.div_rn(exp, tl.sum(exp, 1)[:, None])
+        s = tl.div_rn(exp, _sum_in_any_order(exp)[:, None])
     else:
         small = _exp(-tl.abs(logits))
         s = tl.div_rn(tl.where(logits >= 0.0, 1.0, small), 1.0 + small)
@@ -233,30 +248,29 @@ def choice_kernel(
     if TOPK_GROUPS < NUM_GROUPS:
         candidate &= _in_chosen_groups(sel, e, NUM_GROUPS, TOPK_GROUPS, GROUP_SIZE, BLOCK_T, BLOCK_E, BLOCK_G)
     order = tl.where(candidate, _order(sel), LEAST)
-    s = tl.where(s != s, 0.0, s)
 
     j = tl.arange(0, BLOCK_J)[None, :]  # [1, J]
     ids = tl.zeros([BLOCK_T, BLOCK_J], tl.int32)
-    weights = tl.zeros([BLOCK_T, BLOCK_J], tl.float32)
-    taken = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
     for place in range(TOPK):
         expert = _first_largest(order, e, BLOCK_E)[:, None]  # [T, 1]
-        hit = e == expert
-        order = tl.where(hit, LEAST, order)
+        order = tl.where(e == expert, LEAST, order)
         ids = tl.where(j == place, expert, ids)
-        weights = tl.where(j == place, tl.sum(tl.where(hit, s, 0.0), 1)[:, None], weights)
-        if COUNT:
-            taken += hit.to(tl.int32)
 
+    weights = tl.gather(s, ids, 1)
+    weights = tl.where((j < TOPK) & (weights == weights), weights, 0.0)
     if RENORMALIZE:
-        weights = tl.div_rn(weights, tl.sum(weights, 1)[:, None] + 1e-20)
+        total = tl.zeros([BLOCK_T], tl.float32)
+        for place in range(TOPK):  # in this order however threads share the weights
+            total += tl.sum(tl.where(j == place, weights, 0.0), 1)
+        weights = tl.div_rn(weights, total[:, None] + 1e-20)
     weights *= scaling_factor
     kept = (t < tokens) & (j < TOPK)
     tl.store(ids_ptr + t * TOPK + j, ids, kept)
     tl.store(weights_ptr + t * TOPK + j, weights, kept)
     if COUNT:
         e = tl.arange(0, BLOCK_E)
-        counts = tl.sum(tl.where(t < tokens, taken, 0), 0)
+        taken = candidate & (order == LEAST) & (t < tokens)
+        counts = tl.sum(taken.to(tl.int32), 0)
         tl.store(counts_ptr + block * num_experts + e, counts, e < num_experts)
 
 
@@ -285,9 +299,9 @@ def moe_router_fwd(
         counts.zero_()
         offs.zero_()
         return
-    block_t, block_e, num_warps = choice_config(tokens, num_experts, topk)
+    block_t, block_e, count, num_warps = choice_config(tokens, num_experts, topk)
     blocks = triton.cdiv(tokens, block_t)
-    block_counts = None if tokens * topk <= MAX_ROWS else ids.new_empty(blocks, num_experts)
+    block_counts = ids.new_empty(blocks, num_experts) if count else None
     with on_device(x):
         partial, splits = (rows(x), 1) if weight is None else _logits(x, weight, logits)
         choice_kernel[(blocks,)](
@@ -310,7 +324,7 @@ def moe_router_fwd(
             GROUP_SIZE=num_experts // num_groups,
             RENORMALIZE=renormalize,
             TOPK=topk,
-            COUNT=block_counts is not None,
+            COUNT=count,
             BLOCK_T=block_t,
             BLOCK_E=block_e,
             BLOCK_G=triton.next_power_of_2(num_groups),
