@@ -157,10 +157,22 @@ def _order(values):
 
 
 @triton.jit
-def _first_largest(order, index, END: tl.constexpr):
-    """[rows]: where the largest of each row is; of equals the lower index."""
-    largest = tl.max(order, 1)
-    return tl.min(tl.where(order == largest[:, None], index, END), 1)
+def _load_logits(partial_ptr, t, e, mask, tokens, partial_stride, SPLITS: tl.constexpr):
+    """logits[t, e], from as many partial sums."""
+    logits = tl.load(partial_ptr + t * partial_stride + e, mask, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        row = split * tokens.to(tl.int64) + t
+        logits += tl.load(partial_ptr + row * partial_stride + e, mask, other=0.0)
+    return logits
+
+
+@triton.jit
+def _scores(logits, largest, total, SOFTMAX: tl.constexpr):
+    """softmax of the row with this largest logit and this sum of exp(logits - largest), or sigmoid."""
+    if SOFTMAX:
+        return tl.div_rn(_exp(logits - largest), total)
+    small = _exp(-tl.abs(logits))
+    return tl.div_rn(tl.where(logits >= 0.0, 1.0, small), 1.0 + small)
 
 
 @triton.jit
@@ -188,9 +200,10 @@ def _in_chosen_groups(
     order = tl.where(g < NUM_GROUPS, _order(sums), LEAST)
     chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
     for _ in range(TOPK_GROUPS):
-        largest = _first_largest(order, g, BLOCK_G)[:, None]
-        order = tl.where(g == largest, LEAST, order)
-        chosen = chosen | (group_of == largest)
+        largest = tl.max(order, 1)[:, None]
+        place = tl.min(tl.where(order == largest, g, BLOCK_G), 1)[:, None]
+        order = tl.where(g == place, LEAST, order)
+        chosen = chosen | (group_of == place)
     return chosen
 
 
@@ -227,21 +240,15 @@ def choice_kernel(
     e = tl.arange(0, BLOCK_E)[None, :]  # [1, E]
     mask = (t < tokens) & (e < num_experts)
 
-    logits = tl.load(partial_ptr + t * partial_stride + e, mask, other=0.0)
+    logits = _load_logits(partial_ptr, t, e, mask, tokens, partial_stride, SPLITS)
     if SPLITS > 1:
-        for split in tl.static_range(1, SPLITS):
-            row = split * tokens.to(tl.int64) + t
-            logits += tl.load(partial_ptr + row * partial_stride + e, mask, other=0.0)
         tl.store(logits_ptr + t * num_experts + e, logits, mask)
 
+    largest, total = 0.0, 1.0
     if SOFTMAX:
-        logits = tl.where(e < num_experts, logits, float("-inf"))
-        exp = tl.where(e < num_experts, _exp(logits - tl.max(logits, 1)[:, None]), 0.0)
-        s = tl.div_rn(exp, _sum_in_any_order(exp)[:, None])
-    else:
-        small = _exp(-tl.abs(logits))
-        s = tl.div_rn(tl.where(logits >= 0.0, 1.0, small), 1.0 + small)
-    sel = s
+        largest = tl.max(tl.where(e < num_experts, logits, float("-inf")), 1)[:, None]
+        total = _sum_in_any_order(tl.where(e < num_experts, _exp(logits - largest), 0.0))[:, None]
+    sel = _scores(logits, largest, total, SOFTMAX)
     if HAS_BIAS:
         sel += tl.load(bias_ptr + e * bias_stride, e < num_experts, other=0.0).to(tl.float32)
     candidate = e < num_experts
@@ -252,19 +259,20 @@ def choice_kernel(
     j = tl.arange(0, BLOCK_J)[None, :]  # [1, J]
     ids = tl.zeros([BLOCK_T, BLOCK_J], tl.int32)
     for place in range(TOPK):
-        expert = _first_largest(order, e, BLOCK_E)[:, None]  # [T, 1]
+        best = tl.max(order, 1)[:, None]
+        expert = tl.min(tl.where(order == best, e, BLOCK_E), 1)[:, None]  # of equals the lower
         order = tl.where(e == expert, LEAST, order)
         ids = tl.where(j == place, expert, ids)
 
-    weights = tl.gather(s, ids, 1)
-    weights = tl.where((j < TOPK) & (weights == weights), weights, 0.0)
-    if RENORMALIZE:
-        total = tl.zeros([BLOCK_T], tl.float32)
-        for place in range(TOPK):  # in this order however threads share the weights
-            total += tl.sum(tl.where(j == place, weights, 0.0), 1)
-        weights = tl.div_rn(weights, total[:, None] + 1e-20)
-    weights *= scaling_factor
     kept = (t < tokens) & (j < TOPK)
+    weights = _scores(_load_logits(partial_ptr, t, ids, kept, tokens, partial_stride, SPLITS), largest, total, SOFTMAX)
+    weights = tl.where(kept & (weights == weights), weights, 0.0)
+    if RENORMALIZE:
+        chosen = tl.zeros([BLOCK_T], tl.float32)
+        for place in range(TOPK):  # in this order however threads share the weights
+            chosen += tl.sum(tl.where(j == place, weights, 0.0), 1)
+        weights = tl.div_rn(weights, chosen[:, None] + 1e-20)
+    weights *= scaling_factor
     tl.store(ids_ptr + t * TOPK + j, ids, kept)
     tl.store(weights_ptr + t * TOPK + j, weights, kept)
     if COUNT:
