@@ -4,6 +4,7 @@ from ._library import Choice, explain, ops
 from ._version import __version__ as __version__
 from .conv1d import causal_conv1d
 from .conv1d_update import causal_conv1d_update
+from .grouped_gemm import grouped_gemm
 from .models import warmup
 from .norm import gated_rms_norm, rms_norm
 from .ssd import ssd_chunk_scan
@@ -15,6 +16,7 @@ __all__ = [
     "causal_conv1d_update",
     "explain",
     "gated_rms_norm",
+    "grouped_gemm",
     "ops",
     "rms_norm",
     "ssd_chunk_scan",
