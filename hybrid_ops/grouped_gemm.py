@@ -88,7 +88,8 @@ def grouped_gemm(
     _checks.one_of("out_dtype", out_dtype, _checks.FLOATS)
     needs_grad = _checks.needs_grad(a, b, row_scale)
     n = width // 2 if activation == "silu_gated" else width
-    _checks.out(out, a.new_empty((rows, n), dtype=out_dtype, device="meta").to(a.device), needs_grad)
+    if out is not None:
+        _checks.out(out, a.new_empty(1, dtype=out_dtype).expand(rows, n), needs_grad)
     if needs_grad:
         y, preact = _GroupedGemm.apply(
             a, b, row_scale, offs, gather, activation, return_preact, out_dtype, batch_invariant, impl
