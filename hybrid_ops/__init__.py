@@ -6,17 +6,21 @@ from .conv1d import causal_conv1d
 from .conv1d_update import causal_conv1d_update
 from .grouped_gemm import grouped_gemm
 from .models import warmup
+from .moe_router import MoERouting, moe_router, moe_sort
 from .norm import gated_rms_norm, rms_norm
 from .ssd import ssd_chunk_scan
 from .ssd_update import ssd_state_update
 
 __all__ = [
     "Choice",
+    "MoERouting",
     "causal_conv1d",
     "causal_conv1d_update",
     "explain",
     "gated_rms_norm",
     "grouped_gemm",
+    "moe_router",
+    "moe_sort",
     "ops",
     "rms_norm",
     "ssd_chunk_scan",

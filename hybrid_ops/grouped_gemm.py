@@ -72,8 +72,8 @@ def grouped_gemm(
     _checks.tensor("b", b, (None, None, a.shape[1]), dtype=a.dtype, device=a.device)
     _checks.one_of("activation", activation, ACTIVATIONS)
     experts, width = b.shape[0], b.shape[1]
-    if not 1 <= experts <= MAX_EXPERTS:
-        raise ValueError(f"b must have 1 to {MAX_EXPERTS} experts, got {experts}")
+    if experts > MAX_EXPERTS:
+        raise ValueError(f"b must have at most {MAX_EXPERTS} experts, got {experts}")
     if activation == "silu_gated" and width % 2:
         raise ValueError(f"b must have shape (E, 2 N, K) with activation='silu_gated', got {tuple(b.shape)}")
     if gather is not None:
@@ -103,7 +103,7 @@ def grouped_gemm(
 
 def _check_offs(offs: Tensor, experts: int, rows: int, device: torch.device) -> None:
     _checks.tensor("offs", offs, (experts,), dtype=torch.int32, device=device)
-    if _checks.readable(offs):
+    if experts and _checks.readable(offs):
         steps = offs.diff(prepend=offs.new_zeros(1))
         if (steps < 0).any():
             e = int((steps < 0).nonzero()[0])
@@ -114,7 +114,7 @@ def _check_offs(offs: Tensor, experts: int, rows: int, device: torch.device) -> 
 
 def _check_gather(gather: Tensor | None, offs: Tensor, rows_of_a: int) -> None:
     if gather is not None and _checks.readable(gather):
-        used = gather[: int(offs[-1])]
+        used = gather[: int(offs[-1])] if offs.numel() else gather[:0]
         bad = used[(used < 0) | (used >= rows_of_a)]
         if bad.numel():
             raise ValueError(f"gather must be in [0, {rows_of_a}), got {int(bad[0])}")

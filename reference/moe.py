@@ -60,12 +60,12 @@ def moe_mlp(
 ):
     """The routed experts alone: token after token, its experts in the order of the routing's columns.
 
-    `routing` has ids (T, k) and weights (T, k). The weight multiplies what an expert returns, or with weight_on="hidden"
+    `routing` begins with weights (T, k) and ids (T, k). The weight multiplies what an expert returns, or with weight_on="hidden"
     (Megatron's order) what goes into its second matrix: the same in exact arithmetic.
     """
     x, up, down = (np.asarray(t, dtype) for t in (x, up_weight, down_weight))
     out = np.zeros((len(x), down.shape[1]), dtype)
-    for t, (ids, weights) in enumerate(zip(routing.ids, routing.weights, strict=True)):
+    for t, (weights, ids) in enumerate(zip(*routing[:2], strict=True)):
         for e, w in zip(ids, weights, strict=True):
             hidden = activate((up[e] @ x[t])[None], activation)[0]
             if weight_on == "hidden":
