@@ -163,9 +163,7 @@ def _grouped_gemm_fwd(
 
         kernels.grouped_gemm(a, b, offs, gather, row_scale, out, preact, activation, batch_invariant)
     else:
-        _torch_grouped_gemm.grouped_gemm_fwd(
-            a, b, offs, gather, row_scale, out, preact, activation, batch_invariant
-        )
+        _torch_grouped_gemm.grouped_gemm_fwd(a, b, offs, gather, row_scale, out, preact, activation, batch_invariant)
 
 
 _grouped_gemm_fwd_op = define(
@@ -175,9 +173,7 @@ _grouped_gemm_fwd_op = define(
 )
 
 
-def _grouped_gemm_wgrad(
-    dh: Tensor, a: Tensor, offs: Tensor, gather: Tensor | None, db: Tensor, impl: str
-) -> None:
+def _grouped_gemm_wgrad(dh: Tensor, a: Tensor, offs: Tensor, gather: Tensor | None, db: Tensor, impl: str) -> None:
     if _device.choose(impl, a.device)[0] == "triton":
         from .triton_kernels import grouped_gemm as kernels
 

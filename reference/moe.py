@@ -60,8 +60,8 @@ def moe_mlp(
 ):
     """The routed experts alone: token after token, its experts in the order of the routing's columns.
 
-    `routing` begins with weights (T, k) and ids (T, k). The weight multiplies what an expert returns, or with weight_on="hidden"
-    (Megatron's order) what goes into its second matrix: the same in exact arithmetic.
+    `routing` begins with weights (T, k) and ids (T, k). The weight multiplies what an expert returns, or with
+    weight_on="hidden" (Megatron's order) what goes into its second matrix: the same in exact arithmetic.
     """
     x, up, down = (np.asarray(t, dtype) for t in (x, up_weight, down_weight))
     out = np.zeros((len(x), down.shape[1]), dtype)

@@ -66,9 +66,7 @@ def preact_grad(
     return torch.cat([dy * up * s * (1 + gate * (1 - s)), dy * gate * s], 1), dscale
 
 
-def index_sum(
-    values: Tensor, index: Tensor, weights: Tensor | None, out: Tensor, repeat: int, factor: float
-) -> None:
+def index_sum(values: Tensor, index: Tensor, weights: Tensor | None, out: Tensor, repeat: int, factor: float) -> None:
     """out[r] = factor * sum of weights[p] * values[p // repeat] over the places p with index[p] = r."""
     dtype = compute_dtype(values)
     rows = out.shape[0]
@@ -113,5 +111,5 @@ def _invariant_product(rows: Tensor, weight: Tensor) -> Tensor:
     """The same product in blocks of INVARIANT_ROWS, the last one filled up: a BLAS orders its sums by the number of
     rows."""
     count = rows.shape[0]
-    blocks = F.pad(rows, (0, 0, 0, -count % INVARIANT_ROWS)).split(INVARIANT_ROWS)
-    return torch.cat([block @ weight.T for block in blocks])[:count]
+    blocks = F.pad(rows, (0, 0, 0, -count % INVARIANT_ROWS)).unflatten(0, (-1, INVARIANT_ROWS))
+    return torch.bmm(blocks, weight.T.expand(blocks.shape[0], -1, -1)).flatten(0, 1)[:count]
