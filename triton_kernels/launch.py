@@ -44,6 +44,16 @@ def architecture(tensor: Tensor) -> int:
     return triton.runtime.driver.active.get_current_target().arch
 
 
+@functools.cache
+def _num_sms_of(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def num_sms(tensor: Tensor) -> int:
+    """Multiprocessors that a launch on this tensor may fill; the interpreter counts as 2, so that programs loop."""
+    return _num_sms_of(tensor.device.index) if tensor.is_cuda else 2
+
+
 _PLANS: dict[tuple[Any, ...], dict[Any, Any]] = {}
 
 
