@@ -1,7 +1,7 @@
 """Grouped matrix product: forward (which is dgrad too, with the transposed view of b) and wgrad.
 
 How many tiles there are is known on the device only, so as many programs as the machine holds at once share them: each
-finds the expert, rows and columns of its next tile in the prefix sum of the experts' tiles, which it keeps in registers.
+finds the expert, rows and columns of its next tile in the prefix sum of the experts' tiles, kept in its registers.
 
 Letters: M rows, N columns, K inner size of a tile; E experts, padded to a power of two with one more for rows of none.
 """
@@ -266,7 +266,7 @@ def grouped_gemm(
     batch_invariant: bool,
     chosen: Config | None = None,
 ) -> None:
-    """Fill out and, where it is wanted, the contiguous pre-activation; `chosen` is for measuring other configurations."""
+    """Fill out and, where it is wanted, the contiguous pre-activation; `chosen` is to measure other configurations."""
     (rows, n), (experts, _, k) = out.shape, b.shape
     if rows == 0 or n == 0 or experts == 0 or a.numel() == 0:
         for filled in (out, preact):

@@ -38,10 +38,8 @@ def index_sum_kernel(
     tl.store(out_ptr + row * features + d, (total * factor).to(out_ptr.dtype.element_ty), d < features)
 
 
-def index_sum(
-    values: Tensor, index: Tensor, weights: Tensor | None, out: Tensor, repeat: int, factor: float
-) -> None:
-    """Fill the contiguous out: out[r] = factor * sum of weights[p] * values[p // repeat] over the p with index[p] = r."""
+def index_sum(values: Tensor, index: Tensor, weights: Tensor | None, out: Tensor, repeat: int, factor: float) -> None:
+    """Fill the contiguous out[r] = factor * sum of weights[p] * values[p // repeat] over the p with index[p] = r."""
     if out.numel() == 0 or values.numel() == 0:
         out.zero_()
         return

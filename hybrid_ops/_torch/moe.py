@@ -17,7 +17,7 @@ def moe_combine_fwd(
     total = y.new_zeros(out.shape, dtype=dtype)
     for j, (rows, here) in enumerate(_choices(row_index, y.shape[0])):
         mine = _take(y, rows, here).to(dtype)
-        total += mine if weights is None else mine * weights[:, j, None].to(dtype)
+        total += mine if weights is None else mine * weights[:, j, None].where(here[:, None], 0).to(dtype)
     total *= scaling_factor
     out.copy_(total if residual is None else total + residual.to(dtype))
 
