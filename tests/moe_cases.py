@@ -199,7 +199,7 @@ def layer_cases(draw, dtypes, tokens=(0, 1, 5, 12), widths=(24, 40)):
         tokens=choose(tokens),
         hidden=choose(widths),
         latent=choose([None, 24]),
-        experts=choose([4, 6, 8]),
+        experts=choose([6, 8]),  # a group has at least topk
         inner=choose([8, 20, 33]),
         shared=choose([None, 16]),
         topk=choose([1, 2, 3]),
@@ -264,29 +264,42 @@ def layer_of(impl, device="cpu"):
     return run
 
 
+def layer_orders(case, tensors, options):
+    """The problem with x's features and the experts' inner ones in several orders, as `orders_of_k`."""
+    x, gate, up, down = tensors
+    generator = torch.Generator().manual_seed(case["seed"])
+    halves = up.shape[1] // down.shape[2]
+    for _ in range(16 if case["dtype"] == torch.float32 else 1):
+        k = torch.randperm(x.shape[1], generator=generator)
+        inner = torch.randperm(down.shape[2], generator=generator)
+        both = torch.cat([inner + i * len(inner) for i in range(halves)])
+        reading_x = {n: options[n][:, k] for n in ("fc1_weight", "shared_up_weight") if n in options}
+        up_read = up[:, both] if "fc1_weight" in options else up[:, both][:, :, k]
+        yield (x[:, k], gate[:, k], up_read, down[:, :, inner]), options | reading_x
+
+
 def check_layer(case, run):
     """The references round what the layer keeps between two products, so that the budget is that of the last step."""
     tensors, options = layer_problem(case)
-    x, gate = tensors[:2]
     out, routing = run(*tensors, case["topk"], **options, batch_invariant=case["batch_invariant"])
     assert out.dtype == case["dtype"]
     router = {name: case[name] for name in ("score", "renormalize", "scaling_factor")}
-    references = []
-    for dtype in BOTH:
-        logits = to_numpy(x, dtype) @ to_numpy(gate, dtype).T
-        weights = router_reference.gate_weights(logits, routing.ids.numpy(), **router)
-        references.append(
-            reference.latent_moe(
-                *(to_numpy(t, dtype) for t in tensors),
-                case["topk"],
-                **{n: v for n, v in arrays(options, dtype).items() if n not in ROUTER_OPTIONS},
-                routing=(weights, routing.ids.numpy()),
-                store=lambda result: round_to(result, case["dtype"]).astype(result.dtype),
-                dtype=dtype,
-            )
+
+    def layer(tensors, options, dtype):
+        logits = to_numpy(tensors[0], dtype) @ to_numpy(tensors[1], dtype).T
+        return reference.latent_moe(
+            *(to_numpy(t, dtype) for t in tensors),
+            case["topk"],
+            **{n: v for n, v in arrays(options, dtype).items() if n not in ROUTER_OPTIONS},
+            routing=(router_reference.gate_weights(logits, routing.ids.numpy(), **router), routing.ids.numpy()),
+            store=lambda result: round_to(result, case["dtype"]).astype(result.dtype),
+            dtype=dtype,
         )
+
+    ref = layer(tensors, options, np.float64)
+    base = worst([layer(*orders, np.float32) for orders in layer_orders(case, tensors, options)], ref)
     check_choice(case, options, routing)
-    assert_within("out", out, *references, case["dtype"], axis=0)
+    assert_within("out", out, ref, base, case["dtype"], axis=0)
 
 
 def check_choice(case, options, routing):

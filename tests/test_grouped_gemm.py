@@ -146,11 +146,6 @@ def test_batch_invariance():
     check_batch_invariance("torch", "cpu", 200, 100, 131)
 
 
-@pytest.mark.interpreter
-def test_batch_invariance_interpreter():
-    check_batch_invariance("triton", "cpu", 40, 24, 70)
-
-
 @pytest.mark.gpu
 def test_batch_invariance_gpu():
     check_batch_invariance("triton", "cuda", 520, 1000, 3000)
