@@ -65,7 +65,7 @@ class Problem:
     def run(self, op: str, impl: str, device: str) -> dict[str, Tensor]:
         tensors = {name: t.clone().to(device) for name, t in self.tensors.items()}
         returned = getattr(hybrid_ops, op)(**tensors, **self.options, **self.also_return, impl=impl)
-        results = iter(returned if isinstance(returned, tuple) else (returned,))
+        results = iter(_present(returned))
         return {name: tensors[name] if name in tensors else next(results) for name in self.axis}
 
     def reference(self, op: str, dtype: type) -> dict[str, np.ndarray]:
@@ -73,8 +73,12 @@ class Problem:
         arrays = {n: t.numpy() if t.dtype == torch.int32 else to_numpy(t, dtype) for n, t in self.tensors.items()}
         module = importlib.import_module(f"hybrid_ops.reference.{self.module}")
         returned = getattr(module, op)(**arrays, **self.options, dtype=dtype)
-        results = returned if isinstance(returned, tuple) else (returned,)
-        return dict(zip(self.axis, results, strict=False))  # more may be returned than the op was asked for
+        return dict(zip(self.axis, _present(returned), strict=False))  # more may be returned than was asked for
+
+
+def _present(returned: Any) -> list[Any]:
+    """The results of a call that are not None, in order."""
+    return [result for result in (returned if isinstance(returned, tuple) else (returned,)) if result is not None]
 
 
 def problems(dtype: torch.dtype) -> dict[str, Problem]:
@@ -100,6 +104,8 @@ def problems(dtype: torch.dtype) -> dict[str, Problem]:
     )
     tokens = {name: t[:, 0] if t.dim() > 2 else t for name, t in scan.items()}
     states = randn(nslots, heads, headdim, dstate, of=torch.float32)
+    rows = dict(counts=0, offs=0, token_index=0, sorted_weights=0, row_index=0)
+    choices = torch.rand(7, 12, generator=generator).argsort(1)[:, :3].to(torch.int32)
     return {
         "rms_norm": Problem(
             "norm",
@@ -135,6 +141,18 @@ def problems(dtype: torch.dtype) -> dict[str, Problem]:
             dict(state=states, **tokens, read_slots=slots, write_slots=slots),
             dict(y=-2, state=-3),
             dict(dt_softplus=True),
+        ),
+        "moe_router": Problem(
+            "moe_router",
+            dict(x=randn(7, 96, scale=0.1), weight=randn(12, 96), correction_bias=randn(12, of=torch.float32)),
+            dict(weights=0, ids=0, logits=0, **rows),
+            dict(topk=3, num_groups=4, topk_groups=2, scaling_factor=2.5),
+        ),
+        "moe_sort": Problem(
+            "moe_router",
+            dict(ids=choices, weights=randn(7, 3, of=torch.float32)),
+            dict(given_weights=0, given_ids=0, **rows),
+            dict(num_experts=12, expert_range=(2, 9)),
         ),
     }
 
