@@ -1,3 +1,6 @@
+import doctest
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -582,7 +585,10 @@ def test_torch_compile(compile_once):
     compile_once(layer, "aot_eager", lambda n: (torch.randn(n, 12), *weights))
 
 
-@pytest.mark.parametrize("op", ["moe_combine", "latent_down_proj", "latent_up_proj", "moe_mlp", "latent_moe"])
+OPS = ["moe_combine", "latent_down_proj", "latent_up_proj", "moe_mlp", "latent_moe"]
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_explain(op):
     assert hybrid_ops.explain(op, device="cpu").impl == "torch"
 
@@ -598,3 +604,17 @@ def test_float64():
         routing=(to_numpy(routing.weights), routing.ids.numpy()),
     )
     np.testing.assert_allclose(to_numpy(out), ref, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("page", ["moe", "grouped_gemm"])
+def test_documentation(page):
+    """The page and the docstrings of its functions."""
+    names = dict(hybrid_ops=hybrid_ops, torch=torch)
+    path = Path(__file__).parent.parent / "docs" / f"{page}.md"
+    results = [doctest.testfile(str(path), module_relative=False, globs=dict(names))]
+    functions = ["grouped_gemm"] if page == "grouped_gemm" else OPS
+    for name in functions:
+        for example in doctest.DocTestFinder(recurse=False).find(getattr(hybrid_ops, name), name, globs=names):
+            results.append(doctest.DocTestRunner().run(example))
+    assert len(results) == 1 + len(functions)
+    assert all(result.attempted and not result.failed for result in results)
