@@ -1,5 +1,6 @@
 """The weighted sum, LatentMoE's projections, the routed experts as a whole, and whole layers."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -230,7 +231,12 @@ def whole(model: str, tokens: int) -> Case:
 
 def _eager_and_compiled(call: Callable[[Tensors], object], model: str) -> Mapping[str, Callable[[Tensors], object]]:
     """Compiled for GPUs only: without one it would take longer than all that is measured."""
-    return {"torch": call} if model == "tiny" else {"torch": call, "torch.compile": torch.compile(call)}
+    return {"torch": call} if model == "tiny" else {"torch": call, "torch.compile": lambda t: _compiled(call)(t)}
+
+
+@functools.cache
+def _compiled(call: Callable[[Tensors], object]) -> Callable[[Tensors], object]:
+    return torch.compile(call)
 
 
 def _latent(moe: MoELayer) -> int:

@@ -428,3 +428,42 @@ def test_float64():
     assert y.dtype == torch.float64
     expected = torch.cat([a[:5] @ b[0].T, a[5:14] @ b[2].T, a[14:18] @ b[3].T, torch.zeros(3, 24).double()])
     torch.testing.assert_close(y, expected, rtol=1e-13, atol=1e-13)
+
+
+CONFIGS = [  # heights of tiles that the sizes of these tests would not choose, and turns of one or two row tiles
+    (16, 32, 16, 1), (32, 16, 32, 2), (64, 64, 32, 1), (128, 32, 64, 8),
+]  # fmt: skip
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("blocks", CONFIGS)
+@pytest.mark.parametrize("activation", ["relu2", "silu_gated"])
+def test_every_shape_of_tiles(blocks, activation):
+    from hybrid_ops.triton_kernels import grouped_gemm as kernels
+
+    case = PLAIN | dict(dtype=torch.float16, sizes=[0, 40, 1, 0, 33, 34], N=40, K=20, activation=activation)
+    case |= dict(gather=True, b_layout="transposed")
+
+    def run(a, b, offs, *, return_preact, out_dtype, batch_invariant, gather, row_scale, activation):
+        rows, width = len(gather), b.shape[1]
+        y, h = torch.full((rows, case["N"]), float("nan")).half(), torch.full((rows, width), float("nan")).half()
+        chosen = kernels.Config(*blocks, num_warps=4, num_stages=1, programs_per_sm=1)
+        kernels.grouped_gemm(a, b, offs, gather, row_scale, y, h, activation, False, chosen)
+        return y, h
+
+    check_grouped(case, run)
+
+
+def test_config_is_wide_enough_and_fits():
+    """Of one token to very many, for each model's expert: no tile is wider than it may be, none empty."""
+    from hybrid_ops.triton_kernels import grouped_gemm as kernels
+
+    for experts, n, k in ((128, 1856, 2688), (512, 2688, 1024), (1, 3712, 2688), (1, 1, 1)):
+        for rows in (1, 6, 64, 384, 6144, 49152, 10**6):
+            for arch in (80, 89, 90, 100, 120):
+                c = kernels.config(rows, experts, n, k, 2, False, arch, False)
+                assert 16 <= c.BLOCK_M <= 128
+                assert 32 <= c.BLOCK_N <= 256
+                invariant = kernels.config(rows, experts, n, k, 2, False, arch, True)
+                assert invariant == kernels.config(1, experts, n, k, 2, False, arch, True)
+    assert kernels.config(64, 1, 3712, 2688, 2, False, 90, False).BLOCK_N == 32  # 116 tiles of one expert

@@ -19,6 +19,9 @@ from .launch import architecture, launch, num_sms, on_device, plan_of
 __all__ = ["architecture", "config", "grouped_gemm", "grouped_gemm_wgrad", "wgrad_config"]
 
 
+FEW_TILES = 132  # the multiprocessors of an H100; a constant, so that a problem has one configuration everywhere
+
+
 class Config(NamedTuple):
     BLOCK_M: int
     BLOCK_N: int
@@ -59,8 +62,14 @@ def config(
         chosen = Config(128, 128, 32, 8, 8, 3, 1)
     elif arch < 90:
         chosen = Config(128, 128, 64, 8, 8, 3, 1)
-    else:
+    elif arch < 100:
         chosen = Config(128, 256, 64, 8, 8, 3, 1)
+    else:  # of 256 columns some would be spilled
+        chosen = Config(128, 128, 64, 8, 8, 4, 1)
+    if mean <= 64:  # weights are the traffic: narrower tiles where there are fewer than the machine has programs for
+        row_tiles = max(triton.cdiv(rows, chosen.BLOCK_M), min(experts, rows))
+        while chosen.BLOCK_N > 32 and row_tiles * triton.cdiv(n, chosen.BLOCK_N) < FEW_TILES:
+            chosen = chosen._replace(BLOCK_N=chosen.BLOCK_N // 2)
     return chosen._replace(BLOCK_N=chosen.BLOCK_N // 2) if gated else chosen
 
 
