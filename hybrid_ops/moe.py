@@ -443,6 +443,24 @@ _moe_combine_op = define(
 )
 
 
+def _combine_weights_grad(
+    dout: Tensor, y: Tensor, row_index: Tensor, dweights: Tensor, scaling_factor: float, impl: str
+) -> None:
+    if _device.choose(impl, y.device)[0] == "triton":
+        from .triton_kernels import moe as kernels
+
+        kernels.combine_weights_grad(dout, y, row_index, dweights, scaling_factor)
+    else:
+        _torch_moe.combine_weights_grad(dout, y, row_index, dweights, scaling_factor)
+
+
+_combine_weights_grad_op = define(
+    "moe_combine_weights_grad(Tensor dout, Tensor y, Tensor row_index, Tensor(a!) dweights, float scaling_factor, "
+    "str impl)",
+    _combine_weights_grad,
+)
+
+
 def _latent_proj_fwd(
     x: Tensor,
     weight: Tensor,
@@ -504,7 +522,8 @@ class _MoECombine(torch.autograd.Function):
             flat = None if weights is None else weights.flatten()
             index_sum_op(dout, row_index.flatten(), flat, dy, row_index.shape[1], scaling_factor, impl)
         if needs_weights:
-            dweights = _torch_moe.combine_weights_grad(dout, y, row_index, scaling_factor).to(weights.dtype)
+            dweights = weights.new_empty(weights.shape)
+            _combine_weights_grad_op(dout, y, row_index, dweights, scaling_factor, impl)
         return dy, dweights, dout.to(residual_dtype) if needs_residual else None, *(None,) * 4
 
 

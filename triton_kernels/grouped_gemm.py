@@ -54,7 +54,7 @@ def config(
     elif arch < 90:
         chosen = Config(128, 128, 64, 8, 8, 3, 1)
     elif arch < 100:
-        chosen = Config(128, 256, 64, 8, 8, 3, 1)
+        chosen = Config(128, 256, 64, 8, 8, 4, 1)
     else:  # of 256 columns some would be spilled
         chosen = Config(128, 128, 64, 8, 8, 4, 1)
     if mean <= 64:  # weights are the traffic: narrower tiles where there are fewer than the machine has programs for

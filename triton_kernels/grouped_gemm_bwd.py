@@ -32,7 +32,7 @@ def wgrad_config(itemsize: int, arch: int) -> WgradConfig:
         return WgradConfig(64, 64, 32, 4, 2)
     if arch in (86, 89, 120):
         return WgradConfig(128, 128, 32, 8, 3)
-    return WgradConfig(128, 128, 64, 8, 3) if arch < 90 else WgradConfig(128, 256, 64, 8, 3)
+    return WgradConfig(128, 128, 64, 8, 3) if arch < 90 else WgradConfig(128, 256, 64, 8, 4)
 
 
 @triton.jit
