@@ -147,7 +147,7 @@ def grouped_gemm_kernel(
         k = tl.arange(0, BLOCK_K).to(tl.int64)  # [K]
 
         # rows and columns beyond the last are read from the last, and not stored: no masks in the loop
-        a_row = tl.minimum(row, end - 1)
+        a_row = tl.maximum(tl.minimum(row, end - 1), 0)
         if HAS_GATHER:
             source = tl.load(gather_ptr + a_row)
             a_row = tl.minimum(tl.maximum(source, 0), rows_of_a - 1)
