@@ -68,10 +68,10 @@ def moe_router(
         MoERouting. Ties go to the lower expert (or group). A NaN is chosen after every number and has weight 0, so
         ids are distinct and in range whatever comes in. Nothing is read on the host.
 
-    x float32, bfloat16, float16. Products are exact (bfloat16 and float16 pairs) or as good as float32's (a float32
-    tensor among the two: no TF32), sums, scores and weights float32; all float64 for float64 x, on the CPU. A token's
-    results depend on no other token, to the bit. Differentiable in x and weight, through weights, sorted_weights and
-    logits; the choice is a constant.
+    x float32, bfloat16, float16. Products of 16-bit tensors are exact; with a float32 tensor among the two they are
+    float32's, in the Triton kernel three TF32 products each. Sums, scores and weights are float32; all is float64 for
+    float64 x, on the CPU. In the Triton kernels a token's results depend on no other token, to the bit. Differentiable
+    in x and weight, through weights, sorted_weights and logits; the choice is a constant.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, name or number that is not the one expected.
@@ -232,8 +232,8 @@ def _choose_router(
     from .triton_kernels import moe_router as kernels
 
     logits = kernels.logits_config(tokens, hidden, num_experts, dtype != torch.float32)._asdict()
-    choice = kernels.choice_config(tokens, num_experts, topk)._asdict()
-    return Choice(chosen, {"logits": logits, "choice": choice}, reason)
+    choice = kernels.choice_config(tokens, num_experts, topk)
+    return Choice(chosen, {**logits, "CHOICE_BLOCK_T": choice.BLOCK_T, "CHOICE_BLOCK_E": choice.BLOCK_E}, reason)
 
 
 @explains("moe_sort")

@@ -2,8 +2,8 @@
 
 A token's bits depend on no other token. So hidden is cut into chunks at the same places however many tokens there are:
 with many tokens a program adds its chunks up itself, with few each chunk has a program of its own and the next kernel
-adds them up, in the same order. For the same reason every tile multiplies at least 64 rows: fewer would be other
-instructions.
+adds them up, in the same order. For the same reason every tile multiplies at least 64 rows (fewer would be other
+instructions), and a sum over a token's experts or choices has one order, or none that matters.
 
 Letters: T tokens, E experts and K of hidden in a program. All arithmetic is float32.
 """
@@ -35,6 +35,7 @@ class LogitsConfig(NamedTuple):
 class ChoiceConfig(NamedTuple):
     BLOCK_T: int
     BLOCK_E: int
+    COUNT: bool  # whether the sort takes more than one block, and so needs each block's counts
     num_warps: int
 
 
@@ -59,10 +60,15 @@ def logits_config(tokens: int, hidden: int, num_experts: int, half: bool) -> Log
 
 @functools.cache
 def choice_config(tokens: int, num_experts: int, topk: int) -> ChoiceConfig:
-    """The tokens of a program are those of a block of the sort, whose choices it counts."""
-    block_t = block_tokens(tokens, topk, num_experts)
+    """Where choices are counted, the tokens of a program are those of a block of the sort; else it has one token.
+
+    16 scores a thread. Up to 128 experts (512 where nothing is counted) a warp has whole tokens, and finds the largest
+    without waiting for others.
+    """
+    count = tokens * topk > MAX_ROWS
+    block_t = block_tokens(tokens, topk, num_experts) if count else 1
     block_e = max(16, triton.next_power_of_2(num_experts))
-    return ChoiceConfig(block_t, block_e, num_warps=8 if block_t * block_e >= 4096 else 4)
+    return ChoiceConfig(block_t, block_e, count, num_warps=min(8, max(1, block_t * block_e // 512)))
 
 
 # the number of tokens changes from call to call and is not specialised: one kernel for all
@@ -105,11 +111,9 @@ def logits_kernel(
             else:
                 x = tl.load(x_ptr + step, step + k[None, :] < hidden, other=0.0)
                 weight = tl.load(weight_ptr + step, step + k[:, None] < hidden, other=0.0)
-            if x.dtype == weight.dtype:
-                partial = tl.dot(x, weight, partial, input_precision="tf32x3")
-            else:
+            if x.dtype != weight.dtype:
                 x, weight = x.to(tl.float32), weight.to(tl.float32)
-                partial = tl.dot(x, weight, partial, input_precision="tf32x3")
+            partial = tl.dot(x, weight, partial, input_precision="tf32x3")
         total += partial
     partial_ptr += (tl.program_id(1) * tokens.to(tl.int64) + t)[:, None] * num_experts + e[None, :]
     tl.store(partial_ptr, total, (t[:, None] < tokens) & (e[None, :] < num_experts))
@@ -134,6 +138,18 @@ def _exp(x):
 
 
 @triton.jit
+def _sum_in_any_order(values):
+    """[rows]: sums of numbers from 0 to 1, the same bits however threads share them: integers, in units of 2^-44.
+
+    What is cut off is below 2^-34 of the sum of up to 1024 numbers of which one is 1. NaN stays NaN.
+    """
+    nan = values != values
+    units = (tl.where(nan, 0.0, values) * 17592186044416.0).to(tl.int64)
+    total = tl.sum(units, 1).to(tl.float32) * 5.684341886080802e-14
+    return tl.where(tl.max(nan.to(tl.int32), 1) > 0, float("nan"), total)
+
+
+@triton.jit
 def _order(values):
     """Integers in the order of the floats: NaN below every number, above LEAST; -0 equals 0."""
     bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)
@@ -141,10 +157,22 @@ def _order(values):
 
 
 @triton.jit
-def _first_largest(order, index, END: tl.constexpr):
-    """[rows]: where the largest of each row is; of equals the lower index."""
-    largest = tl.max(order, 1)
-    return tl.min(tl.where(order == largest[:, None], index, END), 1)
+def _load_logits(partial_ptr, t, e, mask, tokens, partial_stride, SPLITS: tl.constexpr):
+    """logits[t, e], from as many partial sums."""
+    logits = tl.load(partial_ptr + t * partial_stride + e, mask, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        row = split * tokens.to(tl.int64) + t
+        logits += tl.load(partial_ptr + row * partial_stride + e, mask, other=0.0)
+    return logits
+
+
+@triton.jit
+def _scores(logits, largest, total, SOFTMAX: tl.constexpr):
+    """softmax of the row with this largest logit and this sum of exp(logits - largest), or sigmoid."""
+    if SOFTMAX:
+        return tl.div_rn(_exp(logits - largest), total)
+    small = _exp(-tl.abs(logits))
+    return tl.div_rn(tl.where(logits >= 0.0, 1.0, small), 1.0 + small)
 
 
 @triton.jit
@@ -172,9 +200,10 @@ def _in_chosen_groups(
     order = tl.where(g < NUM_GROUPS, _order(sums), LEAST)
     chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
     for _ in range(TOPK_GROUPS):
-        largest = _first_largest(order, g, BLOCK_G)[:, None]
-        order = tl.where(g == largest, LEAST, order)
-        chosen = chosen | (group_of == largest)
+        largest = tl.max(order, 1)[:, None]
+        place = tl.min(tl.where(order == largest, g, BLOCK_G), 1)[:, None]
+        order = tl.where(g == place, LEAST, order)
+        chosen = chosen | (group_of == place)
     return chosen
 
 
@@ -211,52 +240,45 @@ def choice_kernel(
     e = tl.arange(0, BLOCK_E)[None, :]  # [1, E]
     mask = (t < tokens) & (e < num_experts)
 
-    partial_ptr += t * partial_stride + e
-    logits = tl.load(partial_ptr, mask, other=0.0)
+    logits = _load_logits(partial_ptr, t, e, mask, tokens, partial_stride, SPLITS)
     if SPLITS > 1:
-        for _ in range(SPLITS - 1):
-            partial_ptr += tokens.to(tl.int64) * partial_stride
-            logits += tl.load(partial_ptr, mask, other=0.0)
         tl.store(logits_ptr + t * num_experts + e, logits, mask)
 
+    largest, total = 0.0, 1.0
     if SOFTMAX:
-        logits = tl.where(e < num_experts, logits, float("-inf"))
-        exp = tl.where(e < num_experts, _exp(logits - tl.max(logits, 1)[:, None]), 0.0)
-        s = tl.div_rn(exp, tl.sum(exp, 1)[:, None])
-    else:
-        small = _exp(-tl.abs(logits))
-        s = tl.div_rn(tl.where(logits >= 0.0, 1.0, small), 1.0 + small)
-    sel = s
+        largest = tl.max(tl.where(e < num_experts, logits, float("-inf")), 1)[:, None]
+        total = _sum_in_any_order(tl.where(e < num_experts, _exp(logits - largest), 0.0))[:, None]
+    sel = _scores(logits, largest, total, SOFTMAX)
     if HAS_BIAS:
         sel += tl.load(bias_ptr + e * bias_stride, e < num_experts, other=0.0).to(tl.float32)
     candidate = e < num_experts
     if TOPK_GROUPS < NUM_GROUPS:
         candidate &= _in_chosen_groups(sel, e, NUM_GROUPS, TOPK_GROUPS, GROUP_SIZE, BLOCK_T, BLOCK_E, BLOCK_G)
     order = tl.where(candidate, _order(sel), LEAST)
-    s = tl.where(s != s, 0.0, s)
 
     j = tl.arange(0, BLOCK_J)[None, :]  # [1, J]
     ids = tl.zeros([BLOCK_T, BLOCK_J], tl.int32)
-    weights = tl.zeros([BLOCK_T, BLOCK_J], tl.float32)
-    taken = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
     for place in range(TOPK):
-        expert = _first_largest(order, e, BLOCK_E)[:, None]  # [T, 1]
-        hit = e == expert
-        order = tl.where(hit, LEAST, order)
+        best = tl.max(order, 1)[:, None]
+        expert = tl.min(tl.where(order == best, e, BLOCK_E), 1)[:, None]  # of equals the lower
+        order = tl.where(e == expert, LEAST, order)
         ids = tl.where(j == place, expert, ids)
-        weights = tl.where(j == place, tl.sum(tl.where(hit, s, 0.0), 1)[:, None], weights)
-        if COUNT:
-            taken += hit.to(tl.int32)
 
-    if RENORMALIZE:
-        weights = tl.div_rn(weights, tl.sum(weights, 1)[:, None] + 1e-20)
-    weights *= scaling_factor
     kept = (t < tokens) & (j < TOPK)
+    weights = _scores(_load_logits(partial_ptr, t, ids, kept, tokens, partial_stride, SPLITS), largest, total, SOFTMAX)
+    weights = tl.where(kept & (weights == weights), weights, 0.0)
+    if RENORMALIZE:
+        chosen = tl.zeros([BLOCK_T], tl.float32)
+        for place in range(TOPK):  # in this order however threads share the weights
+            chosen += tl.sum(tl.where(j == place, weights, 0.0), 1)
+        weights = tl.div_rn(weights, chosen[:, None] + 1e-20)
+    weights *= scaling_factor
     tl.store(ids_ptr + t * TOPK + j, ids, kept)
     tl.store(weights_ptr + t * TOPK + j, weights, kept)
     if COUNT:
         e = tl.arange(0, BLOCK_E)
-        counts = tl.sum(tl.where(t < tokens, taken, 0), 0)
+        taken = candidate & (order == LEAST) & (t < tokens)
+        counts = tl.sum(taken.to(tl.int32), 0)
         tl.store(counts_ptr + block * num_experts + e, counts, e < num_experts)
 
 
@@ -285,9 +307,9 @@ def moe_router_fwd(
         counts.zero_()
         offs.zero_()
         return
-    block_t, block_e, num_warps = choice_config(tokens, num_experts, topk)
+    block_t, block_e, count, num_warps = choice_config(tokens, num_experts, topk)
     blocks = triton.cdiv(tokens, block_t)
-    block_counts = None if tokens * topk <= MAX_ROWS else ids.new_empty(blocks, num_experts)
+    block_counts = ids.new_empty(blocks, num_experts) if count else None
     with on_device(x):
         partial, splits = (rows(x), 1) if weight is None else _logits(x, weight, logits)
         choice_kernel[(blocks,)](
@@ -310,7 +332,7 @@ def moe_router_fwd(
             GROUP_SIZE=num_experts // num_groups,
             RENORMALIZE=renormalize,
             TOPK=topk,
-            COUNT=block_counts is not None,
+            COUNT=count,
             BLOCK_T=block_t,
             BLOCK_E=block_e,
             BLOCK_G=triton.next_power_of_2(num_groups),
