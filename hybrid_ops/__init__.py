@@ -4,7 +4,9 @@ from ._library import Choice, explain, ops
 from ._version import __version__ as __version__
 from .conv1d import causal_conv1d
 from .conv1d_update import causal_conv1d_update
+from .grouped_gemm import grouped_gemm
 from .models import warmup
+from .moe import latent_down_proj, latent_moe, latent_up_proj, moe_combine, moe_mlp
 from .moe_router import MoERouting, moe_router, moe_sort
 from .norm import gated_rms_norm, rms_norm
 from .ssd import ssd_chunk_scan
@@ -17,6 +19,12 @@ __all__ = [
     "causal_conv1d_update",
     "explain",
     "gated_rms_norm",
+    "grouped_gemm",
+    "latent_down_proj",
+    "latent_moe",
+    "latent_up_proj",
+    "moe_combine",
+    "moe_mlp",
     "moe_router",
     "moe_sort",
     "ops",

@@ -51,6 +51,16 @@ def architecture(tensor: Tensor) -> int:
     return triton.runtime.driver.active.get_current_target().arch
 
 
+@functools.cache
+def _num_sms_of(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def num_sms(tensor: Tensor) -> int:
+    """Multiprocessors that a launch on this tensor may fill; the interpreter counts as 2, so that programs loop."""
+    return _num_sms_of(tensor.device.index) if tensor.is_cuda else 2
+
+
 def cdiv(a: int, b: int) -> int:
     """As `triton.cdiv`, which takes 3 us on the host."""
     return -(-a // b)
@@ -106,3 +116,9 @@ def plan(key: tuple[Any, ...], make: Callable[[], Plan], device: torch.device) -
             _PLANS.clear()
         found = _PLANS[key] = make()
     return found
+
+
+def launch(kernel: Any, grid: int, tensors: tuple[Tensor, ...], scalars: tuple[Any, ...], **options: Any) -> None:
+    """Launch a kernel that is the whole of its op."""
+    key = (kernel.__name__, grid, scalars, options["num_warps"], traits(*tensors))
+    plan(key, lambda: Launch(kernel, grid, scalars, **options), tensors[0].device)(*tensors)
