@@ -120,5 +120,5 @@ def plan(key: tuple[Any, ...], make: Callable[[], Plan], device: torch.device) -
 
 def launch(kernel: Any, grid: int, tensors: tuple[Tensor, ...], scalars: tuple[Any, ...], **options: Any) -> None:
     """Launch a kernel that is the whole of its op."""
-    key = (kernel.__name__, grid, scalars, options["num_warps"], traits(*tensors))
+    key = (kernel.__name__, grid, scalars, *options.values(), traits(*tensors))
     plan(key, lambda: Launch(kernel, grid, scalars, **options), tensors[0].device)(*tensors)
