@@ -6,18 +6,28 @@ from .conv1d import causal_conv1d
 from .conv1d_update import causal_conv1d_update
 from .models import warmup
 from .norm import gated_rms_norm, rms_norm
+from .quant_fp8 import Fp8Tensor, fp8_dequantize, fp8_quantize
+from .quant_nvfp4 import Nvfp4Tensor, nvfp4_dequantize, nvfp4_quantize, swizzle_scales, unswizzle_scales
 from .ssd import ssd_chunk_scan
 from .ssd_update import ssd_state_update
 
 __all__ = [
     "Choice",
+    "Fp8Tensor",
+    "Nvfp4Tensor",
     "causal_conv1d",
     "causal_conv1d_update",
     "explain",
+    "fp8_dequantize",
+    "fp8_quantize",
     "gated_rms_norm",
+    "nvfp4_dequantize",
+    "nvfp4_quantize",
     "ops",
     "rms_norm",
     "ssd_chunk_scan",
     "ssd_state_update",
+    "swizzle_scales",
+    "unswizzle_scales",
     "warmup",
 ]
