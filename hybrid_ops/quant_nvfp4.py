@@ -242,13 +242,13 @@ def _nvfp4_quantize(
     scale: Tensor,
     tensor_scale: Tensor | None,
     block: str,
-    mode: str,
+    recipe: str,
     four_over_six: str | None,
     hadamard: bool,
     scale_layout: str,
     impl: str,
 ) -> None:
-    arguments = (x, given, seed, data, scale, tensor_scale, block, mode, four_over_six, hadamard, scale_layout)
+    arguments = (x, given, seed, data, scale, tensor_scale, block, recipe, four_over_six, hadamard, scale_layout)
     if _device.choose(impl, x.device)[0] == "triton":
         from .triton_kernels import quant_nvfp4 as kernels
 
@@ -268,9 +268,10 @@ def _nvfp4_dequantize(
         _torch_quant.nvfp4_dequantize(data, scale, tensor_scale, y, scale_layout)
 
 
+# `recipe` is the mode; torch does not take an argument named so
 _nvfp4_quantize_op = define(
     "nvfp4_quantize(Tensor x, Tensor? given, Tensor? seed, Tensor(a!) data, Tensor(b!) scale, Tensor(c!)? tensor_scale,"
-    " str block, str mode, str? four_over_six, bool hadamard, str scale_layout, str impl)",
+    " str block, str recipe, str? four_over_six, bool hadamard, str scale_layout, str impl)",
     _nvfp4_quantize,
 )
 _nvfp4_dequantize_op = define(

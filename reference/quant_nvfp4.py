@@ -176,7 +176,7 @@ def pack(codes):
 
 
 def unpack(data):
-    return np.stack([data & 0xF, data >> 4], -1).reshape(*data.shape[:-1], -1)
+    return np.stack([data & 0xF, data >> 4], -1).reshape(*data.shape[:-1], 2 * data.shape[-1])
 
 
 def swizzle_scales(scale):

@@ -32,8 +32,8 @@ def values(kind, generator, shape):
         return torch.zeros(shape) * normal
     # blocks of different size, among them zeros; ties of both formats; now and then a special value
     columns = torch.arange(shape[-1]) // 16
-    size = 2.0 ** torch.randint(-12, 3, shape[:-1] + (shape[-1] // 16 + 1,), generator=generator)[..., columns]
-    size *= torch.rand(size.shape[:-1] + (shape[-1] // 16 + 1,), generator=generator)[..., columns] > 0.2
+    size = 2.0 ** torch.randint(-12, 3, (*shape[:-1], shape[-1] // 16 + 1), generator=generator)[..., columns]
+    size *= torch.rand((*shape[:-1], shape[-1] // 16 + 1), generator=generator)[..., columns] > 0.2
     ties = torch.randint(-24, 25, shape, generator=generator) * 0.25
     chosen = torch.rand(shape, generator=generator)
     special = torch.tensor(SPECIAL)[torch.randint(0, len(SPECIAL), shape, generator=generator)]

@@ -16,7 +16,7 @@ TILES["mx"] = (1, 32)
 def fp8_quantize(
     x: Tensor, given: Tensor | None, data: Tensor, scale: Tensor | None, target: str, scaling: str, pow2_scale: bool
 ) -> None:
-    """Fill data (E, M, K), uint8, and scale unless it is given. "1x128" has scale (E, ceil(K / 128), round_up(M, 4))."""
+    """Fill data (E, M, K), and scale unless it is given; "1x128" has it (E, ceil(K / 128), round_up(M, 4))."""
     x, tile, largest = x.float(), TILES[scaling], LARGEST[target]
     if given is not None:
         s = multiplier_of(given[:, None, None])
