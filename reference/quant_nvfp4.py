@@ -125,11 +125,10 @@ def scaled(x, b, t, mode):
 def _error(x, codes, b, tile, mode, t, amax, largest, kind):
     """The error of each block, (.., rows of blocks, K / 16), summed over its elements in the order of K.
 
-    "te" decodes as its error measure does, ((code * b) * amax) / 2688 or 1536; "modelopt" as everyone does,
-    (code * b) * t. The 16 rows of a 16 x 16 block are added in pairs, row r with row r + 8, then + 4, + 2, + 1.
+    Each decodes as its upstream does: "te" ((code * b) * amax) / 2688 or 1536, "modelopt" code * (b * t). The 16 rows of a 16 x 16 block are added in pairs, row r with row r + 8, then + 4, + 2, + 1.
     """
-    value = decode(codes, "e2m1") * per_element(decode(b, "e4m3"), tile, x.shape)
-    difference = (value * amax / largest if mode == "te" else value * t) - x
+    value, scale = decode(codes, "e2m1"), per_element(decode(b, "e4m3"), tile, x.shape)
+    difference = (value * scale * amax / largest if mode == "te" else value * (scale * t)) - x
     error = np.abs(difference) if kind == "mae" else difference * difference
     *lead, M, K = x.shape
     error = error.reshape(*lead, M, K // 16, 16)

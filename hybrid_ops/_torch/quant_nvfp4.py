@@ -93,8 +93,8 @@ def _error(
     x: Tensor, codes: Tensor, b: Tensor, tile: Tile, mode: str, t: Tensor, amax: Tensor, largest: float, kind: str
 ) -> Tensor:
     """The error of each block, (E, rows of blocks, K / 16); see the reference for the order of its sums."""
-    value = decode_e2m1(codes) * per_element(decode_e4m3(b), tile, x.shape)
-    value = torch.div(value * amax, constant(largest, x)) if mode == "te" else value * t
+    value, scale = decode_e2m1(codes), per_element(decode_e4m3(b), tile, x.shape)
+    value = torch.div(value * scale * amax, constant(largest, x)) if mode == "te" else value * (scale * t)
     difference = value - x
     error = difference.abs() if kind == "mae" else difference * difference
     elements = error.unflatten(2, (-1, 16)).unbind(3)
