@@ -125,7 +125,8 @@ def scaled(x, b, t, mode):
 def _error(x, codes, b, tile, mode, t, amax, largest, kind):
     """The error of each block, (.., rows of blocks, K / 16), summed over its elements in the order of K.
 
-    Each decodes as its upstream does: "te" ((code * b) * amax) / 2688 or 1536, "modelopt" code * (b * t). The 16 rows of a 16 x 16 block are added in pairs, row r with row r + 8, then + 4, + 2, + 1.
+    Each decodes as its upstream does: "te" ((code * b) * amax) / 1536, "modelopt" code * (b * t). The 16 rows of a
+    16 x 16 block are added in pairs, row r with row r + 8, then + 4, + 2, + 1.
     """
     value, scale = decode(codes, "e2m1"), per_element(decode(b, "e4m3"), tile, x.shape)
     difference = (value * scale * amax / largest if mode == "te" else value * (scale * t)) - x
