@@ -45,7 +45,7 @@ def hadamard16(x, dtype: tl.constexpr):
     R: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
     negative = (NEGATIVE >> (tl.arange(0, C) % 16)) & 1
-    x = tl.where(negative[None, :] != 0, -x, x)
+    x = x * tl.where(negative != 0, -1.0, 1.0)[None, :]
     for _ in tl.static_range(4):
         first, second = tl.split(tl.reshape(x, [R, C // 16, 8, 2]))
         pair = tl.join(first + second, first - second)  # [R, C / 16, 8, 2]

@@ -56,9 +56,9 @@ def decode(code, target: tl.constexpr):
     """float32 of int32 codes. The two formats of 8 bits are read as float16, whose exponent is as wide or wider."""
     if target == "e2m1":
         magnitude = code & 7
-        normal = ((magnitude << 22) + (126 << 23)).to(tl.float32, bitcast=True)
-        value = tl.where(magnitude < 2, magnitude.to(tl.float32) * 0.5, normal)
-        return tl.where((code & 8) != 0, -value, value)
+        half = tl.where(magnitude == 1, 0x3F000000, 0)
+        bits = tl.where(magnitude < 2, half, (magnitude << 22) + (126 << 23))
+        return (bits | ((code & 8) << 28)).to(tl.float32, bitcast=True)  # -v would be 0 - v, which knows no -0
     if target == "e5m2":
         return (code << 8).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     half = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
