@@ -1,5 +1,7 @@
 """Inputs of the quantisers: every class of float32 bit patterns, in every layout."""
 
+import re
+
 import numpy as np
 import torch
 from hypothesis import strategies as st
@@ -100,3 +102,25 @@ def float32(x):
 def rounded_to(dtype):
     """What the reference rounds the Hadamard transform with."""
     return lambda h: torch.from_numpy(np.ascontiguousarray(h)).to(dtype).float().numpy()
+
+
+def check_graph(x, call, decode):
+    """A captured call follows its input."""
+    call()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+        decoded = decode(results)
+    x.normal_(std=3.0)
+    graph.replay()
+    expected = call()
+    for got, want in zip((*results, decoded), (*expected, decode(expected)), strict=True):
+        assert torch.equal(got.float(), want.float())
+
+
+def check_exact(compiled):
+    """Nothing is fused, approximated or flushed to zero: what rounds, rounds as written."""
+    for kernel in compiled:
+        inexact = re.findall(r"\b(?:fma\.rn|div\.full|div\.approx|rcp\.approx|\w+\.ftz)\S*", kernel.asm["ptx"])
+        assert not inexact, (kernel.metadata.name, set(inexact))

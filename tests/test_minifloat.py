@@ -5,9 +5,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from hybrid_ops._torch import minifloat as torch_minifloat
 from hybrid_ops.reference import minifloat as reference
+from hybrid_ops.triton_kernels import minifloat as kernels
 
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -58,6 +61,36 @@ def test_reference_is_torchs_cast(target):
     np.testing.assert_array_equal(reference.decode(codes.numpy(), target), codes.view(FP8[target]).float())
 
 
+@triton.jit
+def encode_kernel(v_ptr, bits_ptr, out_ptr, size, TARGET: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(v_ptr + i, i < size, other=0.0)
+    if STOCHASTIC:
+        code = kernels.encode_e2m1_stochastic(v, tl.load(bits_ptr + i, i < size, other=0))
+    else:
+        code = kernels.encode(v, TARGET)
+    tl.store(out_ptr + i, code.to(tl.uint8), i < size)
+
+
+@triton.jit
+def decode_kernel(code_ptr, out_ptr, TARGET: tl.constexpr):
+    i = tl.arange(0, 256)
+    tl.store(out_ptr + i, kernels.decode(tl.load(code_ptr + i).to(tl.int32), TARGET))
+
+
+@triton.jit
+def amax_kernel(v_ptr, out_ptr, BLOCK: tl.constexpr):
+    v = tl.load(v_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
+    tl.store(out_ptr + tl.program_id(0), kernels.amax_bits(v, 0))
+
+
+@triton.jit
+def cast_kernel(v_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    v = kernels.widen(tl.load(v_ptr + i, i < size, other=0.0))
+    tl.store(out_ptr + i, kernels.cast(v, out_ptr.dtype.element_ty), i < size)
+
+
 def check_encode(target, bits, encode):
     v = patterns()
     expected = reference.encode(v, target, bits)
@@ -91,3 +124,55 @@ def test_stochastic_rounding_is_unbiased():
         codes = torch_minifloat.encode_e2m1(torch.full((2**16,), v), bits)
         mean = torch_minifloat.decode_e2m1(codes).double().mean()
         assert abs(mean - v) <= step * 2.0**-16 + 1e-6
+
+
+def by_triton(v, target, bits, device):
+    v, code = torch.from_numpy(v).to(device), torch.empty(len(v), dtype=torch.uint8, device=device)
+    random = v if bits is None else torch.from_numpy(bits).int().to(device)
+    block = 2**15 if device == "cpu" else 1024
+    encode_kernel[(triton.cdiv(len(v), block),)](
+        v, random, code, len(v), TARGET=target, STOCHASTIC=bits is not None, BLOCK=block, enable_fp_fusion=False
+    )
+    return code.cpu().numpy()
+
+
+def check_kernels(device):
+    for target in reference.FORMATS:
+        for bits in all_bits(len(patterns())) if target == "e2m1" else (None,):
+            check_encode(target, bits, lambda v, t=target, b=bits: by_triton(v, t, b, device))
+        codes = (torch.arange(256) % (16 if target == "e2m1" else 256)).to(torch.uint8)
+        got = torch.empty(256, device=device)
+        decode_kernel[(1,)](codes.to(device), got, TARGET=target)
+        np.testing.assert_array_equal(got.cpu(), reference.decode(codes.numpy(), target))
+
+
+def check_casts(device):
+    """To bfloat16 and float16 as torch does it; from them without loss, subnormal numbers included."""
+    v = torch.from_numpy(patterns())
+    narrow = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):
+        for x, to in ((v, dtype), (narrow.view(dtype), torch.float32)):
+            got = torch.empty(len(x), dtype=to, device=device)
+            cast_kernel[(triton.cdiv(len(x), 2**13),)](x.to(device), got, len(x), BLOCK=2**13)
+            np.testing.assert_array_equal(got.cpu().double(), x.to(to).double())
+
+
+def check_amax(device):
+    v = np.resize(patterns()[::31], (512, 64))
+    v[0], v[1, 1:], v[2], v[3, ::2] = np.nan, np.nan, 0, -np.inf
+    got = torch.empty(len(v), dtype=torch.int32, device=device)
+    amax_kernel[(len(v),)](torch.from_numpy(v).to(device), got, BLOCK=64)
+    expected = np.nan_to_num(np.abs(v), nan=0.0, posinf=np.inf).max(1).astype(np.float32)
+    np.testing.assert_array_equal(got.cpu(), expected.view(np.int32))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("check", [check_kernels, check_casts, check_amax])
+def test_kernels_interpreter(check):
+    check("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", [check_kernels, check_casts, check_amax])
+def test_kernels_gpu(check):
+    check("cuda")

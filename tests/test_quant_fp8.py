@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hybrid_ops
 from hybrid_ops.reference import quant_fp8 as reference
 
-from .quant_cases import DTYPES, cases, float32, make, same_bytes, same_values
+from .quant_cases import DTYPES, cases, check_exact, check_graph, float32, make, same_bytes, same_values
 from .tensors import to_device
 
 SCALINGS = ("tensor", "row", "1x128", "128x128", "mx")
@@ -203,3 +203,99 @@ def test_mutants_are_rejected():
         with pytest.raises(AssertionError, match="differ"):
             same_bytes("mutant", torch.from_numpy(array), right)
     assert not np.array_equal(reference.fp8_quantize(x.numpy(), "row", pow2_scale=True)[0], codes)
+
+
+@pytest.mark.interpreter
+@settings(max_examples=20)
+@given(case=cases(**SHAPES), **EXAMPLES)
+def test_bytes_interpreter(case, scaling, dtype, pow2, orientation):
+    check(case, scaling, dtype, pow2, orientation, "triton")
+
+
+@pytest.mark.interpreter
+@settings(max_examples=15)
+@given(case=cases(**SHAPES), per_matrix=st.booleans())
+def test_given_scale_interpreter(case, per_matrix):
+    check_given(case, per_matrix, "triton")
+
+
+def check_long_rows(device):
+    """Rows that a program reads twice, of x and of x^T."""
+    case = dict(seed=0, dtype=torch.bfloat16, lead=(), M=2, K=16400, kind="classes", layout="dense")
+    check(case, "row", torch.float8_e4m3fn, False, "row", "triton", device)
+    check(case | dict(M=300, K=3), "row", torch.float8_e4m3fn, False, "column", "triton", device)
+
+
+@pytest.mark.interpreter
+def test_long_rows_interpreter():
+    check_long_rows("cpu")
+
+
+GPU_SHAPES = dict(max_rows=400, block=1, max_blocks=1500, leads=((), (2,), (0,), (2, 1)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@settings(max_examples=100)
+@given(case=cases(**GPU_SHAPES), **EXAMPLES)
+def test_bytes_gpu(impl, case, scaling, dtype, pow2, orientation):
+    check(case, scaling, dtype, pow2, orientation, impl, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@settings(max_examples=40)
+@given(case=cases(**GPU_SHAPES), per_matrix=st.booleans())
+def test_given_scale_gpu(impl, case, per_matrix):
+    check_given(case, per_matrix, impl, "cuda")
+
+
+@pytest.mark.gpu
+def test_long_rows_gpu():
+    check_long_rows("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_cuda_graph(scaling):
+    x = torch.randn(300, 520, device="cuda", dtype=torch.bfloat16)
+    check_graph(
+        x,
+        lambda: hybrid_ops.fp8_quantize(x, scaling)[:2],
+        lambda q: hybrid_ops.fp8_dequantize(hybrid_ops.Fp8Tensor(*q, scaling)),
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_many_elements_gpu(scaling):
+    """More than 2^31 elements: the last rows are as if they stood alone."""
+    x = torch.zeros(2**15 + 128, 2**16, device="cuda", dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    x[-128:].normal_()
+    q, alone = hybrid_ops.fp8_quantize(x, scaling), hybrid_ops.fp8_quantize(x[-128:].clone(), scaling)
+    assert torch.equal(q.data[-128:].view(torch.uint8), alone.data.view(torch.uint8))
+    if scaling != "tensor":
+        assert torch.equal(q.scale[-len(alone.scale) :], alone.scale)
+    tail = hybrid_ops.fp8_dequantize(q)[-128:]
+    assert torch.equal(tail, hybrid_ops.fp8_dequantize(alone))
+
+
+@pytest.mark.parametrize("sm", [80, 89, 90, 100, 120])
+def test_compiles(sm, monkeypatch):
+    from hybrid_ops.triton_kernels import quant_fp8 as kernels
+
+    from .triton_targets import check as check_fits
+    from .triton_targets import compiling_for
+
+    x = torch.empty(2, 256, 4096, dtype=torch.bfloat16)
+    data, y = torch.empty(2, 256, 4096, dtype=torch.uint8), torch.empty_like(x)
+    with compiling_for(sm, monkeypatch) as compiled:
+        for scaling in SCALINGS if sm in (90, 100) else ("tensor", "row", "1x128"):
+            scale = torch.empty(2, 2, 32, dtype=torch.uint8 if scaling == "mx" else torch.float32)
+            kernels.fp8_quantize(x, None, data, scale, "e4m3", scaling, False)
+            if sm in (90, 100):
+                kernels.fp8_quantize(x.mT, None, data.view(2, 4096, 256), scale, "e5m2", scaling, True)
+                kernels.fp8_dequantize(data, scale, y, "e4m3", scaling)
+    check_fits(compiled, sm)
+    check_exact(compiled)

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hybrid_ops
 from hybrid_ops.reference import quant_nvfp4 as reference
 
-from .quant_cases import DTYPES, cases, float32, make, rounded_to, same_bytes, same_values
+from .quant_cases import DTYPES, cases, check_exact, check_graph, float32, make, rounded_to, same_bytes, same_values
 from .tensors import to_device
 
 OPTIONS = dict(
@@ -298,3 +298,85 @@ def test_every_option_changes_bytes(change):
     x[:16, :16] = 0  # where the modes differ for certain
     a, b = hybrid_ops.nvfp4_quantize(x, **change), hybrid_ops.nvfp4_quantize(x)
     assert not (torch.equal(a.data, b.data) and torch.equal(a.scale.float(), b.scale.float()))
+
+
+@pytest.mark.interpreter
+@settings(max_examples=30)
+@given(case=cases(), options=options_of(OPTIONS))
+def test_bytes_interpreter(case, options):
+    check(case, options, "triton")
+
+
+@pytest.mark.interpreter
+@settings(max_examples=15)
+@given(case=cases(), options=options_of(OPTIONS), per_matrix=st.booleans())
+def test_given_tensor_scale_interpreter(case, options, per_matrix):
+    check(case, options, "triton", tensor_scale=some_scale(case, per_matrix))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@settings(max_examples=150)
+@given(case=cases(max_rows=300, max_blocks=60), options=options_of(OPTIONS))
+def test_bytes_gpu(impl, case, options):
+    check(case, options, impl, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@settings(max_examples=40)
+@given(case=cases(max_rows=300, max_blocks=60), options=options_of(OPTIONS), per_matrix=st.booleans())
+def test_given_tensor_scale_gpu(impl, case, options, per_matrix):
+    check(case, options, impl, "cuda", tensor_scale=some_scale(case, per_matrix))
+
+
+@pytest.mark.gpu
+def test_cuda_graph():
+    x = torch.randn(304, 512, device="cuda", dtype=torch.bfloat16)
+    seed = torch.tensor([5], device="cuda")
+    for options in (dict(hadamard=True, scale_layout="128x4"), dict(rounding="stochastic", seed=seed)):
+        layout = options.get("scale_layout", "linear")
+        check_graph(
+            x,
+            lambda options=options: hybrid_ops.nvfp4_quantize(x, **options)[:3],
+            lambda q, layout=layout: hybrid_ops.nvfp4_dequantize(hybrid_ops.Nvfp4Tensor(*q, layout)),
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["linear", "128x4"])
+def test_many_elements_gpu(layout):
+    """More than 2^31 elements: the last rows are as if they stood alone."""
+    x = torch.zeros(2**15 + 128, 2**16, device="cuda", dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    x[-128:].normal_()
+    q, alone = (hybrid_ops.nvfp4_quantize(t, scale_layout=layout) for t in (x, x[-128:].clone()))
+    assert torch.equal(q.data[-128:], alone.data)
+    assert torch.equal(q.scale[-len(alone.scale) :].view(torch.uint8), alone.scale.view(torch.uint8))
+    assert torch.equal(hybrid_ops.nvfp4_dequantize(q)[-128:], hybrid_ops.nvfp4_dequantize(alone))
+
+
+@pytest.mark.parametrize("sm", [80, 89, 90, 100, 120])
+def test_compiles(sm, monkeypatch):
+    from hybrid_ops.triton_kernels import quant_nvfp4 as kernels
+
+    from .triton_targets import check as check_fits
+    from .triton_targets import compiling_for
+
+    x, byte = torch.empty(2, 256, 4096, dtype=torch.bfloat16), torch.empty(2, 256, 2048, dtype=torch.uint8)
+    seed, t = torch.empty(1, dtype=torch.int64), torch.empty(2)
+    wide = (
+        (x.mT, None, "1x16", "te", None, True, "linear"),
+        (x, seed, "1x16", "te", None, False, "linear"),
+        (x, None, "1x16", "te", "mse", False, "linear"),
+        (x, None, "16x16", "modelopt", "mae", False, "linear"),
+    )
+    with compiling_for(sm, monkeypatch) as compiled:
+        for source, bits, *options in (
+            (x, None, "1x16", "te", None, False, "128x4"),
+            *(wide if sm in (90, 100) else ()),
+        ):
+            kernels.nvfp4_quantize(source, None, bits, byte, byte, t, *options)
+        kernels.nvfp4_dequantize(byte, byte, t, x, "linear")
+    check_fits(compiled, sm)
+    check_exact(compiled)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import on_device
-from .minifloat import cast, magnitude_bits, widen
+from .minifloat import amax_bits, cast, widen
 
 # the fixed signs of the transform, bit i for element i: set where the sign is -1
 NEGATIVE: tl.constexpr = tl.constexpr(0b1101_0111_1110_1000)
@@ -17,14 +17,12 @@ NEGATIVE: tl.constexpr = tl.constexpr(0b1101_0111_1110_1000)
 
 @triton.jit
 def program_tile(num_rows, num_columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The matrix, rows and columns of this program, int64; and whether it is the matrix's first."""
-    columns = tl.cdiv(num_columns, BLOCK_C)
-    tiles = tl.cdiv(num_rows, BLOCK_R) * columns
-    e = (tl.program_id(0) // tiles).to(tl.int64)
+    """This program's matrix e, its rows [R], and the number of its tile among those side by side and in the matrix."""
+    across = tl.cdiv(num_columns, BLOCK_C)
+    tiles = tl.cdiv(num_rows, BLOCK_R) * across
     tile = tl.program_id(0) % tiles
-    row = (tile // columns).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = (tile % columns).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    return e, row, column, tile == 0
+    row = (tile // across).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    return (tl.program_id(0) // tiles).to(tl.int64), row, (tile % across).to(tl.int64), tile
 
 
 @triton.jit
@@ -66,14 +64,15 @@ def amax_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    e, row, column, _ = program_tile(num_rows, num_columns, BLOCK_R, BLOCK_C)
+    e, row, c, _ = program_tile(num_rows, num_columns, BLOCK_R, BLOCK_C)
+    column = c * BLOCK_C + tl.arange(0, BLOCK_C)
     x = load_tile(x_ptr, e, row, column, num_rows, num_columns, matrix_stride, row_stride, column_stride)
     if HADAMARD:
         x = hadamard16(x, x_ptr.dtype.element_ty)
-    tl.atomic_max(amax_ptr + e, tl.max(tl.max(magnitude_bits(x), axis=1), axis=0), sem="relaxed")
+    tl.atomic_max(amax_ptr + e, tl.max(amax_bits(x, 1), axis=0), sem="relaxed")
 
 
-def amax_bits(x: Tensor, hadamard: bool = False) -> Tensor:
+def matrix_amax(x: Tensor, hadamard: bool = False) -> Tensor:
     """(E,) int32, the bits of max |x[e]| without NaN. A maximum is the same in every order: no race shows."""
     E, M, K = x.shape
     amax = x.new_zeros(E, dtype=torch.int32)

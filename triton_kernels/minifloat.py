@@ -11,28 +11,32 @@ INFINITY: tl.constexpr = tl.constexpr(0x7F800000)  # the bits of float32's; thos
 
 
 @triton.jit
-def magnitude_bits(v):
-    """The bits of |v|, int32, in the order of the values; 0 for NaN, which no maximum is to see."""
-    bits = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return tl.where(bits > INFINITY, 0, bits)
+def amax_bits(x, axis: tl.constexpr):
+    """The bits of max |x| along an axis, int32, in the order of the values; NaN left out, 0 where all are.
+
+    In integers: 0x7FFFFF more than the bits of infinity is the largest int32, so every NaN turns negative.
+    """
+    bits = (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) + 0x7FFFFF
+    return tl.maximum(tl.max(bits, axis=axis), 0x7FFFFF) - 0x7FFFFF
 
 
 @triton.jit
 def encode(v, target: tl.constexpr):
-    """Codes of float32 v: nearest even, saturating. NaN is 0x7F, positive; in E2M1, which has none, 6."""
+    """Codes of float32 v: nearest even, saturating. NaN is 0x7F, positive; in E2M1, which has none, 6.
+
+    The step of the grid at |v| is the last bit of a float32 some exponents larger: adding that rounds |v| to a multiple
+    of the step, and the sum's last bits count the steps.
+    """
     mantissa: tl.constexpr = 1 if target == "e2m1" else (3 if target == "e4m3" else 2)
-    bias: tl.constexpr = 1 if target == "e2m1" else (7 if target == "e4m3" else 15)
+    normal: tl.constexpr = 127 if target == "e2m1" else (121 if target == "e4m3" else 113)  # exponent of the smallest
     largest: tl.constexpr = 0x40C00000 if target == "e2m1" else (0x43E00000 if target == "e4m3" else 0x47600000)
-    shift: tl.constexpr = 23 - mantissa
-    # a float32 of this exponent has the format's smallest step as its last bit: adding it rounds subnormal numbers
-    magic: tl.constexpr = (151 - bias - mantissa) << 23
     bits = v.to(tl.int32, bitcast=True)
     magnitude = tl.minimum(bits & 0x7FFFFFFF, largest)
-    normal = (magnitude + ((magnitude >> shift) & 1) + ((1 << (shift - 1)) - 1)) >> shift
-    normal -= (127 - bias) << mantissa
-    offset = tl.full([], magic, tl.int32).to(tl.float32, bitcast=True)
-    small = (magnitude.to(tl.float32, bitcast=True) + offset).to(tl.int32, bitcast=True) - magic
-    code = tl.where(magnitude < ((128 - bias) << 23), small, normal)
+    exponent = tl.maximum(magnitude & 0x7F800000, normal << 23)
+    offset = exponent + ((23 - mantissa) << 23)
+    rounded = magnitude.to(tl.float32, bitcast=True) + offset.to(tl.float32, bitcast=True)
+    steps = rounded.to(tl.int32, bitcast=True) - offset
+    code = steps + (exponent >> (23 - mantissa)) - (normal << mantissa)
     if target == "e2m1":
         return code | tl.where(v < 0.0, 8, 0)
     return tl.where((bits & 0x7FFFFFFF) > INFINITY, 0x7F, code | ((bits >> 24) & 0x80))

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .amax import amax_bits, load_tile, program_tile
+from .amax import load_tile, matrix_amax, program_tile
 from .launch import on_device
-from .minifloat import FLOAT_MAX, INFINITY, cast, decode, encode, magnitude_bits
+from .minifloat import FLOAT_MAX, INFINITY, amax_bits, cast, decode, encode
 
 LARGEST = {"e4m3": 448.0, "e5m2": 57344.0}
 # rows and columns that share a scale; 0 is all there are
@@ -59,11 +59,11 @@ def reciprocal(v):
 
 
 @triton.jit
-def e8m0_scale(amax_bits, target: tl.constexpr):
-    """The exponent + 127 of the smallest power of two that brings amax down to the largest value, 1.75 * 2^n."""
+def e8m0_scale(amax, target: tl.constexpr):
+    """The exponent + 127 of the smallest power of two that brings amax, given by its bits, down to 1.75 * 2^n."""
     n: tl.constexpr = 8 if target == "e4m3" else 15
-    code = tl.maximum(((amax_bits + 0x1FFFFF) >> 23) - n, 0)
-    return tl.where((amax_bits > 0) & (amax_bits < INFINITY), code, 127)
+    code = tl.maximum(((amax + 0x1FFFFF) >> 23) - n, 0)
+    return tl.where((amax > 0) & (amax < INFINITY), code, 127)
 
 
 @triton.jit
@@ -85,7 +85,8 @@ def fp8_tile_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    e, row, column, first = program_tile(M, K, BLOCK_R, BLOCK_C)
+    e, row, c, tile = program_tile(M, K, BLOCK_R, BLOCK_C)
+    column = c * BLOCK_C + tl.arange(0, BLOCK_C)
     x = load_tile(x_ptr, e, row, column, M, K, matrix_stride, row_stride, column_stride)
     if SCALING == "tensor":
         if GIVEN:
@@ -93,9 +94,9 @@ def fp8_tile_kernel(
         else:
             s = multiplier(tl.load(amax_ptr + e).to(tl.float32, bitcast=True), LARGEST, POW2)
             y = x * s
-            tl.store(scale_ptr + e, reciprocal(s), first)
+            tl.store(scale_ptr + e, reciprocal(s), tile == 0)
     elif SCALING == "128x128":
-        amax = tl.max(tl.max(magnitude_bits(x), axis=1), axis=0)
+        amax = tl.max(amax_bits(x, 1), axis=0)
         s = multiplier(amax.to(tl.float32, bitcast=True), LARGEST, POW2)
         y = x * s
         tl.store(scale_ptr + tl.program_id(0), reciprocal(s))
@@ -103,8 +104,8 @@ def fp8_tile_kernel(
         group: tl.constexpr = 128 if SCALING == "1x128" else 32
         G: tl.constexpr = BLOCK_C // group
         tiles = tl.reshape(x, [BLOCK_R, G, group])
-        amax = tl.max(magnitude_bits(tiles), axis=2)  # [R, G]
-        g = (tl.min(column, axis=0) // group + tl.arange(0, G))[None, :]
+        amax = amax_bits(tiles, 2)  # [R, G]
+        g = (c * G + tl.arange(0, G))[None, :]
         groups = tl.cdiv(K, group)
         if SCALING == "mx":
             code = e8m0_scale(amax, TARGET)
@@ -138,13 +139,14 @@ def fp8_row_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    e, row, column, _ = program_tile(M, BLOCK_C, BLOCK_R, BLOCK_C)
+    e, row, _, _ = program_tile(M, BLOCK_C, BLOCK_R, BLOCK_C)
+    column = tl.arange(0, BLOCK_C)
     x = load_tile(x_ptr, e, row, column, M, K, matrix_stride, row_stride, column_stride)
-    amax = tl.max(magnitude_bits(x), axis=1)  # [R]
+    amax = amax_bits(x, 1)  # [R]
     if not WHOLE:
         for begin in range(BLOCK_C, K, BLOCK_C):
             x = load_tile(x_ptr, e, row, begin + column, M, K, matrix_stride, row_stride, column_stride)
-            amax = tl.maximum(amax, tl.max(magnitude_bits(x), axis=1))
+            amax = tl.maximum(amax, amax_bits(x, 1))
     s = multiplier(amax.to(tl.float32, bitcast=True), LARGEST, POW2)
     tl.store(scale_ptr + e * M + row, reciprocal(s), row < M)
     data_ptr += (e * M + row[:, None]) * K
@@ -178,14 +180,19 @@ def fp8_dequantize_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    e, row, column, _ = program_tile(M, K, BLOCK_R, BLOCK_C)
+    e, row, c, _ = program_tile(M, K, BLOCK_R, BLOCK_C)
+    column = c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (row < M)[:, None] & (column < K)[None, :]
     place = e * data_matrix_stride + row[:, None] * data_row_stride + column[None, :] * data_column_stride
     code = tl.load(data_ptr + place, mask, other=0).to(tl.int32)
-    r = row * 0 if TILE_M == 0 else row // TILE_M
-    c = column * 0 if TILE_K == 0 else column // TILE_K
-    place = e * scale_matrix_stride + r[:, None] * scale_row_stride + c[None, :] * scale_column_stride
-    scale = tl.load(scale_ptr + place, mask, other=0)
+    scale_ptr += e * scale_matrix_stride
+    if TILE_M == 0:
+        scale = tl.load(scale_ptr)
+    elif TILE_K == 0:
+        scale = tl.load(scale_ptr + row * scale_row_stride, row < M, other=0)[:, None]
+    else:
+        place = (row // TILE_M)[:, None] * scale_row_stride + (column // TILE_K)[None, :] * scale_column_stride
+        scale = tl.load(scale_ptr + place, mask, other=0)
     if E8M0:  # 2^-127 is subnormal, 255 is NaN
         scale = scale.to(tl.int32)
         bits = tl.where(scale == 0, 0x00400000, tl.where(scale == 255, 0x7FC00000, scale << 23))
@@ -211,7 +218,7 @@ def fp8_quantize(
         if scaling == "row":
             fp8_row_kernel[(rows,)](x, data, scale, *sizes, WHOLE=block_c >= K, **options)
             return
-        known = given if given is not None else amax_bits(x) if scaling == "tensor" else x
+        known = given if given is not None else matrix_amax(x) if scaling == "tensor" else x
         fp8_tile_kernel[(rows * triton.cdiv(K, block_c),)](
             x, known, data, data if scale is None else scale, *sizes, SCALING=scaling, GIVEN=given is not None,
             **options,

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .amax import amax_bits, hadamard16, load_tile, program_tile
+from .amax import hadamard16, load_tile, matrix_amax, program_tile
 from .launch import on_device
-from .minifloat import FLOAT_MAX, cast, decode, encode, encode_e2m1_stochastic, magnitude_bits
+from .minifloat import FLOAT_MAX, amax_bits, cast, decode, encode, encode_e2m1_stochastic
 from .quant_fp8 import multiplier, reciprocal
 from .ssd_update import random_bits
 
@@ -146,20 +146,21 @@ def nvfp4_kernel(
     S: tl.constexpr = BLOCK_C // 16
     CHOOSE: tl.constexpr = FOUR_OVER_SIX is not None
     LARGEST: tl.constexpr = 1536.0 if CHOOSE else 2688.0
-    e, row, column, first = program_tile(padded_rows, padded_blocks * 16, BLOCK_R, BLOCK_C)
+    e, row, c, tile = program_tile(padded_rows, padded_blocks * 16, BLOCK_R, BLOCK_C)
+    column = c * BLOCK_C + tl.arange(0, BLOCK_C)
     x = load_tile(x_ptr, e, row, column, M, K, matrix_stride, row_stride, column_stride)
     if HADAMARD:
         x = hadamard16(x, x_ptr.dtype.element_ty)
     encode_scale, t, amax = tensor_scales(value_ptr + e, GIVEN, TE, LARGEST)
     if not GIVEN:
-        tl.store(tensor_scale_ptr + e, t, first)
+        tl.store(tensor_scale_ptr + e, t, tile == 0)
 
     x = tl.reshape(x, [BLOCK_R, S, 16])
     bits = 0
     if STOCHASTIC:
-        begin = (e * M + row) * K + tl.min(column, axis=0)  # [R]
+        begin = (e * M + row) * K + c * BLOCK_C  # [R]
         bits = tl.reshape(random_bits(tl.load(seed_ptr), begin, K, 0, BLOCK_C, True), [BLOCK_R, S, 16])
-    largest = tl.max(magnitude_bits(x), axis=2)  # [R, S]
+    largest = amax_bits(x, 2)  # [R, S]
     if SQUARE:
         tiles = tl.max(tl.reshape(largest, [BLOCK_R // 16, 16, S]), axis=1)
         largest = tl.reshape(tl.broadcast_to(tiles[:, None, :], [BLOCK_R // 16, 16, S]), [BLOCK_R, S])
@@ -176,11 +177,11 @@ def nvfp4_kernel(
         b, codes = tl.where(four, b4, b), tl.where(four[:, :, None], codes4, codes)
 
     low, high = tl.split(tl.reshape(codes, [BLOCK_R, BLOCK_C // 2, 2]))
-    byte = tl.min(column, axis=0) // 2 + tl.arange(0, BLOCK_C // 2)
+    byte = c * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)
     mask = (row < M)[:, None] & (byte < K // 2)[None, :]
     tl.store(data_ptr + (e * M + row[:, None]) * (K // 2) + byte[None, :], (low | (high << 4)).to(tl.uint8), mask)
 
-    s = (tl.min(column, axis=0) // 16 + tl.arange(0, S))[None, :]
+    s = (c * S + tl.arange(0, S))[None, :]
     inside = (row < M)[:, None] & (s < K // 16)
     scale_ptr += e * padded_rows * padded_blocks
     if SWIZZLED:
@@ -210,20 +211,23 @@ def nvfp4_dequantize_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    e, row, byte, _ = program_tile(M, K // 2, BLOCK_R, BLOCK_C // 2)
+    S: tl.constexpr = BLOCK_C // 16
+    e, row, c, _ = program_tile(M, K, BLOCK_R, BLOCK_C)
+    byte = c * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)
     mask = (row < M)[:, None] & (byte < K // 2)[None, :]
     place = e * data_matrix_stride + row[:, None] * data_row_stride + byte[None, :] * data_column_stride
     codes = tl.load(data_ptr + place, mask, other=0).to(tl.int32)
-    s = byte[None, :] // 8
+    s = (c * S + tl.arange(0, S))[None, :]
     if SWIZZLED:
         place = swizzled(row[:, None], s, K // 16) * scale_column_stride
     else:
         place = row[:, None] * scale_row_stride + s * scale_column_stride
+    mask = (row < M)[:, None] & (s < K // 16)
     b = decode(tl.load(scale_ptr + e * scale_matrix_stride + place, mask, other=0).to(tl.int32), "e4m3")
-    t = tl.load(tensor_scale_ptr + e)
-    low, high = decode(codes & 15, "e2m1") * b * t, decode(codes >> 4, "e2m1") * b * t
-    y = cast(tl.reshape(tl.join(low, high), [BLOCK_R, BLOCK_C]), y_ptr.dtype.element_ty)
-    column = tl.min(byte, axis=0) * 2 + tl.arange(0, BLOCK_C)
+    codes = tl.reshape(tl.join(codes & 15, codes >> 4), [BLOCK_R, S, 16])
+    y = decode(codes, "e2m1") * b[:, :, None] * tl.load(tensor_scale_ptr + e)
+    y = tl.reshape(cast(y, y_ptr.dtype.element_ty), [BLOCK_R, BLOCK_C])
+    column = c * BLOCK_C + tl.arange(0, BLOCK_C)
     tl.store(y_ptr + (e * M + row[:, None]) * K + column[None, :], y, (row < M)[:, None] & (column < K)[None, :])
 
 
@@ -249,7 +253,7 @@ def nvfp4_quantize(
     swizzle = scale_layout == "128x4"
     rows, blocks = (triton.cdiv(M, 128) * 128, triton.cdiv(K, 64) * 4) if swizzle else (M, K // 16)
     block_r, block_c, num_warps = config(transposed=x.stride(1) == 1 and x.stride(2) != 1)
-    value = amax_bits(x, hadamard) if given is None else given
+    value = matrix_amax(x, hadamard) if given is None else given
     grid = E * triton.cdiv(rows, block_r) * triton.cdiv(blocks * 16, block_c)
     with on_device(x):
         nvfp4_kernel[(grid,)](
