@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hybrid_ops.bench import conv1d, harness, norm, ssd, timing
+from hybrid_ops.bench import conv1d, harness, norm, quant, ssd, timing
 from hybrid_ops.bench.cases import MODELS
 
-FAMILIES = {"conv1d": conv1d, "ssd": ssd, "norm": norm}
+FAMILIES = {"conv1d": conv1d, "ssd": ssd, "norm": norm, "quant": quant}
 ROW = {
     *("family", "op", "case", "dtype", "impl", "gpu_us", "gpu_us_p10", "gpu_us_p90", "gpu_us_warm", "host_us"),
     *("bytes", "flops", "floor_us", "peers", "error_ratio", "check", "commit", "date"),
