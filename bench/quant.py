@@ -34,7 +34,8 @@ def quantizer(public: str, model: str, rows: int, suffix: str, read: int, scale_
 
     def call(t: Tensors, impl: str) -> Tensors:
         q = getattr(hybrid_ops, public)(t["x"], **options, impl=impl)
-        return {"data": q.data.view(torch.uint8), "scale": q.scale.view(torch.uint8)}
+        scale = q.scale.view(torch.int32 if q.scale.dtype == torch.float32 else torch.uint8)  # bits
+        return {"data": q.data.view(torch.uint8), "scale": scale}
 
     data_bytes = rows * hidden // (2 if public == "nvfp4_quantize" else 1)
     return Case(

@@ -126,7 +126,7 @@ def byte_problems(x: Tensor) -> dict[str, ByteProblem]:
     back = dict(dtype=torch.float32)
     return {
         "fp8_quantize": ByteProblem(x, dict(scaling="1x128"), fp8),
-        "fp8_dequantize": ByteProblem(fp8_tensor, back, (quant_fp8.fp8_dequantize(*fp8, "1x128"),)),
+        "fp8_dequantize": ByteProblem(fp8_tensor, back, (quant_fp8.fp8_dequantize(fp8[0], fp8[1], "1x128"),)),
         "nvfp4_quantize": ByteProblem(x, nvfp4_options, nvfp4),
         "nvfp4_dequantize": ByteProblem(
             nvfp4_tensor, back, (quant_nvfp4.nvfp4_dequantize(*nvfp4, scale_layout="128x4"),)

@@ -59,7 +59,7 @@ def test_a_file_of_another_gpu_is_refused(tmp_path):
 
 
 def test_unknown_family():
-    with pytest.raises(ValueError, match="family must be one of conv1d, ssd, norm, got 'attention'"):
+    with pytest.raises(ValueError, match="family must be one of conv1d, ssd, norm, quant, got 'attention'"):
         harness.run(["attention"])
 
 
@@ -124,7 +124,9 @@ def test_a_sample_has_both_ends(tokens, monkeypatch):
 def test_cases_have_unique_agreed_names():
     names = [(case.op, case.name, case.dtype) for case in gpu_cases()]
     assert len(set(names)) == len(names)
-    pattern = re.compile(rf"({'|'.join(MODELS)})(-L\d+)?-b\d+(-(strided|packed\d+|residual|gated))*")
+    sequences = r"(-L\d+)?-b\d+(-(strided|packed\d+|residual|gated))*"
+    tokens = r"-T\d+(-(tensor|row|1x128|128x128|mx|column|1x16|16x16|swizzled|hadamard|modelopt|4over6))*"
+    pattern = re.compile(rf"({'|'.join(MODELS)})({sequences}|{tokens})")
     assert all(pattern.fullmatch(name) for _, name, _ in names)
 
 
