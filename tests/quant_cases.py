@@ -106,7 +106,7 @@ def rounded_to(dtype):
 
 def check_graph(x, call, decode):
     """A captured call follows its input."""
-    call()  # compiles
+    decode(call())  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
