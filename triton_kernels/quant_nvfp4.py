@@ -25,9 +25,10 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def config(transposed: bool = False) -> Config:
-    """4096 elements a program, wide in the direction that memory runs."""
-    return Config(64, 64, 4) if transposed else Config(16, 256, 4)
+def config(transposed: bool = False, four_over_six: bool = False) -> Config:
+    """4096 elements a program, wide in the direction that memory runs; two candidates need twice the registers."""
+    num_warps = 8 if four_over_six else 4
+    return Config(64, 64, num_warps) if transposed else Config(16, 256, num_warps)
 
 
 @triton.jit
@@ -252,7 +253,7 @@ def nvfp4_quantize(
         return
     swizzle = scale_layout == "128x4"
     rows, blocks = (triton.cdiv(M, 128) * 128, triton.cdiv(K, 64) * 4) if swizzle else (M, K // 16)
-    block_r, block_c, num_warps = config(transposed=x.stride(1) == 1 and x.stride(2) != 1)
+    block_r, block_c, num_warps = config(x.stride(1) == 1 and x.stride(2) != 1, four_over_six is not None)
     value = matrix_amax(x, hadamard) if given is None else given
     grid = E * triton.cdiv(rows, block_r) * triton.cdiv(blocks * 16, block_c)
     with on_device(x):
