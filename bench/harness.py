@@ -24,7 +24,7 @@ from . import machine, peers
 from .cases import Case, Tensors
 from .timing import Graph, host_us, wall_us
 
-FAMILIES = ("conv1d", "ssd", "norm", "moe_router", "grouped_gemm", "moe")
+FAMILIES = ("conv1d", "ssd", "norm", "moe_router", "grouped_gemm", "moe", "quant")
 SAMPLE = 2**22  # elements of a large result that are compared with the expected one
 
 Row = dict[str, Any]
@@ -140,7 +140,7 @@ def _measure(case: Case, impl: str, sets: Sequence[Tensors], row: Row, device: t
     for results in cold.results:
         for name, result in results.items():
             if name not in case.in_place:
-                result.fill_(math.nan)
+                result.fill_(math.nan if result.is_floating_point() else 255)
     timing = cold.time()
     for index in (0, len(sets) - 1):
         error, row["check"] = _check(case, case.expected(sets[index]), cold.results[index])
@@ -178,6 +178,11 @@ def _check(case: Case, expected: Tensors, results: Tensors) -> tuple[float, str]
     worst = 0.0
     for name, want in expected.items():
         got = results[name]
+        if not want.is_floating_point():  # bytes, each of which is specified
+            wrong = int((got != want).sum())
+            if wrong:
+                return math.inf, f"{name}: {wrong} of {want.numel()} bytes differ"
+            continue
         if got.shape == want.shape and got.numel() > SAMPLE:
             length = got.shape[case.tokens]
             quarter = max(2, SAMPLE * length // got.numel() // 4)

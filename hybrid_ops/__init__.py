@@ -9,15 +9,21 @@ from .models import warmup
 from .moe import latent_down_proj, latent_moe, latent_up_proj, moe_combine, moe_mlp
 from .moe_router import MoERouting, moe_router, moe_sort
 from .norm import gated_rms_norm, rms_norm
+from .quant_fp8 import Fp8Tensor, fp8_dequantize, fp8_quantize
+from .quant_nvfp4 import Nvfp4Tensor, nvfp4_dequantize, nvfp4_quantize, swizzle_scales, unswizzle_scales
 from .ssd import ssd_chunk_scan
 from .ssd_update import ssd_state_update
 
 __all__ = [
     "Choice",
+    "Fp8Tensor",
     "MoERouting",
+    "Nvfp4Tensor",
     "causal_conv1d",
     "causal_conv1d_update",
     "explain",
+    "fp8_dequantize",
+    "fp8_quantize",
     "gated_rms_norm",
     "grouped_gemm",
     "latent_down_proj",
@@ -27,9 +33,13 @@ __all__ = [
     "moe_mlp",
     "moe_router",
     "moe_sort",
+    "nvfp4_dequantize",
+    "nvfp4_quantize",
     "ops",
     "rms_norm",
     "ssd_chunk_scan",
     "ssd_state_update",
+    "swizzle_scales",
+    "unswizzle_scales",
     "warmup",
 ]

@@ -27,7 +27,7 @@ from torch import Tensor
 import hybrid_ops
 
 from . import _device
-from .budget import measure, round_to, to_numpy
+from .budget import Measure, measure, round_to, to_numpy
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETER_DTYPES = (torch.float32, torch.float16)  # the interpreter's bfloat16 arithmetic is wrong
@@ -79,6 +79,11 @@ class Problem:
         returned = getattr(module, op)(**arrays, **self.options, **rounded, dtype=dtype)
         return dict(zip(self.axis, _present(returned), strict=False))  # more may be returned than was asked for
 
+    def measure(self, op: str, got: dict[str, Tensor], dtype: torch.dtype) -> Iterator[Measure]:
+        ref, base = expected(op, dtype)
+        for name, value in got.items():
+            yield measure(name, value, ref[name], base[name], dtype, axis=self.axis[name])
+
 
 def _moved(value: Any, device: str) -> Any:
     """An option on the device, where it is the tensors of a routing."""
@@ -92,7 +97,59 @@ def _present(returned: Any) -> list[Any]:
     return [result for result in (returned if isinstance(returned, tuple) else (returned,)) if result is not None]
 
 
-def problems(dtype: torch.dtype) -> dict[str, Problem]:
+@dataclass
+class ByteProblem:
+    """A call whose bytes are specified: its results are equal to the reference's, or wrong."""
+
+    argument: Tensor | tuple[Any, ...]  # what is quantised, or is so already
+    options: dict[str, Any]
+    expected: tuple[np.ndarray, ...]
+
+    def run(self, op: str, impl: str, device: str) -> dict[str, Tensor]:
+        argument = self.argument
+        if isinstance(argument, Tensor):
+            argument = argument.to(device)
+        else:
+            argument = type(argument)(*(t.to(device) if isinstance(t, Tensor) else t for t in argument))  # type: ignore[arg-type]
+        returned = getattr(hybrid_ops, op)(argument, **self.options, impl=impl)
+        if isinstance(returned, Tensor):
+            return {"y": returned}
+        return {name: t for name, t in zip(returned._fields, returned, strict=True) if isinstance(t, Tensor)}
+
+    def measure(self, op: str, got: dict[str, Tensor], dtype: torch.dtype) -> Iterator[Measure]:
+        for (name, value), array in zip(got.items(), self.expected, strict=True):
+            right, mine = np.ascontiguousarray(array), value.cpu().contiguous()
+            if mine.nbytes != right.nbytes:
+                yield Measure(np.inf, f"{name} has {mine.nbytes} bytes, expected {right.nbytes}")
+                continue
+            wrong = int((mine.reshape(-1).view(torch.uint8).numpy() != right.reshape(-1).view(np.uint8)).sum())
+            yield Measure(np.inf if wrong else 0.0, f"{name}: {wrong} of {mine.nbytes} bytes differ" if wrong else None)
+
+
+def byte_problems(x: Tensor) -> dict[str, ByteProblem]:
+    """The quantisers of x, with the options that have most to get wrong, and the way back."""
+    from .reference import quant_fp8, quant_nvfp4
+
+    array = x.float().numpy()
+    fp8 = quant_fp8.fp8_quantize(array, "1x128")
+    nvfp4_options: dict[str, Any] = dict(four_over_six="mse", scale_layout="128x4")
+    nvfp4 = quant_nvfp4.nvfp4_quantize(array, **nvfp4_options)
+    fp8_parts, nvfp4_parts = ([torch.from_numpy(np.array(part)) for part in parts] for parts in (fp8, nvfp4))
+    e4m3 = torch.float8_e4m3fn
+    fp8_tensor = hybrid_ops.Fp8Tensor(fp8_parts[0].view(e4m3), fp8_parts[1], "1x128")
+    nvfp4_tensor = hybrid_ops.Nvfp4Tensor(nvfp4_parts[0], nvfp4_parts[1].view(e4m3), nvfp4_parts[2], "128x4")
+    back = dict(dtype=torch.float32)
+    return {
+        "fp8_quantize": ByteProblem(x, dict(scaling="1x128"), fp8),
+        "fp8_dequantize": ByteProblem(fp8_tensor, back, (quant_fp8.fp8_dequantize(fp8[0], fp8[1], "1x128"),)),
+        "nvfp4_quantize": ByteProblem(x, nvfp4_options, nvfp4),
+        "nvfp4_dequantize": ByteProblem(
+            nvfp4_tensor, back, (quant_nvfp4.nvfp4_dequantize(*nvfp4, scale_layout="128x4"),)
+        ),
+    }
+
+
+def problems(dtype: torch.dtype) -> dict[str, Problem | ByteProblem]:
     """A problem for each public op, the same on every machine."""
     generator = torch.Generator().manual_seed(0)
 
@@ -214,6 +271,7 @@ def problems(dtype: torch.dtype) -> dict[str, Problem]:
             dict(topk=3, scaling_factor=2.5),
             store=dtype,
         ),
+        **byte_problems(randn(2, 40, 192)),
     }
 
 
@@ -221,6 +279,7 @@ def problems(dtype: torch.dtype) -> dict[str, Problem]:
 def expected(op: str, dtype: torch.dtype) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The reference's results in float64, and in float32 for the budget."""
     problem = problems(dtype)[op]
+    assert isinstance(problem, Problem)
     return problem.reference(op, np.float64), problem.reference(op, np.float32)
 
 
@@ -236,10 +295,8 @@ def check(op: str, impl: str, device: str, dtypes: Iterable[torch.dtype]) -> Row
         except Exception as error:
             row.complaints.append(f"{name}: {type(error).__name__}: {error}")
             continue
-        ref, base = expected(op, dtype)
         row.ratio[name] = 0.0
-        for result, value in got.items():
-            ratio, complaint = measure(result, value, ref[result], base[result], dtype, axis=problem.axis[result])
+        for ratio, complaint in problem.measure(op, got, dtype):
             row.ratio[name] = max(row.ratio[name], ratio)
             if complaint is not None:
                 row.complaints.append(f"{name}: {complaint}")
@@ -298,7 +355,12 @@ def show(console: Console, rows: Iterable[Row]) -> None:
     """A line for each op and implementation; then what was wrong, and why others did not run."""
     rows = list(rows)
     dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    table = Table(title="error / budget, against NumPy in float64", title_justify="left", header_style="bold", box=None)
+    table = Table(
+        title="error / budget, against NumPy in float64; quantisers: 0, every byte is equal",
+        title_justify="left",
+        header_style="bold",
+        box=None,
+    )
     for column in ("op", "implementation", *dtypes, ""):
         table.add_column(column, justify="right" if column in dtypes else "left", no_wrap=True)
     for row in rows:

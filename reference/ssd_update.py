@@ -15,7 +15,7 @@ from .norm import silu
 from .ssd import _cast, _step, _tokens
 
 # smallest normal exponent, mantissa bits, largest value
-GRIDS = {"float16": (-14, 10, 65504.0), "bfloat16": (-126, 7, (2 - 2.0**-7) * 2.0**127)}
+GRIDS = {"float16": (-14, 10, 65504.0), "bfloat16": (-126, 7, (2 - 2.0**-7) * 2.0**127), "e2m1": (0, 1, 6.0)}
 
 
 def ssd_state_update(
@@ -92,7 +92,7 @@ def stochastic_store(seed, target):
 
 
 def round_stochastic(v, bits, target):
-    """Round float32 v to `target`: |v| goes to the floor, on the target's grid, of |v| + bits * 2^-16 * step(|v|).
+    """Round float32 v to `target`, one of GRIDS: |v| goes to the floor, on its grid, of |v| + bits * 2^-16 * step(|v|).
 
     The step is the distance between neighbours of the grid at |v|, 2^-24 among float16's subnormal numbers. Beyond the
     largest value (infinity too) it saturates; NaN stays NaN, and zero keeps its sign. Returns float64.

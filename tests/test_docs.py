@@ -16,7 +16,11 @@ def test_links(page):
     assert not missing, f"{page.name} links to {missing}"
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "norm.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("norm", "quant_fp8", "quant_nvfp4"))],
+    ids=lambda page: page.name,
+)
 def test_python(page):
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         exec(block, {})
