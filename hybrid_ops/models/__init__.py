@@ -2,9 +2,10 @@
 
 from .cache import HybridCache
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from .config import PRESETS, NemotronHConfig
+from .config import NemotronHConfig
 from .generate import generate, sample, stream, warmup
 from .nemotron_h import NemotronHForCausalLM
+from .presets import PRESETS
 
 __all__ = [
     "PRESETS",

@@ -38,17 +38,18 @@ class HybridCache:
     ) -> None:
         factory = dict(device=device, dtype=dtype)
         ssm_dtype = dtype if dtype == torch.float64 else getattr(torch, config.mamba_ssm_cache_dtype)
-        ssm_shape = (batch_size, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
         kv_shape = (batch_size, config.num_key_value_heads, max_length or _FIRST_CAPACITY, config.head_dim)
         slots = torch.arange(batch_size, dtype=torch.int32, device=device)
         self.lengths = [0] * batch_size  # shared with every KVCache, changed in place
         self._positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.layers: list[MambaState | KVCache | None] = []
-        for letter in config.hybrid_override_pattern:
+        for index, letter in enumerate(config.hybrid_override_pattern):
+            layer = config.for_layer(index)
             state: MambaState | KVCache | None = None
             if letter == "M":
                 # channels next to each other in memory, as the convolution's input has them
-                conv = torch.zeros(batch_size, config.conv_kernel - 1, config.conv_dim, **factory)  # type: ignore[arg-type]
+                conv = torch.zeros(batch_size, config.conv_kernel - 1, layer.conv_dim, **factory)  # type: ignore[arg-type]
+                ssm_shape = (batch_size, config.mamba_num_heads, config.mamba_head_dim, layer.ssm_state_size)
                 ssm = torch.zeros(ssm_shape, device=device, dtype=ssm_dtype)
                 state = MambaState(conv.transpose(1, 2), ssm, slots)
             elif letter == "*":

@@ -1,115 +1,32 @@
-"""`NemotronHForCausalLM`: the reference hybrid model, layers of Mamba-2, attention and MLP on the public functions."""
+"""`NemotronHForCausalLM`: the reference hybrid model, embedding, layers, output projection."""
 
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from ..nn import MLP, Attention, KVCache, Mamba2Mixer, MambaState, RMSNorm
+from ..nn import MLP, Attention, Experts, Gate, Mamba2Mixer, MoE, RMSNorm
 from .cache import HybridCache
 from .config import NemotronHConfig
+from .layers import Backbone
 
 
-def _mamba2(config: NemotronHConfig, **factory: Any) -> nn.Module:
-    return Mamba2Mixer(
-        config.hidden_size,
-        num_heads=config.mamba_num_heads,
-        head_dim=config.mamba_head_dim,
-        state_size=config.ssm_state_size,
-        num_groups=config.n_groups,
-        conv_kernel=config.conv_kernel,
-        chunk_size=config.chunk_size,
-        bias=config.use_bias,
-        conv_bias=config.use_conv_bias,
-        eps=config.layer_norm_epsilon,
-        **factory,
-    )
-
-
-def _attention(config: NemotronHConfig, **factory: Any) -> nn.Module:
-    return Attention(
-        config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        bias=config.attention_bias,
-        **factory,
-    )
-
-
-def _mlp(config: NemotronHConfig, **factory: Any) -> nn.Module:
-    return MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, **factory)
-
-
-# The mixer behind each letter of a pattern; `Layer` calls it.
-MIXERS: dict[str, Callable[..., nn.Module]] = {"M": _mamba2, "*": _attention, "-": _mlp}
-
-
-class Layer(nn.Module):
-    """One letter of the pattern: a norm and a mixer.
-
-    The sum `residual + x` is left to the norm of the next layer, which does both in one kernel.
-    """
-
-    def __init__(self, letter: str, config: NemotronHConfig, **factory: Any) -> None:
-        super().__init__()
-        self.config = config
-        self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon, **factory)
-        self.mixer = MIXERS[letter](config, **factory)
-
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        state: MambaState | KVCache | None,
-        cu_seqlens: Tensor | None,
-        bounds: list[int] | None,
-        decode: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """(mixer(norm(residual + x)), residual + x), both (batch, seqlen, hidden); residual is None for the first."""
-        if residual is None:
-            in_fp32 = self.config.residual_in_fp32 and x.dtype != torch.float64
-            x, residual = self.norm(x), x.float() if in_fp32 else x
-        else:
-            x, residual = self.norm.add(x, residual)
-        if isinstance(self.mixer, Mamba2Mixer):
-            limit = self.config.dt_limit(prefill=not decode)
-            if decode:
-                x = self.mixer.step(x.squeeze(1), state, dt_limit=limit).unsqueeze(1)  # type: ignore[arg-type]
-            else:
-                x = self.mixer(x, cu_seqlens=cu_seqlens, state=state, dt_limit=limit)
-        elif isinstance(self.mixer, Attention):
-            x = self.mixer(x, bounds=bounds, cache=state)
-        else:
-            x = self.mixer(x)
-        return x, residual
-
-
-class Backbone(nn.Module):
-    """Embedding, layers and final norm."""
-
-    def __init__(self, config: NemotronHConfig, **factory: Any) -> None:
-        super().__init__()
-        self.config = config
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
-        self.layers = nn.ModuleList([Layer(letter, config, **factory) for letter in config.hybrid_override_pattern])
-        self.norm_f = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon, **factory)
-
-    def forward(
-        self, input_ids: Tensor, cache: HybridCache | None, cu_seqlens: Tensor | None, bounds: list[int] | None
-    ) -> Tensor:
-        """(batch, seqlen) -> (batch, seqlen, hidden)."""
-        # one token on top of what the cache holds; the first token of all is a prefill of length 1
-        decode = cache is not None and bounds is None and input_ids.shape[1] == 1 and all(cache.lengths)
-        x, residual = self.embeddings(input_ids), None
-        for index, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, None if cache is None else cache.layers[index], cu_seqlens, bounds, decode)
-        return self.norm_f.add(x, residual)[0]  # type: ignore[arg-type]  # there is at least one layer
+def _to_residual(module: nn.Module) -> Tensor | None:
+    """The matrix of a mixer, or of a shared expert, that writes to the residual stream."""
+    if isinstance(module, Mamba2Mixer):
+        return module.out_proj.weight
+    if isinstance(module, Attention):
+        return module.o_proj.weight
+    if isinstance(module, MLP):
+        return module.down_proj.weight
+    if isinstance(module, MoE):
+        return module.experts.down_proj if module.fc2_latent_proj is None else module.fc2_latent_proj.weight
+    return None
 
 
 class NemotronHForCausalLM(nn.Module):
@@ -148,8 +65,13 @@ class NemotronHForCausalLM(nn.Module):
         """Draw every parameter anew, for training from scratch."""
         config = self.config
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if isinstance(module, nn.Linear | nn.Embedding | Gate):
                 module.weight.normal_(std=config.initializer_range)
+            if isinstance(module, Gate):
+                module.e_score_correction_bias.zero_()
+            if isinstance(module, Experts):
+                module.up_proj.normal_(std=config.initializer_range)
+                module.down_proj.normal_(std=config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
             if isinstance(module, nn.Conv1d):
@@ -160,9 +82,9 @@ class NemotronHForCausalLM(nn.Module):
                 module.init_states(config.time_step_min, config.time_step_max, config.time_step_floor)
                 module.norm.weight.fill_(1)
         if config.rescale_prenorm_residual:
-            for name, parameter in self.named_parameters():
-                if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
-                    parameter.div_(math.sqrt(config.num_hidden_layers))
+            for module in self.modules():
+                if (weight := _to_residual(module)) is not None:
+                    weight.div_(math.sqrt(config.num_hidden_layers))
 
     @property
     def device(self) -> torch.device:
