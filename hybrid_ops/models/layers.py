@@ -91,7 +91,7 @@ class Layer(nn.Module):
         if isinstance(self.mixer, Mamba2Mixer):
             limit = self.config.dt_limit(prefill=not decode)
             if decode:
-                x = self.mixer.step(x.squeeze(1), state, dt_limit=limit).unsqueeze(1)  # type: ignore[arg-type]
+                x = self.mixer.step(x, state, dt_limit=limit)  # type: ignore[arg-type]
             else:
                 x = self.mixer(x, cu_seqlens=cu_seqlens, state=state, dt_limit=limit)
         elif isinstance(self.mixer, Attention):
@@ -117,11 +117,14 @@ class Backbone(nn.Module):
         self.norm_f = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon, **factory)
 
     def forward(
-        self, input_ids: Tensor, cache: HybridCache | None, cu_seqlens: Tensor | None, bounds: list[int] | None
+        self,
+        input_ids: Tensor,
+        cache: HybridCache | None,
+        cu_seqlens: Tensor | None,
+        bounds: list[int] | None,
+        decode: bool,
     ) -> Tensor:
-        """(batch, seqlen) -> (batch, seqlen, hidden)."""
-        # one token on top of what the cache holds; the first token of all is a prefill of length 1
-        decode = cache is not None and bounds is None and input_ids.shape[1] == 1 and all(cache.lengths)
+        """(batch, seqlen) -> (batch, seqlen, hidden); with `decode` through the update operators."""
         x, residual = self.embeddings(input_ids), None
         for index, layer in enumerate(self.layers):
             x, residual = layer(x, residual, None if cache is None else cache.layers[index], cu_seqlens, bounds, decode)

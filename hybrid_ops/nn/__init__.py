@@ -4,9 +4,9 @@ Parameters have the names and shapes of Hugging Face's `nemotron_h` checkpoints.
 """
 
 from .attention import Attention, KVCache
-from .mamba2 import Mamba2Mixer, MambaState
+from .mamba2 import Drafts, Mamba2Mixer, MambaState
 from .mlp import MLP
 from .moe import Experts, Gate, MoE
 from .norm import GatedRMSNorm, RMSNorm
 
-__all__ = ["MLP", "Attention", "Experts", "GatedRMSNorm", "Gate", "KVCache", "Mamba2Mixer", "MambaState", "MoE", "RMSNorm"]
+__all__ = ["MLP", "Attention", "Drafts", "Experts", "GatedRMSNorm", "Gate", "KVCache", "Mamba2Mixer", "MambaState", "MoE", "RMSNorm"]
