@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..nn import MLP, Attention, KVCache, Mamba2Mixer, MambaState, MoE, RMSNorm
