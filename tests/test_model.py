@@ -241,7 +241,7 @@ def test_compiles():
     """The forward is one graph for every length."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    model = build("twelve-heads-per-group", torch.float32, hybrid_override_pattern="M*-")
+    model = build("moe-latent", torch.float32, hybrid_override_pattern="M*-E")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for length in (9, 17, 33):
         ids = tokens(2, length)

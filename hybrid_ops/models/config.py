@@ -279,13 +279,14 @@ class NemotronHConfig:
                 if value is not None and known.setdefault(field, value) != value:
                     raise ValueError(f"{field} and {alias} must agree, got {known[field]!r} and {value!r}")
         known["hybrid_override_pattern"] = pattern = _pattern(values, "")
-        if not pattern:
+        if pattern is None:
             raise ValueError("hybrid_override_pattern or layers_block_type must be there, got neither")
         layers = values.get("num_hidden_layers", len(pattern))
         if layers != len(pattern):
             raise ValueError(f"num_hidden_layers must be the length of the pattern, {len(pattern)}, got {layers}")
         if known.get("num_nextn_predict_layers"):
-            known["mtp_hybrid_override_pattern"] = _pattern(values, "mtp_") or cls.mtp_hybrid_override_pattern
+            pattern = _pattern(values, "mtp_")
+            known["mtp_hybrid_override_pattern"] = cls.mtp_hybrid_override_pattern if pattern is None else pattern
         else:
             known.pop("mtp_hybrid_override_pattern", None)
             known.pop("mtp_block_configs", None)
