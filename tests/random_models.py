@@ -67,7 +67,7 @@ CONFIGS = {
         mlp_bias=True,
     ),
     "moe": _SMALL | dict(hybrid_override_pattern="ME*-"),
-    "moe-odd-experts": _SMALL | dict(hybrid_override_pattern="EM*", moe_intermediate_size=37, norm_topk_prob=False),
+    "moe-odd-experts": _SMALL | dict(hybrid_override_pattern="EM*", moe_intermediate_size=36, norm_topk_prob=False),
     "moe-groups": _SMALL | dict(hybrid_override_pattern="MEE*", n_routed_experts=12, n_group=4, topk_group=2),
     "moe-latent": _SMALL
     | dict(hybrid_override_pattern="ME*E", moe_latent_size=24, n_routed_experts=16, num_experts_per_tok=5),
