@@ -128,7 +128,9 @@ class HybridCache:
         """
         if any(isinstance(layer, MambaState) for layer in self.layers):
             raise ValueError("truncate is for a cache without Mamba-2 layers, whose states cannot go back")
-        if len(lengths) != len(self.lengths) or not all(0 <= n <= m for n, m in zip(lengths, self.lengths, strict=True)):
+        if len(lengths) != len(self.lengths) or not all(
+            0 <= n <= m for n, m in zip(lengths, self.lengths, strict=True)
+        ):
             raise ValueError(f"lengths must be at most those in the cache, {self.lengths}, got {list(lengths)}")
         self._set_lengths(lengths)
 

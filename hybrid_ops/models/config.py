@@ -410,7 +410,9 @@ def _check_pattern(field: str, pattern: str, letters: tuple[str, ...]) -> None:
         raise ValueError(f"{field} must name at least one layer, got an empty pattern")
     for index, letter in enumerate(pattern):
         if letter not in letters:
-            raise ValueError(f"{field} must consist of {', '.join(map(repr, letters))}, got {letter!r} for layer {index}")
+            raise ValueError(
+                f"{field} must consist of {', '.join(map(repr, letters))}, got {letter!r} for layer {index}"
+            )
 
 
 def _own_fields(field: str, blocks: Any, pattern: str) -> tuple[dict[str, Any], ...]:
@@ -439,7 +441,9 @@ def _pattern(values: dict[str, Any], prefix: str) -> str | None:
     lists = {f"{prefix}{name}": values.get(f"{prefix}{name}") for name in ("layers_block_type", "layer_types")}
     blocks = values.get(f"{prefix}block_configs")
     if blocks is not None:
-        lists[f"{prefix}block_configs"] = [block.get("block_type") if isinstance(block, dict) else block for block in blocks]
+        lists[f"{prefix}block_configs"] = [
+            block.get("block_type") if isinstance(block, dict) else block for block in blocks
+        ]
     for other, names in lists.items():
         if names is None:
             continue

@@ -1,6 +1,7 @@
 """`MTP`: the multi-token prediction head, one block of layers that predicts the token after the next, and so on."""
 
-from typing import Any
+import itertools
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,21 +70,19 @@ class MTP(nn.Module):
             cache: keys and values of the tokens before, `HybridCache(.., mtp=True)`; those of this call are added.
             bounds: of packed sequences, as for `hybrid_ops.nn.Attention`.
         """
-        first, last = self.layers[0], self.layers[-1]
-        x, residual = first.eh_proj(torch.cat([first.enorm(embedded), first.hnorm(hidden)], dim=-1)), None  # type: ignore[operator]
+        first, last = cast(MTPLayer, self.layers[0]), cast(MTPLayer, self.layers[-1])
+        x, residual = first.eh_proj(torch.cat([first.enorm(embedded), first.hnorm(hidden)], dim=-1)), None
         for index, layer in enumerate(self.layers):
             x, residual = layer(x, residual, None if cache is None else cache.layers[index], None, bounds, False)
-        return last.final_layernorm.add(x, residual)[0]  # type: ignore[union-attr, operator]
+        return last.final_layernorm.add(x, residual)[0]  # type: ignore[arg-type]  # there is at least one layer
 
 
 def shift(hidden: Tensor, input_ids: Tensor, bounds: list[int] | None) -> tuple[Tensor, Tensor, list[int] | None]:
     """Each token's hidden state beside the next token, where there is one, in every packed sequence."""
     if bounds is None:
         return hidden[:, :-1], input_ids[:, 1:], None
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
-    before_last = [start + i for start, length in zip(bounds, lengths, strict=False) for i in range(length - 1)]
-    kept = torch.tensor(before_last, dtype=torch.int64, device=hidden.device)
-    shorter = [0]
-    for length in lengths:
-        shorter.append(shorter[-1] + max(length - 1, 0))
-    return hidden[:, kept], input_ids[:, kept + 1], shorter
+    spans = list(itertools.pairwise(bounds))
+    not_last = [token for start, end in spans for token in range(start, end - 1)]
+    kept = torch.tensor(not_last, dtype=torch.int64, device=hidden.device)
+    shorter = itertools.accumulate((max(end - start - 1, 0) for start, end in spans), initial=0)
+    return hidden[:, kept], input_ids[:, kept + 1], list(shorter)

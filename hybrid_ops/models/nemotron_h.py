@@ -181,9 +181,7 @@ class NemotronHForCausalLM(nn.Module):
         logits = self.lm_head(hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def _mtp_hidden(
-        self, hidden: Tensor, input_ids: Tensor, bounds: list[int] | None, depth: int
-    ) -> Iterator[Tensor]:
+    def _mtp_hidden(self, hidden: Tensor, input_ids: Tensor, bounds: list[int] | None, depth: int) -> Iterator[Tensor]:
         """What the head makes of whole sequences at each depth, every time of one token less."""
         for _ in range(depth):
             hidden, input_ids, bounds = shift(hidden, input_ids, bounds)

@@ -9,4 +9,16 @@ from .mlp import MLP
 from .moe import Experts, Gate, MoE
 from .norm import GatedRMSNorm, RMSNorm
 
-__all__ = ["MLP", "Attention", "Drafts", "Experts", "GatedRMSNorm", "Gate", "KVCache", "Mamba2Mixer", "MambaState", "MoE", "RMSNorm"]
+__all__ = [
+    "MLP",
+    "Attention",
+    "Drafts",
+    "Experts",
+    "GatedRMSNorm",
+    "Gate",
+    "KVCache",
+    "Mamba2Mixer",
+    "MambaState",
+    "MoE",
+    "RMSNorm",
+]

@@ -21,7 +21,12 @@ class Gate(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, num_experts: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dtype = dtype or torch.get_default_dtype()
@@ -137,5 +142,5 @@ class MoE(nn.Module):
         Source: Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", algorithm 1.
         """
         load = self.load.double()
-        self.gate.e_score_correction_bias += rate * (load.mean() - load).sign()
+        self.gate.e_score_correction_bias.add_((load.mean() - load).sign(), alpha=rate)
         self.load.zero_()
