@@ -1,9 +1,10 @@
-"""The whole hybrid model: Mamba-2, attention, MLP and mixture-of-experts layers, as NVIDIA's Nemotron-H family has them.
+"""The whole hybrid model: Mamba-2, attention, MLP and mixture-of-experts layers, as in NVIDIA's Nemotron-H family.
 
     h = embeddings[ids];  h = h + mixer(norm(h)) for every layer;  logits = norm_f(h) lm_head^T
 
-Weights are arrays under the names of Hugging Face's `nemotron_h` checkpoints (`backbone.layers.0.mixer.A_log`), those of
-a layer's experts in one array (`mixer.experts.up_proj`); the configuration is any object with that format's field names. Nothing here knows about chunks, pools or packing.
+Weights are arrays under the names of Hugging Face's `nemotron_h` checkpoints (`backbone.layers.0.mixer.A_log`), those
+of a layer's experts in one array (`mixer.experts.up_proj`); the configuration is any object with that format's field
+names. Nothing here knows about chunks, pools or packing.
 """
 
 import numpy as np

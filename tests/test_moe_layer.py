@@ -51,7 +51,7 @@ def test_balance(load, rate):
     steps = [rate if 8 * n < sum(load) else -rate if 8 * n > sum(load) else 0.0 for n in load]
     assert moe.gate.e_score_correction_bias.equal(start + torch.tensor(steps))
     assert not moe.load.any()
-    assert moe.gate.e_score_correction_bias.grad is None and not moe.gate.e_score_correction_bias.requires_grad
+    assert not moe.gate.e_score_correction_bias.requires_grad
 
 
 def test_balance_evens_the_loads():

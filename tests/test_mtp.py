@@ -162,8 +162,8 @@ def test_training():
     for _ in range(14):
         logits, further = model(ids, mtp_depth=2)
         each = [
-            F.cross_entropy(l[:, :-1].flatten(0, 1), ids[:, depth + 1 :].flatten())
-            for depth, l in enumerate([logits, *further])
+            F.cross_entropy(some[:, :-1].flatten(0, 1), ids[:, depth + 1 :].flatten())
+            for depth, some in enumerate([logits, *further])
         ]
         optimizer.zero_grad()
         sum(each).backward()
@@ -325,7 +325,7 @@ def test_acceptance():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes(dtype):
-    """Below float64 a pass over several tokens rounds otherwise, by no more than the plain one does from token to token."""
+    """Below float64 a pass over several tokens rounds otherwise, but not more, than one token after the other does."""
     model = build("mtp-latent", dtype)
     ids = tokens(2, 9)
     stepped, at_once = model.new_cache(2), model.new_cache(2, num_draft_tokens=3)

@@ -4,8 +4,8 @@ from .cache import HybridCache
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .config import NemotronHConfig
 from .generate import generate, sample, stream, warmup
-from .nemotron_h import NemotronHForCausalLM
 from .mtp import MTP
+from .nemotron_h import NemotronHForCausalLM
 from .presets import PRESETS
 from .speculative import Speculation, speculate
 

@@ -67,8 +67,8 @@ def load_checkpoint(
     Args:
         build: the model class.
         folder: the folder.
-        dtype: of the parameters; None is the dtype of the checkpoint's embedding. A_log, D, dt_bias and the correction bias
-            of routers are float32.
+        dtype: of the parameters; None is the dtype of the checkpoint's embedding. A_log, D, dt_bias and the
+            routers' correction bias are float32.
         device: where the parameters are made; None is the CPU.
         config: used instead of the folder's, for other options (its sizes must be those of the checkpoint).
         progress: draw a progress bar on stderr; None draws it for more than 1 GB on a terminal.

@@ -286,12 +286,12 @@ class NemotronHForCausalLM(nn.Module):
             nseq = _checks.cu_seqlens(cu_seqlens, input_ids.shape[1], self.device)
         if cache is not None and cache.batch_size != nseq:
             raise ValueError(f"cache must hold {nseq} sequences, got {cache.batch_size}")
-        if cache is not None and cache.num_draft_tokens and any(cache.lengths):
-            if cu_seqlens is not None or not cache.steps(input_ids.shape[1]):
-                raise ValueError(
-                    f"input_ids must be (batch, 1 to {1 + cache.num_draft_tokens}) behind the prompt in a cache with "
-                    f"num_draft_tokens={cache.num_draft_tokens}, got {tuple(input_ids.shape)}"
-                )
+        drafting = cache is not None and cache.num_draft_tokens and any(cache.lengths)
+        if cache is not None and drafting and (cu_seqlens is not None or not cache.steps(input_ids.shape[1])):
+            raise ValueError(
+                f"input_ids must be (batch, 1 to {1 + cache.num_draft_tokens}) behind the prompt in a cache with "
+                f"num_draft_tokens={cache.num_draft_tokens}, got {tuple(input_ids.shape)}"
+            )
         return nseq
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:

@@ -44,7 +44,7 @@ def speculate(
     kept for each token of the pass, convolutions roll back, keys and values are overwritten.
 
     The tokens are those of greedy decoding one by one, but for rounding: a pass over several tokens sums in another
-    order, and an SSM state of 16 bits is rounded after the pass only. Where two logits are that close the text may part.
+    order, and an SSM state of 16 bits is rounded less often. Where two logits are that close, the texts may part.
 
     Args:
         model: one with a multi-token prediction head.

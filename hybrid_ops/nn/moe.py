@@ -37,7 +37,7 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The matrices of all routed experts: up_proj (E, intermediate, features), down_proj (E, features, intermediate)."""
+    """All routed experts: up_proj (E, intermediate, features) and down_proj (E, features, intermediate)."""
 
     def __init__(
         self,
