@@ -74,8 +74,32 @@ MODELS = {
 }
 
 
+class MoELayer(NamedTuple):
+    """The mixture of experts of a model. Experts work on `latent` features where there is such a size."""
+
+    hidden: int
+    num_experts: int
+    topk: int
+    expert: int  # intermediate size of a routed expert
+    shared: int  # and of the shared one
+    latent: int | None = None
+    scaling_factor: float = 2.5
+
+
+MOE_LAYERS = {
+    "nano3": MoELayer(2688, 128, 6, 1856, 3712),
+    "super": MoELayer(4096, 512, 22, 2688, 5376, 1024, 5.0),
+    "ultra": MoELayer(8192, 512, 22, 5120, 10240, 2048, 5.0),
+    "tiny": MoELayer(128, 16, 4, 64, 128, 64),  # of the demo; the only one measured without a GPU
+}
+
+
 def prefill(model: str, seqlen: int, batch: int, *suffixes: str) -> str:
     return "-".join([f"{model}-L{seqlen}-b{batch}", *suffixes])
+
+
+def layer(model: str, tokens: int, *suffixes: str) -> str:
+    return "-".join([f"{model}-T{tokens}", *suffixes])
 
 
 def decode(model: str, batch: int) -> str:

@@ -24,7 +24,7 @@ from . import machine, peers
 from .cases import Case, Tensors
 from .timing import Graph, host_us, wall_us
 
-FAMILIES = ("conv1d", "ssd", "norm")
+FAMILIES = ("conv1d", "ssd", "norm", "moe_router", "grouped_gemm", "moe")
 SAMPLE = 2**22  # elements of a large result that are compared with the expected one
 
 Row = dict[str, Any]

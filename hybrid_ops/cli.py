@@ -139,6 +139,6 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
     try:
         harness.run(options.families, json_path=options.json)
     except (RuntimeError, ValueError) as error:
-        console.print(f"hybrid-ops bench: {error}", highlight=False, markup=False)
+        console.print(f"hybrid-ops bench: {error}", highlight=False, markup=False, soft_wrap=True)
         return 1
     return 0

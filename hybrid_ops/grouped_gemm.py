@@ -173,9 +173,34 @@ _grouped_gemm_fwd_op = define(
 )
 
 
+def _preact_grad(
+    dy: Tensor,
+    preact: Tensor | None,
+    row_scale: Tensor | None,
+    dpreact: Tensor | None,
+    dh: Tensor,
+    dscale: Tensor | None,
+    activation: str | None,
+    impl: str,
+) -> None:
+    if _device.choose(impl, dy.device)[0] == "triton":
+        from .triton_kernels import grouped_gemm_bwd as kernels
+
+        kernels.preact_grad(dy, preact, row_scale, dpreact, dh, dscale, activation)
+    else:
+        _torch_grouped_gemm.preact_grad(dy, preact, row_scale, dpreact, dh, dscale, activation)
+
+
+_preact_grad_op = define(
+    "grouped_gemm_preact_grad(Tensor dy, Tensor? preact, Tensor? row_scale, Tensor? dpreact, Tensor(a!) dh, "
+    "Tensor(b!)? dscale, str? activation, str impl)",
+    _preact_grad,
+)
+
+
 def _grouped_gemm_wgrad(dh: Tensor, a: Tensor, offs: Tensor, gather: Tensor | None, db: Tensor, impl: str) -> None:
     if _device.choose(impl, a.device)[0] == "triton":
-        from .triton_kernels import grouped_gemm as kernels
+        from .triton_kernels import grouped_gemm_bwd as kernels
 
         kernels.grouped_gemm_wgrad(dh, a, offs, gather, db)
     else:
@@ -192,7 +217,7 @@ def _index_sum(
     values: Tensor, index: Tensor, weights: Tensor | None, out: Tensor, repeat: int, factor: float, impl: str
 ) -> None:
     if _device.choose(impl, values.device)[0] == "triton":
-        from .triton_kernels import index_sum as kernels
+        from .triton_kernels import grouped_gemm_bwd as kernels
 
         kernels.index_sum(values, index, weights, out, repeat, factor)
     else:
@@ -231,14 +256,17 @@ class _GroupedGemm(torch.autograd.Function):
         a, b, row_scale, offs, gather, preact = ctx.saved_tensors
         activation, batch_invariant, impl = ctx.options
         needs_a, needs_b, needs_scale = ctx.needs_input_grad[:3]
-        dh = dscale = da = db = None
-        if dy is not None:
-            dh, dscale = _torch_grouped_gemm.preact_grad(dy, preact, row_scale, activation, needs_scale)
-        if dpreact is not None:
-            dh = dpreact if dh is None else dh + dpreact
-        if dh is None:
+        da = db = dscale = None
+        if dy is None and dpreact is None:
             return (None,) * 10
-        dh = dh.to(a.dtype)
+        if dy is None:
+            dh = dpreact.to(a.dtype)
+        elif activation is None and row_scale is None and dpreact is None:
+            dh = dy.to(a.dtype)
+        else:
+            dh = a.new_empty((dy.shape[0], b.shape[1]))
+            dscale = row_scale.new_empty(row_scale.shape) if needs_scale else None
+            _preact_grad_op(dy, preact, row_scale, dpreact, dh, dscale, activation, impl)
         if needs_a:
             da = _rows_grad(dh, b, offs, gather, a, batch_invariant, impl)
         if needs_b:

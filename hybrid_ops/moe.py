@@ -117,7 +117,8 @@ def latent_down_proj(
         _checks.rank("gate_weight", gate_weight, (2,), "(E, d)")
         _checks.tensor("gate_weight", gate_weight, (None, x.shape[1]), device=x.device)
     needs_grad = _checks.needs_grad(x, fc1_weight, gate_weight)
-    _checks.out(out, x.new_empty(1).expand(x.shape[0], fc1_weight.shape[0]), needs_grad)
+    if out is not None:
+        _checks.out(out, x.new_empty(1).expand(x.shape[0], fc1_weight.shape[0]), needs_grad)
     if needs_grad:
         return _LatentProj.apply(x, fc1_weight, gate_weight, None, impl)
     return _latent_proj(x, fc1_weight, gate_weight, None, out, impl)
@@ -153,7 +154,8 @@ def latent_up_proj(
     if residual is not None:
         _checks.tensor("residual", residual, shape, device=r.device)
     needs_grad = _checks.needs_grad(r, fc2_weight, residual)
-    _checks.out(out, r.new_empty(1).expand(shape), needs_grad)
+    if out is not None:
+        _checks.out(out, r.new_empty(1).expand(shape), needs_grad)
     if needs_grad:
         return _LatentProj.apply(r, fc2_weight, None, residual, impl)[0]
     return _latent_proj(r, fc2_weight, None, residual, out, impl)[0]
@@ -210,7 +212,7 @@ def moe_mlp(
     _check_routing(routing, x)
     _checks.one_of("activation", activation, ACTIVATIONS)
     _checks.one_of("weight_on", weight_on, ("output", "hidden"))
-    _check_experts(x, up_weight, down_weight, routing.offs.shape[0], activation)
+    _check_experts(x, x.shape[1], up_weight, down_weight, routing.offs.shape[0], activation)
     if residual is not None:
         _checks.tensor("residual", residual, x.shape, device=x.device)
     on_hidden = weight_on == "hidden"
@@ -301,9 +303,8 @@ def latent_moe(
     _checks.rank("gate_weight", gate_weight, (2,), "(E, d)")
     _checks.tensor("gate_weight", gate_weight, (None, x.shape[1]), device=x.device)
     _checks.one_of("activation", activation, ACTIVATIONS)
-    latent_size = _check_latent(x, fc1_weight, fc2_weight)
-    u_like = x.new_empty(1).expand(x.shape[0], latent_size)
-    _check_experts(u_like, up_weight, down_weight, gate_weight.shape[0], activation)
+    width = _check_latent(x, fc1_weight, fc2_weight)
+    _check_experts(x, width, up_weight, down_weight, gate_weight.shape[0], activation)
     _check_shared(x, shared_up_weight, shared_down_weight, activation)
     routed = dict(
         correction_bias=correction_bias,
@@ -352,12 +353,13 @@ def _check_routing(routing: MoERouting, x: Tensor) -> None:
         raise ValueError(f"routing must be of the {x.shape[0]} tokens of x, got {tokens}")
 
 
-def _check_experts(x: Tensor, up: Tensor, down: Tensor, experts: int, activation: str | None) -> None:
+def _check_experts(x: Tensor, width: int, up: Tensor, down: Tensor, experts: int, activation: str | None) -> None:
+    """Experts for rows of `width` features, of x's dtype and device."""
     halves = 2 if activation == "silu_gated" else 1
     _checks.rank("down_weight", down, (3,), "(E, D, I)")
-    _checks.tensor("down_weight", down, (experts, x.shape[1], None), dtype=x.dtype, device=x.device)
+    _checks.tensor("down_weight", down, (experts, width, None), dtype=x.dtype, device=x.device)
     _checks.rank("up_weight", up, (3,), "(E, I, D)")
-    _checks.tensor("up_weight", up, (experts, halves * down.shape[2], x.shape[1]), dtype=x.dtype, device=x.device)
+    _checks.tensor("up_weight", up, (experts, halves * down.shape[2], width), dtype=x.dtype, device=x.device)
 
 
 def _check_latent(x: Tensor, fc1: Tensor | None, fc2: Tensor | None) -> int:
@@ -441,6 +443,24 @@ _moe_combine_op = define(
 )
 
 
+def _combine_weights_grad(
+    dout: Tensor, y: Tensor, row_index: Tensor, dweights: Tensor, scaling_factor: float, impl: str
+) -> None:
+    if _device.choose(impl, y.device)[0] == "triton":
+        from .triton_kernels import moe as kernels
+
+        kernels.combine_weights_grad(dout, y, row_index, dweights, scaling_factor)
+    else:
+        _torch_moe.combine_weights_grad(dout, y, row_index, dweights, scaling_factor)
+
+
+_combine_weights_grad_op = define(
+    "moe_combine_weights_grad(Tensor dout, Tensor y, Tensor row_index, Tensor(a!) dweights, float scaling_factor, "
+    "str impl)",
+    _combine_weights_grad,
+)
+
+
 def _latent_proj_fwd(
     x: Tensor,
     weight: Tensor,
@@ -502,7 +522,8 @@ class _MoECombine(torch.autograd.Function):
             flat = None if weights is None else weights.flatten()
             index_sum_op(dout, row_index.flatten(), flat, dy, row_index.shape[1], scaling_factor, impl)
         if needs_weights:
-            dweights = _torch_moe.combine_weights_grad(dout, y, row_index, scaling_factor).to(weights.dtype)
+            dweights = weights.new_empty(weights.shape)
+            _combine_weights_grad_op(dout, y, row_index, dweights, scaling_factor, impl)
         return dy, dweights, dout.to(residual_dtype) if needs_residual else None, *(None,) * 4
 
 

@@ -18,7 +18,7 @@ SCORES = ("sigmoid", "softmax")
 
 
 class MoERouting(NamedTuple):
-    """The experts of each token, and the rows of their work: one for each (token, choice), sorted by expert, then token.
+    """The experts of each token, and the rows of their work: one for each choice, sorted by expert, then by token.
 
     With T tokens, k choices and E experts (those of `expert_range`); rows from offs[-1] on belong to no expert here.
     """
@@ -68,10 +68,10 @@ def moe_router(
         MoERouting. Ties go to the lower expert (or group). A NaN is chosen after every number and has weight 0, so
         ids are distinct and in range whatever comes in. Nothing is read on the host.
 
-    x float32, bfloat16, float16. Products are exact (bfloat16 and float16 pairs) or as good as float32's (a float32
-    tensor among the two: no TF32), sums, scores and weights float32; all float64 for float64 x, on the CPU. A token's
-    results depend on no other token, to the bit. Differentiable in x and weight, through weights, sorted_weights and
-    logits; the choice is a constant.
+    x float32, bfloat16, float16. Products of 16-bit tensors are exact; with a float32 tensor among the two they are
+    float32's, in the Triton kernel three TF32 products each. Sums, scores and weights are float32; all is float64 for
+    float64 x, on the CPU. In the Triton kernels a token's results depend on no other token, to the bit. Differentiable
+    in x and weight, through weights, sorted_weights and logits; the choice is a constant.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, name or number that is not the one expected.
@@ -187,10 +187,10 @@ def _check_groups(num_experts: int, topk: int, num_groups: int, topk_groups: int
     if num_experts % num_groups:
         raise ValueError(f"num_groups must divide the number of experts, {num_experts}, got {num_groups}")
     _check_integer("topk_groups", topk_groups, 1, num_groups)
-    if topk > topk_groups * (num_experts // num_groups):
+    most = topk_groups * (num_experts // num_groups)
+    if topk > most:
         raise ValueError(
-            f"topk must be at most the {topk_groups * (num_experts // num_groups)} experts of topk_groups={topk_groups} "
-            f"groups, got {topk}"
+            f"topk must be at most {most}, the experts of {topk_groups} of {num_groups} groups, got {topk}"
         )
 
 
@@ -215,10 +215,43 @@ class _Options(NamedTuple):
 
 
 @explains("moe_router")
-@explains("moe_sort")
-def _choose(*, device: str = "cuda", impl: str = "auto", **_: Any) -> Choice:
+def _choose_router(
+    *,
+    device: str = "cuda",
+    impl: str = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+    tokens: int = 8192,
+    hidden: int = 2688,
+    num_experts: int = 128,
+    topk: int = 6,
+    **_: Any,
+) -> Choice:
     chosen, reason = _device.choose(impl, torch.device(device))
-    return Choice(chosen, {}, reason)
+    if chosen != "triton":
+        return Choice(chosen, {}, reason)
+    from .triton_kernels import moe_router as kernels
+
+    logits = kernels.logits_config(tokens, hidden, num_experts, dtype != torch.float32)._asdict()
+    choice = kernels.choice_config(tokens, num_experts, topk)
+    return Choice(chosen, {**logits, "CHOICE_BLOCK_T": choice.BLOCK_T, "CHOICE_BLOCK_E": choice.BLOCK_E}, reason)
+
+
+@explains("moe_sort")
+def _choose_sort(
+    *,
+    device: str = "cuda",
+    impl: str = "auto",
+    tokens: int = 8192,
+    num_experts: int = 128,
+    topk: int = 6,
+    **_: Any,
+) -> Choice:
+    chosen, reason = _device.choose(impl, torch.device(device))
+    if chosen != "triton":
+        return Choice(chosen, {}, reason)
+    from .triton_kernels import moe_sort as kernels
+
+    return Choice(chosen, {"block_tokens": kernels.block_tokens(tokens, topk, num_experts)}, reason)
 
 
 def _moe_router_fwd(
@@ -242,9 +275,13 @@ def _moe_router_fwd(
 ) -> None:
     choice = (weights, ids, score, num_groups, topk_groups, renormalize, scaling_factor)
     permutation = (counts, offs, token_index, sorted_weights, row_index)
-    _device.choose(impl, x.device)
-    _torch_moe_router.moe_router_fwd(x, weight, correction_bias, logits, *choice)
-    _torch_moe_router.moe_sort(ids, weights, 0, *permutation)
+    if _device.choose(impl, x.device)[0] == "triton":
+        from .triton_kernels import moe_router as kernels
+
+        kernels.moe_router_fwd(x, weight, correction_bias, logits, *choice, *permutation)
+    else:
+        _torch_moe_router.moe_router_fwd(x, weight, correction_bias, logits, *choice)
+        _torch_moe_router.moe_sort(ids, weights, 0, *permutation)
 
 
 def _moe_sort_fwd(
@@ -258,8 +295,13 @@ def _moe_sort_fwd(
     first_expert: int,
     impl: str,
 ) -> None:
-    _device.choose(impl, ids.device)
-    _torch_moe_router.moe_sort(ids, weights, first_expert, counts, offs, token_index, sorted_weights, row_index)
+    permutation = (counts, offs, token_index, sorted_weights, row_index)
+    if _device.choose(impl, ids.device)[0] == "triton":
+        from .triton_kernels import moe_sort as kernels
+
+        kernels.sort(ids, weights, first_expert, *permutation)
+    else:
+        _torch_moe_router.moe_sort(ids, weights, first_expert, *permutation)
 
 
 _moe_router_op = define(

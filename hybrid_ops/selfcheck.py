@@ -26,7 +26,7 @@ from torch import Tensor
 import hybrid_ops
 
 from . import _device
-from .budget import measure, to_numpy
+from .budget import measure, round_to, to_numpy
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETER_DTYPES = (torch.float32, torch.float16)  # the interpreter's bfloat16 arithmetic is wrong
@@ -61,20 +61,34 @@ class Problem:
     axis: dict[str, int]
     options: dict[str, Any] = field(default_factory=dict)
     also_return: dict[str, bool] = field(default_factory=dict)  # what the reference always returns
+    store: torch.dtype | None = None  # of what a layer of several ops keeps between them; its reference rounds to it
 
     def run(self, op: str, impl: str, device: str) -> dict[str, Tensor]:
         tensors = {name: t.clone().to(device) for name, t in self.tensors.items()}
-        returned = getattr(hybrid_ops, op)(**tensors, **self.options, **self.also_return, impl=impl)
-        results = iter(returned if isinstance(returned, tuple) else (returned,))
+        options = {name: _moved(value, device) for name, value in self.options.items()}
+        returned = getattr(hybrid_ops, op)(**tensors, **options, **self.also_return, impl=impl)
+        results = iter(_present(returned))
         return {name: tensors[name] if name in tensors else next(results) for name in self.axis}
 
     def reference(self, op: str, dtype: type) -> dict[str, np.ndarray]:
         """In the arithmetic of `dtype`."""
         arrays = {n: t.numpy() if t.dtype == torch.int32 else to_numpy(t, dtype) for n, t in self.tensors.items()}
         module = importlib.import_module(f"hybrid_ops.reference.{self.module}")
-        returned = getattr(module, op)(**arrays, **self.options, dtype=dtype)
-        results = returned if isinstance(returned, tuple) else (returned,)
-        return dict(zip(self.axis, results, strict=False))  # more may be returned than the op was asked for
+        rounded = {} if self.store is None else {"store": lambda result: round_to(result, self.store).astype(dtype)}
+        returned = getattr(module, op)(**arrays, **self.options, **rounded, dtype=dtype)
+        return dict(zip(self.axis, _present(returned), strict=False))  # more may be returned than was asked for
+
+
+def _moved(value: Any, device: str) -> Any:
+    """An option on the device, where it is the tensors of a routing."""
+    if not isinstance(value, hybrid_ops.MoERouting):
+        return value
+    return hybrid_ops.MoERouting._make(None if t is None else t.to(device) for t in value)
+
+
+def _present(returned: Any) -> list[Any]:
+    """The results of a call that are not None, in order."""
+    return [result for result in (returned if isinstance(returned, tuple) else (returned,)) if result is not None]
 
 
 def problems(dtype: torch.dtype) -> dict[str, Problem]:
@@ -100,6 +114,13 @@ def problems(dtype: torch.dtype) -> dict[str, Problem]:
     )
     tokens = {name: t[:, 0] if t.dim() > 2 else t for name, t in scan.items()}
     states = randn(nslots, heads, headdim, dstate, of=torch.float32)
+    rows = dict(counts=0, offs=0, token_index=0, sorted_weights=0, row_index=0)
+    choices = torch.rand(7, 12, generator=generator).argsort(1)[:, :3].to(torch.int32)
+    ends, sources = torch.tensor([4, 4, 11], dtype=torch.int32), torch.tensor([3, 0, 6, 1] * 3, dtype=torch.int32)
+    experts = dict(up_weight=randn(12, 40, 32, scale=0.2), down_weight=randn(12, 32, 40, scale=0.2))
+    shared = dict(shared_up_weight=randn(48, 96, scale=0.1), shared_down_weight=randn(96, 48, scale=0.1))
+    latent = dict(fc1_weight=randn(32, 96, scale=0.1), fc2_weight=randn(96, 32, scale=0.2))
+    gate = dict(gate_weight=randn(12, 96, scale=0.1))
     return {
         "rms_norm": Problem(
             "norm",
@@ -135,6 +156,62 @@ def problems(dtype: torch.dtype) -> dict[str, Problem]:
             dict(state=states, **tokens, read_slots=slots, write_slots=slots),
             dict(y=-2, state=-3),
             dict(dt_softplus=True),
+        ),
+        "moe_router": Problem(
+            "moe_router",
+            dict(x=randn(7, 96, scale=0.1), weight=randn(12, 96), correction_bias=randn(12, of=torch.float32)),
+            dict(weights=0, ids=0, logits=0, **rows),
+            dict(topk=3, num_groups=4, topk_groups=2, scaling_factor=2.5),
+        ),
+        "moe_sort": Problem(
+            "moe_router",
+            dict(ids=choices, weights=randn(7, 3, of=torch.float32)),
+            dict(given_weights=0, given_ids=0, **rows),
+            dict(num_experts=12, expert_range=(2, 9)),
+        ),
+        "grouped_gemm": Problem(
+            "grouped_gemm",
+            dict(
+                a=randn(7, 48),
+                b=randn(3, 64, 48, scale=0.2),
+                offs=ends,
+                gather=sources,
+                row_scale=torch.rand(12, generator=generator),
+            ),
+            dict(y=0, preact=0),
+            dict(activation="relu2"),
+            dict(return_preact=True),
+        ),
+        "moe_combine": Problem(
+            "moe",
+            dict(
+                y=randn(8, 40),
+                row_index=torch.tensor([[3, 0], [7, -1], [2, 5]], dtype=torch.int32),
+                weights=torch.rand(3, 2, generator=generator),
+                residual=randn(3, 40),
+            ),
+            dict(out=0),
+            dict(scaling_factor=2.5),
+        ),
+        "latent_down_proj": Problem(
+            "moe", dict(x=randn(7, 96), fc1_weight=latent["fc1_weight"], **gate), dict(latent=0, logits=0)
+        ),
+        "latent_up_proj": Problem(
+            "moe", dict(r=randn(7, 32), fc2_weight=latent["fc2_weight"], residual=randn(7, 96)), dict(out=0)
+        ),
+        "moe_mlp": Problem(
+            "moe",
+            dict(x=randn(7, 32), **experts, residual=randn(7, 32)),
+            dict(out=0),
+            dict(routing=hybrid_ops.moe_sort(choices, torch.rand(7, 3, generator=generator), 12)),
+            store=dtype,
+        ),
+        "latent_moe": Problem(
+            "moe",
+            dict(x=randn(7, 96), **gate, **experts, **latent, **shared, correction_bias=randn(12, of=torch.float32)),
+            dict(out=0),
+            dict(topk=3, scaling_factor=2.5),
+            store=dtype,
         ),
     }
 

@@ -24,15 +24,31 @@ def grouped_gemm(a, b, offs, *, gather=None, activation=None, row_scale=None, dt
     return y if row_scale is None else y * np.asarray(row_scale, dtype)[:, None], h
 
 
-def grouped_gemm_bwd(dy, a, b, offs, *, gather=None, activation=None, row_scale=None, dh=None, dtype=np.float64):
-    """Gradients (da, db, drow_scale) from dy and, where the pre-activation was used too, from dh."""
+def grouped_gemm_bwd(
+    dy,
+    a,
+    b,
+    offs,
+    *,
+    gather=None,
+    activation=None,
+    row_scale=None,
+    dh=None,
+    store=lambda h: h,
+    dtype=np.float64,
+):
+    """Gradients (da, db, drow_scale) from dy and, where the pre-activation was used too, from dh.
+
+    `store` rounds what is kept between two products, the pre-activation and its gradient, as the operator keeps it.
+    """
     dy, a, b = (np.asarray(t, dtype) for t in (dy, a, b))
     gather = np.arange(len(a)) if gather is None else np.asarray(gather)
-    _, h = grouped_gemm(a, b, offs, gather=gather, dtype=dtype)
+    h = np.asarray(store(grouped_gemm(a, b, offs, gather=gather, dtype=dtype)[1]), dtype)
     scale = np.ones(len(gather), dtype) if row_scale is None else np.asarray(row_scale, dtype)
     total = activate_grad(dy * scale[:, None], h, activation)
     if dh is not None:
         total = total + np.asarray(dh, dtype)
+    total = np.asarray(store(total), dtype)
     da, db = np.zeros_like(a), np.zeros_like(b)
     for e, mine in enumerate(expert_rows(offs)):
         np.add.at(da, gather[mine], total[mine] @ b[e])

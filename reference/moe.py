@@ -56,22 +56,22 @@ def moe_mlp(
     weight_on="output",
     scaling_factor=1.0,
     residual=None,
+    store=lambda result: result,
     dtype=np.float64,
 ):
     """The routed experts alone: token after token, its experts in the order of the routing's columns.
 
     `routing` begins with weights (T, k) and ids (T, k). The weight multiplies what an expert returns, or with
-    weight_on="hidden" (Megatron's order) what goes into its second matrix: the same in exact arithmetic.
+    weight_on="hidden" (Megatron's order) what goes into its second matrix: the same in exact arithmetic. `store`
+    rounds what is kept between two products as the layer keeps it.
     """
     x, up, down = (np.asarray(t, dtype) for t in (x, up_weight, down_weight))
     out = np.zeros((len(x), down.shape[1]), dtype)
     for t, (weights, ids) in enumerate(zip(*routing[:2], strict=True)):
         for e, w in zip(ids, weights, strict=True):
             hidden = activate((up[e] @ x[t])[None], activation)[0]
-            if weight_on == "hidden":
-                out[t] += down[e] @ (hidden * dtype(w))
-            else:
-                out[t] += dtype(w) * (down[e] @ hidden)
+            before, after = (dtype(w), 1) if weight_on == "hidden" else (1, dtype(w))
+            out[t] += after * store(down[e] @ store(hidden * before))
     out *= dtype(scaling_factor)
     return out if residual is None else out + np.asarray(residual, dtype)
 
@@ -95,9 +95,13 @@ def latent_moe(
     renormalize=True,
     scaling_factor=1.0,
     routing=None,
+    store=lambda result: result,
     dtype=np.float64,
 ):
-    """The whole layer; fc1 = fc2 = None is the plain mixture. A `routing` that is given takes the router's place."""
+    """The whole layer; fc1 = fc2 = None is the plain mixture.
+
+    A `routing` that is given takes the router's place; `store` as in `moe_mlp`.
+    """
     x = np.asarray(x, dtype)
     if routing is None:
         routing = moe_router(
@@ -112,11 +116,12 @@ def latent_moe(
             scaling_factor=scaling_factor,
             dtype=dtype,
         )
-    latent = x if fc1_weight is None else latent_down_proj(x, fc1_weight, dtype=dtype)[0]
-    r = moe_mlp(latent, up_weight, down_weight, routing, activation=activation, dtype=dtype)
-    out = r if fc2_weight is None else latent_up_proj(r, fc2_weight, dtype=dtype)
+    latent = x if fc1_weight is None else store(latent_down_proj(x, fc1_weight, dtype=dtype)[0])
+    out = moe_mlp(latent, up_weight, down_weight, routing, activation=activation, store=store, dtype=dtype)
+    if fc2_weight is not None:
+        out = latent_up_proj(store(out), fc2_weight, dtype=dtype)
     if shared_up_weight is not None:
         every = [len(x)]
         hidden, _ = grouped_gemm(x, np.asarray(shared_up_weight)[None], every, activation=activation, dtype=dtype)
-        out = out + hidden @ np.asarray(shared_down_weight, dtype).T
+        out = out + store(store(hidden) @ np.asarray(shared_down_weight, dtype).T)
     return out

@@ -35,7 +35,7 @@ def moe_router(
 
 
 def moe_sort(ids, weights, num_experts, *, expert_range=None, dtype=np.float64):
-    """Returns (weights, ids, None, counts, offs, token_index, sorted_weights, row_index) of the experts in the range."""
+    """Returns what `moe_router` does, without logits (None), for the experts in the range."""
     weights = np.asarray(weights, dtype)
     return weights, ids, None, *_permutation(ids, weights, *(expert_range or (0, num_experts)))
 
@@ -50,14 +50,14 @@ def scores(logits, score):
 
 
 def select(logits, topk, correction_bias=None, score="sigmoid", num_groups=1, topk_groups=1):
-    """ids (T, topk) int32. Ties go to the lower index; NaN comes after every number, an expert of another group last."""
+    """ids (T, topk) int32. Ties go to the lower index; NaN comes after every number."""
     sel = selection_scores(logits, correction_bias, score)
     ids = np.zeros((len(sel), topk), np.int32)
     for t, row in enumerate(sel):
         group_of = np.arange(len(row)) // (len(row) // num_groups)
-        chosen = _largest(group_scores(row, num_groups), topk_groups)
+        chosen = largest(group_scores(row, num_groups), topk_groups)
         inside = [e for e in range(len(row)) if group_of[e] in chosen]
-        ids[t] = [inside[i] for i in _largest(row[inside], topk)]
+        ids[t] = [inside[i] for i in largest(row[inside], topk)]
     return ids
 
 
@@ -75,7 +75,7 @@ def group_scores(sel, num_groups):
         return np.sort(groups, 1)[:, -2:].sum(1)
 
 
-def _largest(values, k):
+def largest(values, k):
     """The indices of the k largest, largest first."""
     return sorted(range(len(values)), key=lambda i: (np.isnan(values[i]), -np.nan_to_num(values[i], nan=0.0), i))[:k]
 
@@ -109,7 +109,7 @@ def moe_router_bwd(
 ):
     """Gradients (dx, dweight) from those of the weights (T, k) and of the logits (T, E); dweight None where weight is.
 
-    The choice of experts is constant: with S = sum_j s_j + 1e-20, dw_j / ds_i = scaling_factor (1[i = j] - s_j / S) / S.
+    The choice is constant. With S = sum_j s_j + 1e-20: dw_j / ds_i = scaling_factor (1[i = j] - s_j / S) / S.
     """
     x, dweights, dlogits = (np.asarray(a, dtype) for a in (x, dweights, dlogits))
     logits = x if weight is None else x @ np.asarray(weight, dtype).T

@@ -8,10 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hybrid_ops.bench import conv1d, harness, norm, ssd, timing
+from hybrid_ops.bench import conv1d, grouped_gemm, harness, moe, moe_router, norm, ssd, timing
 from hybrid_ops.bench.cases import MODELS
 
-FAMILIES = {"conv1d": conv1d, "ssd": ssd, "norm": norm}
+FAMILIES = {
+    "conv1d": conv1d,
+    "ssd": ssd,
+    "norm": norm,
+    "moe_router": moe_router,
+    "grouped_gemm": grouped_gemm,
+    "moe": moe,
+}
 ROW = {
     *("family", "op", "case", "dtype", "impl", "gpu_us", "gpu_us_p10", "gpu_us_p90", "gpu_us_warm", "host_us"),
     *("bytes", "flops", "floor_us", "peers", "error_ratio", "check", "commit", "date"),
@@ -59,7 +66,7 @@ def test_a_file_of_another_gpu_is_refused(tmp_path):
 
 
 def test_unknown_family():
-    with pytest.raises(ValueError, match="family must be one of conv1d, ssd, norm, got 'attention'"):
+    with pytest.raises(ValueError, match=f"family must be one of {', '.join(FAMILIES)}, got 'attention'"):
         harness.run(["attention"])
 
 
@@ -124,7 +131,7 @@ def test_a_sample_has_both_ends(tokens, monkeypatch):
 def test_cases_have_unique_agreed_names():
     names = [(case.op, case.name, case.dtype) for case in gpu_cases()]
     assert len(set(names)) == len(names)
-    pattern = re.compile(rf"({'|'.join(MODELS)})(-L\d+)?-b\d+(-(strided|packed\d+|residual|gated))*")
+    pattern = re.compile(rf"({'|'.join(MODELS)})((-L\d+)?-b\d+|-T\d+)(-(strided|packed\d+|residual|gated|up|down))*")
     assert all(pattern.fullmatch(name) for _, name, _ in names)
 
 

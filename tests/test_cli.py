@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -68,7 +69,8 @@ def test_check_passes(tmp_path, capsys):
     for row in rows:
         if row["skipped"] is None:
             assert set(row["ratio"]) == {"float32", "bfloat16", "float16"}
-            assert all(0 < ratio <= 1 for ratio in row["ratio"].values())
+            exact = row["op"] == "moe_sort"  # it moves values and computes none
+            assert all(ratio == 0 if exact else 0 < ratio <= 1 for ratio in row["ratio"].values())
     assert "skipped every op (triton): not in this test" in capsys.readouterr().out
 
 
@@ -83,7 +85,7 @@ def test_check_sees_one_percent(op, monkeypatch, capsys):
 
     monkeypatch.setattr(hybrid_ops, op, one_percent_more)
     assert cli.main(["check"]) == 1
-    assert f"wrong {op} (torch): float32: y: RMS error" in capsys.readouterr().out
+    assert re.search(rf"wrong {op} \(torch\): float32: \w+: RMS error", capsys.readouterr().out)
 
 
 @pytest.mark.usefixtures("on_cpu_without_interpreter")
@@ -96,7 +98,7 @@ def test_check_sees_one_wrong_implementation(monkeypatch, capsys):
 
     monkeypatch.setattr(torch_norm, "norm_fwd", wrong)
     assert cli.main(["check"]) == 1
-    assert "2 of 6 are wrong" in capsys.readouterr().out
+    assert f"2 of {len(hybrid_ops.ops())} are wrong" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("on_cpu_without_interpreter")

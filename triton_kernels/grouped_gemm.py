@@ -1,7 +1,7 @@
-"""Grouped matrix product: forward (which is dgrad too, with the transposed view of b) and wgrad.
+"""Grouped matrix product; with the transposed view of b it is the gradient of the rows too.
 
 How many tiles there are is known on the device only, so as many programs as the machine holds at once share them: each
-finds the expert, rows and columns of its next tile in the prefix sum of the experts' tiles, which it keeps in registers.
+finds the expert, rows and columns of its next tile in the prefix sum of the experts' tiles, kept in its registers.
 
 Letters: M rows, N columns, K inner size of a tile; E experts, padded to a power of two with one more for rows of none.
 """
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from .launch import architecture, launch, num_sms, on_device, plan_of
 
-__all__ = ["architecture", "config", "grouped_gemm", "grouped_gemm_wgrad", "wgrad_config"]
+__all__ = ["architecture", "config", "grouped_gemm", "precision"]
+
+FEW_TILES = 132  # the multiprocessors of an H100; a constant, so that a problem has one configuration everywhere
 
 
 class Config(NamedTuple):
@@ -27,14 +29,6 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     programs_per_sm: int
-
-
-class WgradConfig(NamedTuple):
-    BLOCK_N: int
-    BLOCK_K: int
-    BLOCK_R: int
-    num_warps: int
-    num_stages: int
 
 
 @functools.cache
@@ -59,18 +53,15 @@ def config(
         chosen = Config(128, 128, 32, 8, 8, 3, 1)
     elif arch < 90:
         chosen = Config(128, 128, 64, 8, 8, 3, 1)
-    else:
-        chosen = Config(128, 256, 64, 8, 8, 3, 1)
+    elif arch < 100:
+        chosen = Config(128, 256, 64, 8, 8, 4, 1)
+    else:  # of 256 columns some would be spilled
+        chosen = Config(128, 128, 64, 8, 8, 4, 1)
+    if mean <= 64:  # weights are the traffic: narrower tiles where there are fewer than the machine has programs for
+        row_tiles = max(triton.cdiv(rows, chosen.BLOCK_M), min(experts, rows))
+        while chosen.BLOCK_N > 32 and row_tiles * triton.cdiv(n, chosen.BLOCK_N) < FEW_TILES:
+            chosen = chosen._replace(BLOCK_N=chosen.BLOCK_N // 2)
     return chosen._replace(BLOCK_N=chosen.BLOCK_N // 2) if gated else chosen
-
-
-@functools.cache
-def wgrad_config(itemsize: int, arch: int) -> WgradConfig:
-    if itemsize == 4:
-        return WgradConfig(64, 64, 32, 4, 2)
-    if arch in (86, 89, 120):
-        return WgradConfig(128, 128, 32, 8, 3)
-    return WgradConfig(128, 128, 64, 8, 3) if arch < 90 else WgradConfig(128, 256, 64, 8, 3)
 
 
 @triton.jit
@@ -156,7 +147,7 @@ def grouped_gemm_kernel(
         k = tl.arange(0, BLOCK_K).to(tl.int64)  # [K]
 
         # rows and columns beyond the last are read from the last, and not stored: no masks in the loop
-        a_row = tl.minimum(row, end - 1)
+        a_row = tl.maximum(tl.minimum(row, end - 1), 0)
         if HAS_GATHER:
             source = tl.load(gather_ptr + a_row)
             a_row = tl.minimum(tl.maximum(source, 0), rows_of_a - 1)
@@ -203,57 +194,6 @@ def grouped_gemm_kernel(
         tl.store(pointers, h.to(out_ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["rows", "rows_of_a"])
-def grouped_gemm_wgrad_kernel(
-    dh_ptr,
-    a_ptr,
-    offs_ptr,
-    gather_ptr,
-    db_ptr,
-    rows,
-    rows_of_a,
-    N,
-    K,
-    dh_stride_m,
-    dh_stride_n,
-    a_stride_m,
-    a_stride_k,
-    HAS_GATHER: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """A program owns [N, K] of an expert's gradient and walks the expert's rows in order."""
-    n_tiles, k_tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
-    expert = tl.program_id(0) // (n_tiles * k_tiles)
-    tile = tl.program_id(0) % (n_tiles * k_tiles)
-    start = tl.load(offs_ptr + expert - 1, expert > 0, other=0)
-    start = tl.minimum(tl.maximum(start, 0), rows)
-    end = tl.minimum(tl.load(offs_ptr + expert), rows)
-    n = (tile % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)  # [N]
-    k = (tile // n_tiles * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)  # [K]
-    dh_columns = dh_ptr + n[:, None] * dh_stride_n
-    a_columns = a_ptr + k[None, :] * a_stride_k
-
-    total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for first_row in range(start, end, BLOCK_R):
-        row = first_row + tl.arange(0, BLOCK_R)  # [R]
-        inside = row < end
-        a_row = row
-        if HAS_GATHER:
-            a_row = tl.load(gather_ptr + row, inside, other=-1)
-            inside = (a_row >= 0) & (a_row < rows_of_a)
-        dh_mask = (n < N)[:, None] & (row < end)[None, :]
-        dh = tl.load(dh_columns + row.to(tl.int64)[None, :] * dh_stride_m, dh_mask, other=0.0)  # [N, R]
-        a_mask = inside[:, None] & (k < K)[None, :]
-        a = tl.load(a_columns + a_row.to(tl.int64)[:, None] * a_stride_m, a_mask, other=0.0)  # [R, K]
-        total = tl.dot(dh, a, total, input_precision=PRECISION)
-
-    pointers = db_ptr + (expert.to(tl.int64) * N + n[:, None]) * K + k[None, :]
-    tl.store(pointers, total.to(db_ptr.dtype.element_ty), (n < N)[:, None] & (k < K)[None, :])
-
-
 def grouped_gemm(
     a: Tensor,
     b: Tensor,
@@ -266,7 +206,7 @@ def grouped_gemm(
     batch_invariant: bool,
     chosen: Config | None = None,
 ) -> None:
-    """Fill out and, where it is wanted, the contiguous pre-activation; `chosen` is for measuring other configurations."""
+    """Fill out and, where it is wanted, the contiguous pre-activation; `chosen` is to measure other configurations."""
     (rows, n), (experts, _, k) = out.shape, b.shape
     if rows == 0 or n == 0 or experts == 0 or a.numel() == 0:
         for filled in (out, preact):
@@ -310,39 +250,6 @@ def grouped_gemm(
     grid = min(most_tiles, num_sms(a) * c.programs_per_sm)
     with on_device(a):
         launch(plan, grouped_gemm_kernel, grid, arguments, num_warps=c.num_warps, num_stages=c.num_stages)
-
-
-def grouped_gemm_wgrad(
-    dh: Tensor, a: Tensor, offs: Tensor, gather: Tensor | None, db: Tensor, chosen: WgradConfig | None = None
-) -> None:
-    """Fill the contiguous db: dh[rows of e]^T a[rows of e] for each expert e."""
-    experts, n, k = db.shape
-    if db.numel() == 0 or a.numel() == 0 or dh.numel() == 0:
-        db.zero_()
-        return
-    c = chosen or wgrad_config(a.element_size(), architecture(a))
-    plan = plan_of(dh, a, offs, gather, db, c)
-    arguments = (
-        dh,
-        a,
-        offs.contiguous(),
-        offs if gather is None else gather.contiguous(),
-        db,
-        dh.shape[0],
-        a.shape[0],
-        n,
-        k,
-        *dh.stride(),
-        *a.stride(),
-        gather is not None,
-        precision(a),
-        c.BLOCK_N,
-        c.BLOCK_K,
-        c.BLOCK_R,
-    )
-    grid = experts * triton.cdiv(n, c.BLOCK_N) * triton.cdiv(k, c.BLOCK_K)
-    with on_device(a):
-        launch(plan, grouped_gemm_wgrad_kernel, grid, arguments, num_warps=c.num_warps, num_stages=c.num_stages)
 
 
 def precision(a: Tensor) -> str:

@@ -75,6 +75,32 @@ def combine_kernel(
     tl.store(out_ptr + t * out_stride + d, total.to(out_ptr.dtype.element_ty), mask)
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def combine_weights_grad_kernel(
+    dout_ptr,
+    y_ptr,
+    row_index_ptr,
+    dweights_ptr,
+    num_rows,
+    features,
+    dout_stride,
+    y_stride,
+    scaling_factor,
+    BLOCK_D: tl.constexpr,
+):
+    """A program makes the gradient of one weight: <dout[t], y[row_index[t, j]]>, 0 for a row that is not here."""
+    place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)  # t * k + j
+    row = tl.load(row_index_ptr + place).to(tl.int64)
+    here = (row >= 0) & (row < num_rows)
+    dout_ptr += tl.program_id(0).to(tl.int64) * dout_stride
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, tl.where(here, features, 0), BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)  # [D]
+        dout = tl.load(dout_ptr + d, d < features, other=0.0).to(tl.float32)
+        total += dout * tl.load(y_ptr + row * y_stride + d, d < features, other=0.0).to(tl.float32)
+    tl.store(dweights_ptr + place, tl.sum(total) * scaling_factor)
+
+
 @triton.jit
 def product(
     x_ptr,
@@ -204,6 +230,28 @@ def moe_combine(
     )
     with on_device(y):
         launch(plan, combine_kernel, tokens * triton.cdiv(features, c.BLOCK_D), arguments, num_warps=c.num_warps)
+
+
+def combine_weights_grad(dout: Tensor, y: Tensor, row_index: Tensor, dweights: Tensor, scaling_factor: float) -> None:
+    """Fill the contiguous dweights[t, j] = scaling_factor * <dout[t], y[row_index[t, j]]>."""
+    if dweights.numel() == 0:
+        return
+    dout, y2 = rows(dout), rows(y)
+    c = combine_config(y.shape[1])
+    with on_device(y):
+        combine_weights_grad_kernel[tuple(row_index.shape)](
+            dout,
+            y2,
+            row_index.contiguous(),
+            dweights,
+            y.shape[0],
+            y.shape[1],
+            dout.stride(0),
+            y2.stride(0),
+            scaling_factor,
+            BLOCK_D=c.BLOCK_D,
+            num_warps=c.num_warps,
+        )
 
 
 def latent_proj(

@@ -48,22 +48,29 @@ def grouped_gemm_wgrad(dh: Tensor, a: Tensor, offs: Tensor, gather: Tensor | Non
 
 
 def preact_grad(
-    dy: Tensor, preact: Tensor | None, row_scale: Tensor | None, activation: str | None, scale_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the pre-activation and, where asked for, of row_scale, in compute precision."""
-    dtype = compute_dtype(dy)
+    dy: Tensor,
+    preact: Tensor | None,
+    row_scale: Tensor | None,
+    dpreact: Tensor | None,
+    dh: Tensor,
+    dscale: Tensor | None,
+    activation: str | None,
+) -> None:
+    """Fill dh, the gradient of the pre-activation, and dscale, that of row_scale, where it is wanted."""
+    dtype = compute_dtype(dh)
     dy = dy.to(dtype)
-    h = None if preact is None else preact.to(dtype)
-    dscale = (activate(h, activation) * dy).sum(1) if scale_grad and h is not None else None
+    h = dy if preact is None else preact.to(dtype)
+    if dscale is not None:
+        dscale.copy_((activate(h, activation) * dy).sum(1))
     if row_scale is not None:
         dy = dy * row_scale.to(dtype)[:, None]
-    if activation is None or h is None:
-        return dy, dscale
     if activation == "relu2":
-        return dy * 2 * F.relu(h), dscale
-    gate, up = h.chunk(2, 1)
-    s = torch.sigmoid(gate)
-    return torch.cat([dy * up * s * (1 + gate * (1 - s)), dy * gate * s], 1), dscale
+        dy = dy * 2 * F.relu(h)
+    elif activation == "silu_gated":
+        gate, up = h.chunk(2, 1)
+        s = torch.sigmoid(gate)
+        dy = torch.cat([dy * up * s * (1 + gate * (1 - s)), dy * gate * s], 1)
+    dh.copy_(dy if dpreact is None else dy + dpreact.to(dtype))
 
 
 def index_sum(values: Tensor, index: Tensor, weights: Tensor | None, out: Tensor, repeat: int, factor: float) -> None:

@@ -17,17 +17,17 @@ def moe_combine_fwd(
     total = y.new_zeros(out.shape, dtype=dtype)
     for j, (rows, here) in enumerate(_choices(row_index, y.shape[0])):
         mine = _take(y, rows, here).to(dtype)
-        total += mine if weights is None else mine * weights[:, j, None].to(dtype)
+        total += mine if weights is None else mine * weights[:, j, None].where(here[:, None], 0).to(dtype)
     total *= scaling_factor
     out.copy_(total if residual is None else total + residual.to(dtype))
 
 
-def combine_weights_grad(dout: Tensor, y: Tensor, row_index: Tensor, scaling_factor: float) -> Tensor:
-    """dweights[t, j] = scaling_factor * <dout[t], y[row_index[t, j]]>, in compute precision."""
+def combine_weights_grad(dout: Tensor, y: Tensor, row_index: Tensor, dweights: Tensor, scaling_factor: float) -> None:
+    """dweights[t, j] = scaling_factor * <dout[t], y[row_index[t, j]]>."""
     dtype = compute_dtype(y)
     dout = dout.to(dtype)
-    columns = [(dout * _take(y, rows, here).to(dtype)).sum(1) for rows, here in _choices(row_index, y.shape[0])]
-    return torch.stack(columns, 1) * scaling_factor
+    for j, (rows, here) in enumerate(_choices(row_index, y.shape[0])):
+        dweights[:, j] = (dout * _take(y, rows, here).to(dtype)).sum(1) * scaling_factor
 
 
 def latent_proj_fwd(

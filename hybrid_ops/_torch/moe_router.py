@@ -1,4 +1,4 @@
-"""Routing of tokens to experts in plain torch, forward and backward; float32 arithmetic (float64 for float64 inputs)."""
+"""Routing of tokens to experts in plain torch, forward and backward; float32 (float64 for float64 inputs)."""
 
 import torch
 from torch import Tensor
