@@ -182,7 +182,7 @@ def test_compiles():
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for length in (9, 17, 33):
         ids = tokens(2, length)
-        torch.testing.assert_close(compiled(ids, mtp_depth=2), model(ids, mtp_depth=2))
+        torch.testing.assert_close(compiled(ids, mtp_depth=1), model(ids, mtp_depth=1))
         if length == 9:
             graphs = counter.frame_count  # the first call may trace again
     assert counter.frame_count == graphs
