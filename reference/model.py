@@ -42,11 +42,12 @@ def mtp(weights, config, hidden, next_ids, *, states=None, dtype=np.float64):
     """
     w = {name: np.asarray(array, dtype) for name, array in weights.items()}
     eps, pattern = config.layer_norm_epsilon, config.mtp_hybrid_override_pattern
-    e = rms_norm(w["backbone.embeddings.weight"][np.asarray(next_ids)], w["mtp.layers.0.enorm.weight"], eps=eps)
-    h = rms_norm(hidden, w["mtp.layers.0.hnorm.weight"], eps=eps)
+    embedded = w["backbone.embeddings.weight"][np.asarray(next_ids)]
+    e = rms_norm(embedded, w["mtp.layers.0.enorm.weight"], eps=eps, dtype=dtype)
+    h = rms_norm(hidden, w["mtp.layers.0.hnorm.weight"], eps=eps, dtype=dtype)
     x = np.concatenate([e, h], axis=-1) @ w["mtp.layers.0.eh_proj.weight"].T
     x, states = layers(w, config, "mtp.", pattern, x, states, None, dtype)
-    o = rms_norm(x, w[f"mtp.layers.{len(pattern) - 1}.final_layernorm.weight"], eps=eps)
+    o = rms_norm(x, w[f"mtp.layers.{len(pattern) - 1}.final_layernorm.weight"], eps=eps, dtype=dtype)
     return o @ w["lm_head.weight"].T, o, states
 
 

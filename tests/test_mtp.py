@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hybrid_ops
 from hybrid_ops.models import HybridCache, NemotronHConfig, NemotronHForCausalLM, speculate
 from hybrid_ops.reference import model as reference
 
@@ -391,6 +392,14 @@ def test_bad_use_of_drafts():
         with pytest.raises(ValueError, match="counts must be from 1 to the tokens of the last call"):
             cache.accept(counts)
     assert cache.lengths == [9]
+
+
+def test_warmup():
+    """It leaves the model and its counts as they were."""
+    model = build("mtp")
+    before = {name: t.clone() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    hybrid_ops.warmup(model, batch_sizes=(1,))
+    assert all(t.equal(before[name]) for name, t in [*model.named_parameters(), *model.named_buffers()])
 
 
 @pytest.mark.gpu

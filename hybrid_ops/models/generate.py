@@ -192,7 +192,8 @@ def end_tokens(given: int | Iterable[int] | str | None, config: tuple[int, ...])
 def warmup(model: "NemotronHForCausalLM", *, batch_sizes: Iterable[int] = (1, 2)) -> None:
     """Run small prompts and a few decoding steps, so that every Triton kernel the model can reach is compiled.
 
-    Whole, packed and continued prompts, for each batch size; the model is left as it was. On the CPU it is a quick
+    Whole, packed and continued prompts, and drafts where the model has a head for them, for each batch size; the model is
+    left as it was. On the CPU it is a quick
     pass without effect.
 
     >>> from hybrid_ops.models import NemotronHConfig, NemotronHForCausalLM
@@ -211,3 +212,5 @@ def warmup(model: "NemotronHForCausalLM", *, batch_sizes: Iterable[int] = (1, 2)
                 bounds = torch.arange(batch + 1, dtype=torch.int32, device=model.device) * length
                 cache.reset()
                 model(ids.reshape(1, -1), cache=cache, cu_seqlens=bounds, last_only=True)
+                if model.mtp is not None:
+                    generate(model, ids, 4, num_draft_tokens=2, eos_token_id=None)
