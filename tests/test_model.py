@@ -276,16 +276,17 @@ def test_cache():
     assert HybridCache(half, 1, dtype=torch.bfloat16).conv_states[0].dtype == torch.bfloat16
 
 
-def check_low_precision(dtype, device="cpu"):
-    """Parameters that steer the state stay float32; the rest of the arithmetic loses what 16 bits lose."""
-    model = build("twelve-heads-per-group", torch.float32)
+# with experts all of them: which ones the router takes would jump where scores are close
+LOW_PRECISION = [("twelve-heads-per-group", {}), ("moe", dict(num_experts_per_tok=8))]
+
+
+def check_low_precision(name, changes, dtype, device="cpu"):
+    """Parameters that steer state and choice stay float32; the rest of the arithmetic loses what 16 bits lose."""
+    model = build(name, torch.float32, **changes)
     low = NemotronHForCausalLM(model.config, dtype=dtype).requires_grad_(False)
     low.load_state_dict(model.state_dict())
-    assert {n.split(".")[-1] for n, p in low.named_parameters() if p.dtype == torch.float32} == {
-        "A_log",
-        "D",
-        "dt_bias",
-    }
+    own = {"A_log", "D", "dt_bias"} | ({"e_score_correction_bias"} if changes else set())
+    assert {n.split(".")[-1] for n, p in low.named_parameters() if p.dtype == torch.float32} == own
     model.load_state_dict(low.state_dict())  # the same rounded weights
     ids = tokens(2, 20)
     low.to(device)
@@ -298,14 +299,16 @@ def check_low_precision(dtype, device="cpu"):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(dtype):
-    check_low_precision(dtype)
+@pytest.mark.parametrize(("name", "changes"), LOW_PRECISION)
+def test_low_precision(name, changes, dtype):
+    check_low_precision(name, changes, dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_gpu(dtype):
-    check_low_precision(dtype, "cuda")
+@pytest.mark.parametrize(("name", "changes"), LOW_PRECISION)
+def test_low_precision_gpu(name, changes, dtype):
+    check_low_precision(name, changes, dtype, "cuda")
 
 
 def test_residual_in_fp32():

@@ -392,6 +392,20 @@ def test_bad_use_of_drafts():
         with pytest.raises(ValueError, match="counts must be from 1 to the tokens of the last call"):
             cache.accept(counts)
     assert cache.lengths == [9]
+    cache.accept([2])
+    for _ in range(2):  # once a call, and not behind a prompt
+        with pytest.raises(ValueError, match="accept must come once behind a call of"):
+            cache.accept([1])
+        cache.reset()
+        model(ids, cache=cache)
+    assert cache.lengths == [6]
+
+
+def test_no_sequences():
+    model = MODELS["mtp"]
+    assert model.generate(tokens(0, 3), 2, num_draft_tokens=2).shape == (0, 0)
+    assert model.draft(torch.zeros(0, 2, 48).double(), tokens(0, 2), 3, model.new_cache(0, mtp=True)).shape == (0, 3)
+    assert [logits.shape[1] for logits in model(tokens(1, 2), mtp_depth=3)[1]] == [1, 0, 0]
 
 
 def test_warmup():

@@ -49,7 +49,7 @@ class HybridCache:
         slots = torch.arange(batch_size, dtype=torch.int32, device=device)
         self.num_draft_tokens = num_draft_tokens
         self._drafts = Drafts.new(batch_size, num_draft_tokens, device) if num_draft_tokens else None
-        self._newest = [0] * batch_size  # tokens of the last call
+        self._newest: list[int] = []  # tokens of the last call, while some of them can be taken back
         self.lengths = [0] * batch_size  # shared with every KVCache, changed in place
         self._positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.layers: list[MambaState | KVCache | None] = []
@@ -95,7 +95,7 @@ class HybridCache:
 
     def advance(self, counts: Sequence[int], *, stepped: bool = False) -> None:
         """Note that sequence i has `counts[i]` tokens more, by update operators or not; the model calls it."""
-        self._newest = list(counts)
+        self._newest = list(counts) if stepped else []
         self._set_lengths([length + count for length, count in zip(self.lengths, counts, strict=True)])
         if self._drafts is not None:
             self._drafts.num_accepted.copy_(self._on_device(counts if stepped else [1] * len(counts)))
@@ -104,19 +104,23 @@ class HybridCache:
     def accept(self, counts: Sequence[int]) -> None:
         """Keep the first `counts[i]` of the tokens that sequence i had in the last call; at least one.
 
-        That call went through the update operators, with `num_draft_tokens` set.
+        Once a call, and not for a prompt.
 
         Raises:
-            ValueError: counts out of range.
+            ValueError: counts out of range, or nothing to take back.
         """
         newest = self._newest
         if self._drafts is None:
             raise ValueError("accept is for a cache with num_draft_tokens >= 1, got one with 0")
+        if not newest and self.lengths:
+            raise ValueError(
+                "accept must come once behind a call of 1 to 1 + num_draft_tokens tokens on top of a prompt"
+            )
         if len(counts) != len(newest) or not all(1 <= c <= n for c, n in zip(counts, newest, strict=True)):
             raise ValueError(f"counts must be from 1 to the tokens of the last call, {newest}, got {list(counts)}")
         rejected = [n - count for n, count in zip(newest, counts, strict=True)]
         self._set_lengths([length - r for length, r in zip(self.lengths, rejected, strict=True)])
-        self._newest = list(counts)
+        self._newest = []
         self._drafts.num_accepted.copy_(self._on_device(counts))
         self._drafts.rollback.copy_(self._on_device(rejected))
 
@@ -154,6 +158,7 @@ class HybridCache:
         if self._drafts is not None:
             self._drafts.num_accepted.fill_(1)
             self._drafts.rollback.zero_()
+        self._newest = []
         self._positions.zero_()
         self.lengths[:] = [0] * len(self.lengths)
 

@@ -192,9 +192,8 @@ def end_tokens(given: int | Iterable[int] | str | None, config: tuple[int, ...])
 def warmup(model: "NemotronHForCausalLM", *, batch_sizes: Iterable[int] = (1, 2)) -> None:
     """Run small prompts and a few decoding steps, so that every Triton kernel the model can reach is compiled.
 
-    Whole, packed and continued prompts, and drafts where the model has a head for them, for each batch size; the model is
-    left as it was. On the CPU it is a quick
-    pass without effect.
+    Whole, packed and continued prompts, for each batch size, and drafts where the model has a head for them; the model
+    is left as it was. On the CPU it is a quick pass without effect.
 
     >>> from hybrid_ops.models import NemotronHConfig, NemotronHForCausalLM
     >>> hybrid_ops.warmup(NemotronHForCausalLM(NemotronHConfig.preset("tiny")))
