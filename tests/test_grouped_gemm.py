@@ -102,9 +102,17 @@ def test_sizes_of_zero(rows, experts, n, k, impl):
         assert not got.isnan().any()
 
 
-def test_one_row_one_column():
-    y = hybrid_ops.grouped_gemm(torch.tensor([[3.0]]), torch.tensor([[[2.0]]]), int32(1), activation="relu2")
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
+def test_one_row_one_column(impl):
+    a, b = torch.tensor([[3.0]], requires_grad=True), torch.tensor([[[2.0]]], requires_grad=True)
+    y = hybrid_ops.grouped_gemm(a, b, int32(1), activation="relu2", impl=impl)
     assert y.item() == 36
+    y.backward()
+    assert (a.grad.item(), b.grad.item()) == (24, 36)  # 2 * 6 * 2 and 2 * 6 * 3
+    gate_and_up = hybrid_ops.grouped_gemm(
+        a, torch.tensor([[[0.0], [2.0]]]), int32(1), activation="silu_gated", impl=impl
+    )
+    assert gate_and_up.item() == 0
 
 
 @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
@@ -389,9 +397,9 @@ def test_compiles(sm, monkeypatch):
 
     from .triton_targets import check, compiling_for
 
-    def launch(dtype, rows, activation=None, transposed=False, gathered=False, wgrad=False):
+    def launch(dtype, rows, activation=None, transposed=False, gathered=False, wgrad=False, n=1856):
         """Nemotron 3 Nano's expert, of which 4; tensors on the CPU."""
-        n, k, experts = 1856, 2688, 4
+        k, experts = 2688, 4
         a = torch.empty(rows, k, dtype=dtype)
         offs, gather = torch.zeros(experts, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
         gather = gather if gathered else None
@@ -408,7 +416,11 @@ def test_compiles(sm, monkeypatch):
             launch(torch.bfloat16, rows, activation="relu2", gathered=True)
         launch(torch.bfloat16, 1024, activation="silu_gated", gathered=True)
         launch(torch.bfloat16, 1024, transposed=True)
+        launch(torch.bfloat16, 1024, transposed=True, n=2048)  # without masks
         launch(torch.bfloat16, 1024, gathered=True, wgrad=True)
+        wide = list(compiled)
+        one = torch.empty(1, 1, 1).bfloat16()
+        kernels.grouped_gemm(one[0], one, torch.zeros(1).int(), None, None, one[0], None, None, False)
         values, index = torch.empty(6, 64).bfloat16(), torch.zeros(6, dtype=torch.int32)
         backward.index_sum(values, index, None, torch.empty(4, 64).bfloat16(), 1, 1.0)
         for activation, width in (("relu2", 64), ("silu_gated", 128), (None, 64)):
@@ -419,6 +431,9 @@ def test_compiles(sm, monkeypatch):
             launch(torch.float32, 1024, activation="relu2", gathered=True)
             launch(torch.float32, 1024, wgrad=True)
     check(compiled, sm)
+    for kernel in wide:  # what runs in the loop is copied 16 bytes at a time
+        assert "cp.async.cg.shared.global" in kernel.asm["ptx"]
+        assert "ld.global.b16" not in kernel.asm["ptx"]
     if sm == 90:  # the tensor cores' own instruction, and nothing kept in local memory
         large = [k for k in compiled if "wgmma.mma_async.sync.aligned.m64n256k16" in k.asm["ptx"]]
         assert len(large) >= 4

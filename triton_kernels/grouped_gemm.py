@@ -78,7 +78,10 @@ def expert_tiles(offs_ptr, num_experts, rows, n_tiles, BLOCK_M: tl.constexpr, BL
 
 @triton.jit
 def find_tile(tile, ends, tile_ends, rows, n_tiles, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
-    """(expert, first row, where the expert's rows end, column tile): rows first within GROUP_M row tiles."""
+    """(expert, first row, where the expert's rows end, column tile): rows first within GROUP_M row tiles.
+
+    Where `offs` falls the tiles make no sense, but stay inside.
+    """
     before = tile_ends <= tile
     expert = tl.sum(before.to(tl.int32))
     local = tile - tl.max(tl.where(before, tile_ends, 0))
@@ -87,7 +90,8 @@ def find_tile(tile, ends, tile_ends, rows, n_tiles, BLOCK_M: tl.constexpr, GROUP
     m_tiles = tl.cdiv(end - first_row, BLOCK_M)
     group, local = local // (GROUP_M * n_tiles), local % (GROUP_M * n_tiles)
     height = tl.maximum(tl.minimum(m_tiles - group * GROUP_M, GROUP_M), 1)
-    return expert, first_row + (group * GROUP_M + local % height) * BLOCK_M, end, local // height
+    row = first_row + (group * GROUP_M + local % height) * BLOCK_M
+    return expert, row, end, tl.minimum(local // height, n_tiles - 1)
 
 
 @triton.jit
@@ -130,6 +134,7 @@ def grouped_gemm_kernel(
     RELU2: tl.constexpr,
     GATED: tl.constexpr,
     EVEN_K: tl.constexpr,
+    CLAMP_N: tl.constexpr,
     MASK_N: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -140,22 +145,25 @@ def grouped_gemm_kernel(
 ):
     n_tiles = tl.cdiv(N, BLOCK_N)
     ends, tile_ends = expert_tiles(offs_ptr, num_experts, rows, n_tiles, BLOCK_M, BLOCK_E)
+    a_step = tl.full([], BLOCK_K, tl.int64) * a_stride_k
+    b_step = tl.full([], BLOCK_K, tl.int64) * b_stride_k
+    b_second = tl.full([], 1, tl.int64) * N * b_stride_n  # where the gated product's second matrix begins
     for tile in range(tl.program_id(0), tl.max(tile_ends), tl.num_programs(0)):
         expert, first_row, end, n_tile = find_tile(tile, ends, tile_ends, rows, n_tiles, BLOCK_M, GROUP_M)
         row = first_row + tl.arange(0, BLOCK_M)  # [M]
         n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
         k = tl.arange(0, BLOCK_K).to(tl.int64)  # [K]
 
-        # rows and columns beyond the last are read from the last, and not stored: no masks in the loop
+        # rows and columns beyond the last are read from the last, and not stored: no masks in the loop. Only where the
+        # columns of b lie side by side they are masked: clamped ones could not be read 16 bytes at a time
         a_row = tl.maximum(tl.minimum(row, end - 1), 0)
         if HAS_GATHER:
             source = tl.load(gather_ptr + a_row)
             a_row = tl.minimum(tl.maximum(source, 0), rows_of_a - 1)
         a_pointers = a_ptr + a_row.to(tl.int64)[:, None] * a_stride_m + k[None, :] * a_stride_k  # [M, K]
-        n_read = n if MASK_N else tl.minimum(n, N - 1)
+        n_read = tl.minimum(n, N - 1) if CLAMP_N else n
         b_expert = b_ptr + tl.minimum(expert, num_experts - 1).to(tl.int64) * b_stride_e
         b_pointers = b_expert + n_read.to(tl.int64)[None, :] * b_stride_n + k[:, None] * b_stride_k  # [K, N]
-        b_second = tl.cast(N, tl.int64) * b_stride_n
 
         h = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         up = h
@@ -169,8 +177,8 @@ def grouped_gemm_kernel(
             if GATED:
                 b = load_b(b_pointers + b_second, k, K - k_start, n < N, EVEN_K, MASK_N)
                 up = tl.dot(a, b, up, input_precision=PRECISION)
-            a_pointers += BLOCK_K * a_stride_k
-            b_pointers += BLOCK_K * b_stride_k
+            a_pointers += a_step
+            b_pointers += b_step
 
         row_offset = row.to(tl.int64)[:, None]
         mask = (row < end)[:, None] & (n < N)[None, :]
@@ -216,6 +224,7 @@ def grouped_gemm(
     gated = activation == "silu_gated"
     c = chosen or config(rows, experts, n, k, a.element_size(), gated, architecture(a), batch_invariant)
     most_tiles = (triton.cdiv(rows, c.BLOCK_M) + min(experts, rows) + 1) * triton.cdiv(n, c.BLOCK_N)
+    columns_adjoin = b.stride(1) == 1 and b.stride(2) != 1
     plan = plan_of(a, b, offs, gather, row_scale, out, preact, activation, c)
     arguments = (
         a,
@@ -239,7 +248,8 @@ def grouped_gemm(
         activation == "relu2",
         gated,
         k % c.BLOCK_K == 0,
-        b.stride(1) == 1 and n % c.BLOCK_N != 0,
+        not columns_adjoin and n % c.BLOCK_N != 0,
+        columns_adjoin and n % c.BLOCK_N != 0,
         precision(a),
         triton.next_power_of_2(experts + 1),
         c.BLOCK_M,

@@ -125,6 +125,8 @@ def product(
     k = tl.arange(0, BLOCK_K).to(tl.int64)  # [K]
     x_pointers = x_ptr + tl.minimum(m, tokens - 1)[:, None] * x_stride_m + k[None, :] * x_stride_k  # [M, K]
     weight_pointers = weight_ptr + tl.minimum(n, N - 1)[None, :] * weight_stride_n + k[:, None] * weight_stride_k
+    x_step = tl.full([], BLOCK_K, tl.int64) * x_stride_k
+    weight_step = tl.full([], BLOCK_K, tl.int64) * weight_stride_k
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k_start in range(0, K, BLOCK_K):
         if EVEN_K:
@@ -135,8 +137,8 @@ def product(
         if WIDEN:
             x, w = x.to(tl.float32), w.to(tl.float32)
         total = tl.dot(x, w, total, input_precision=PRECISION)
-        x_pointers += BLOCK_K * x_stride_k
-        weight_pointers += BLOCK_K * weight_stride_k
+        x_pointers += x_step
+        weight_pointers += weight_step
     return total
 
 
