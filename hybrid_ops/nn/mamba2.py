@@ -17,7 +17,8 @@ from .norm import GatedRMSNorm
 class Drafts:
     """Which of the last call's tokens count, where that is decided afterwards (speculative decoding).
 
-    ssm_slots: (batch, 1 + drafts) int32, the rows of the SSM pool that take the state after each token of a call.
+    ssm_slots: (batch, 1 + drafts) int32, the rows of the SSM pool that take the state after each token of a call; the
+    first column is 0 .. batch-1, as without drafts.
     num_accepted: (batch,) int32, how many tokens of the last call count. rollback: (batch,) int32, how many do not.
     """
 
@@ -29,7 +30,7 @@ class Drafts:
     def new(cls, batch: int, drafts: int, device: torch.device | str | None) -> "Drafts":
         numbers = torch.arange(batch * (1 + drafts), dtype=torch.int32, device=device)
         ones = torch.ones(batch, dtype=torch.int32, device=device)
-        return cls(numbers.view(batch, 1 + drafts), ones, torch.zeros_like(ones))
+        return cls(numbers.view(1 + drafts, batch).T.contiguous(), ones, torch.zeros_like(ones))
 
 
 @dataclass
@@ -139,9 +140,7 @@ class Mamba2Mixer(nn.Module):
             (batch, seqlen, hidden).
         """
         z, xBC, dt = self.in_proj(u).split(self.split_sizes, dim=-1)
-        slots = ssm_slots = None if state is None else state.slots
-        if state is not None and state.drafts is not None:
-            ssm_slots = state.drafts.ssm_slots[:, 0]
+        slots = None if state is None else state.slots
         xBC = causal_conv1d(
             xBC,
             self._conv_weight(),
@@ -166,8 +165,8 @@ class Mamba2Mixer(nn.Module):
             chunk_size=self.chunk_size,
             cu_seqlens=cu_seqlens,
             ssm_state=None if state is None else state.ssm,
-            read_slots=ssm_slots,
-            write_slots=ssm_slots,
+            read_slots=slots,
+            write_slots=slots,
         )
         return self.out_proj(self.norm(y.flatten(-2), z))  # type: ignore[union-attr]
 
