@@ -313,10 +313,6 @@ def test_config_round_trip(preset, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            dict(hybrid_override_pattern="ME*", num_hidden_layers=...),
-            r"layer 1 of hybrid_override_pattern is 'E' \(moe\), .* not supported yet",
-        ),
         (dict(hybrid_override_pattern="M?*-"), "got '\\?' for layer 1"),
         (dict(hybrid_override_pattern="", num_hidden_layers=0), "at least one layer"),
         (dict(hybrid_override_pattern=...), "hybrid_override_pattern or layers_block_type must be there, got neither"),
@@ -334,7 +330,7 @@ def test_config_round_trip(preset, tmp_path):
         (dict(mamba_ssm_cache_dtype="int4"), "mamba_ssm_cache_dtype must be"),
         (dict(mlp_hidden_act="silu"), "mlp_hidden_act must be 'relu2', got 'silu'"),
         (dict(tie_word_embeddings=True), "tie_word_embeddings must be False, got True"),
-        (dict(model_type="llama"), "model_type must be 'nemotron_h', got 'llama'"),
+        (dict(model_type="llama"), "model_type must be 'nemotron_h' or 'nemotron_h_puzzle', got 'llama'"),
     ],
 )
 def test_bad_configurations(folder, changes, message):
@@ -356,12 +352,6 @@ def test_a_configuration_that_is_not_json(folder):
 def test_unknown_preset():
     with pytest.raises(ValueError, match=r"name must be one of 'nemotron-h-4b', .*, got 'nemotron-5'"):
         NemotronHConfig.preset("nemotron-5")
-
-
-def test_layers_of_an_unsupported_kind_in_a_list(folder):
-    edit_config(folder, hybrid_override_pattern=..., layers_block_type=["mamba", "moe"], num_hidden_layers=2)
-    with pytest.raises(ValueError, match=r"layer 1 of hybrid_override_pattern is 'E' \(moe\)"):
-        NemotronHConfig.from_pretrained(folder)
 
 
 def test_config_is_frozen():

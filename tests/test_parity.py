@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hybrid_ops.models import NemotronHConfig, NemotronHForCausalLM
-from hybrid_ops.nn import Attention, Mamba2Mixer
+from hybrid_ops.nn import Attention, Mamba2Mixer, MoE
 from hybrid_ops.norm import gated_rms_norm
 
 from .random_models import COMMON, CONFIGS, redraw
@@ -97,7 +97,8 @@ def test_the_clamp_matters(pairs):
         assert difference(ours(pair.ids), pair.their_logits()) >= 1e-2
 
 
-@pytest.mark.parametrize("name", ["head-dim-80", "twelve-heads-per-group"])  # theirs lets in_proj's bias into padding
+# not "biases": theirs lets in_proj's bias into padding
+@pytest.mark.parametrize("name", ["head-dim-80", "twelve-heads-per-group", "moe-latent"])
 def test_left_padding(name, pairs):
     pair = pairs(name)
     theirs, ours = pair.clamped("never")
@@ -144,13 +145,55 @@ def without_one_attention_head(model):
     module.o_proj.weight[:, -module.head_dim :] = 0
 
 
-@pytest.mark.parametrize(
-    "mutate", [without_state, without_d, without_gate, without_conv_history, without_one_attention_head]
-)
-@pytest.mark.parametrize("name", CONFIGS)
+def without_one_expert(model):
+    """The one that most tokens go to, in the first such layer."""
+    module = next(module for module in model.modules() if isinstance(module, MoE))
+    module.experts.down_proj[module.load.argmax()] = 0
+
+
+def without_shared_expert(model):
+    next(module for module in model.modules() if isinstance(module, MoE)).shared_experts.down_proj.weight.zero_()
+
+
+def without_correction_bias(model):
+    next(module for module in model.modules() if isinstance(module, MoE)).gate.e_score_correction_bias.zero_()
+
+
+def without_scaling_factor(model):
+    next(module for module in model.modules() if isinstance(module, MoE)).scaling_factor = 1.0
+
+
+def other_renormalization(model):
+    module = next(module for module in model.modules() if isinstance(module, MoE))
+    module.renormalize = not module.renormalize
+
+
+def without_groups(model):
+    module = next(module for module in model.modules() if isinstance(module, MoE))
+    module.num_groups = module.topk_groups = 1
+
+
+def without_latent_projection(model):
+    """The experts' results without what the last half of the latent features bring."""
+    module = next(module for module in model.modules() if isinstance(module, MoE))
+    module.fc2_latent_proj.weight[:, module.fc2_latent_proj.in_features // 2 :] = 0
+
+
+MAMBA = [without_state, without_d, without_gate, without_conv_history, without_one_attention_head]
+EXPERTS = [without_one_expert, without_shared_expert, without_correction_bias, without_scaling_factor]
+WRONG = [
+    *((name, mutate) for name in CONFIGS for mutate in MAMBA),
+    *((name, mutate) for name in CONFIGS if name.startswith("moe") for mutate in (*EXPERTS, other_renormalization)),
+    ("moe-groups", without_groups),
+    ("moe-latent", without_latent_projection),
+]
+
+
+@pytest.mark.parametrize(("name", "mutate"), WRONG)
 def test_wrong_models_are_rejected(name, mutate, pairs):
     pair = pairs(name)
     _, ours = pair.clamped("never")
+    ours(pair.ids)  # counts the loads of the experts
     expected = pair.their_logits()
     with torch.no_grad():
         assert difference(ours(pair.ids), expected) <= TOLERANCE

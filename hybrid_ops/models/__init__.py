@@ -2,20 +2,26 @@
 
 from .cache import HybridCache
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from .config import PRESETS, NemotronHConfig
+from .config import NemotronHConfig
 from .generate import generate, sample, stream, warmup
+from .mtp import MTP
 from .nemotron_h import NemotronHForCausalLM
+from .presets import PRESETS
+from .speculative import Speculation, speculate
 
 __all__ = [
+    "MTP",
     "PRESETS",
     "CheckpointError",
     "HybridCache",
     "NemotronHConfig",
     "NemotronHForCausalLM",
+    "Speculation",
     "generate",
     "load_checkpoint",
     "sample",
     "save_checkpoint",
+    "speculate",
     "stream",
     "warmup",
 ]

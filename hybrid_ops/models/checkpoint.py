@@ -18,13 +18,22 @@ from .config import NemotronHConfig, _read_json
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHOW_PROGRESS_FROM = 10**9  # bytes
-_MAX_NAMED = 8  # tensors of one kind that an error lists
+_MAX_NAMED = 8  # lines of one kind in an error
+_EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be loaded; the message names the file and the tensors."""
+
+
+class _Place(NamedTuple):
+    """Where a stored tensor belongs: a parameter, or one expert's matrix in it."""
+
+    parameter: str
+    expert: int | None
+    shape: tuple[int, ...]
 
 
 class _Entry(NamedTuple):
@@ -50,13 +59,16 @@ def load_checkpoint(
 
     Reads `config.json` (transformers 4's pattern string or transformers 5's list of layers) and `model.safetensors` or
     `model.safetensors.index.json` with its shards; tensor names may start with `backbone.`, `model.` or
-    `language_model.`. Names, shapes and dtypes of all files are compared with the model before anything is read.
-    Beside the model itself one tensor at a time is in memory.
+    `language_model.`, and a layer's experts be a tensor each, as published, or one, as in transformers 5. Names, shapes
+    and dtypes of all files are compared with the model before anything is read. Beside the model itself one tensor at a
+    time is in memory: an expert is read straight into its place. `mtp.*` is not read where the configuration has no
+    such head.
 
     Args:
         build: the model class.
         folder: the folder.
-        dtype: of the parameters; None is the dtype of the checkpoint's embedding. A_log, D and dt_bias are float32.
+        dtype: of the parameters; None is the dtype of the checkpoint's embedding. A_log, D, dt_bias and the
+            routers' correction bias are float32.
         device: where the parameters are made; None is the CPU.
         config: used instead of the folder's, for other options (its sizes must be those of the checkpoint).
         progress: draw a progress bar on stderr; None draws it for more than 1 GB on a terminal.
@@ -67,21 +79,28 @@ def load_checkpoint(
     """
     config = config or NemotronHConfig.from_pretrained(folder)
     entries = _entries(os.fspath(folder))
+    if not config.num_nextn_predict_layers:
+        entries = {name: entry for name, entry in entries.items() if not name.startswith("mtp.")}
     model = build(config, device="meta", dtype=dtype or _stored_dtype(entries))
-    _compare(os.fspath(folder), dict(model.named_parameters()), entries)
+    places = _places(model, entries)
+    _compare(os.fspath(folder), places, entries)
     model.to_empty(device=device or "cpu")
+    for buffer in model.buffers():  # counters, which no checkpoint has
+        buffer.zero_()
     parameters = dict(model.named_parameters())
     total = sum(entry.nbytes for entry in entries.values())
     show = sys.stderr.isatty() and total > _SHOW_PROGRESS_FROM if progress is None else progress
     with torch.no_grad(), _progress_bar(show, total) as advance:
         for name, tensor in _read(entries):
-            parameters[name].copy_(tensor)
+            _at(parameters, places[name]).copy_(tensor)
             advance(entries[name].nbytes)
     return model
 
 
 def save_checkpoint(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write `config.json` and safetensors under Hugging Face's names, which transformers and `from_pretrained` read.
+
+    Each expert has tensors of its own, as in the published checkpoints.
 
     Args:
         model: its `config` and parameters are written, in the dtypes they have.
@@ -94,7 +113,9 @@ def save_checkpoint(model: nn.Module, folder: str | os.PathLike[str], *, max_sha
     config.save_pretrained(folder)
     shards: list[dict[str, Tensor]] = [{}]
     sizes = [0]
-    for name, parameter in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    for name, place in _places(model).items():
+        parameter = _at(parameters, place)
         nbytes = parameter.numel() * parameter.element_size()
         if shards[-1] and sizes[-1] + nbytes > max_shard_bytes:
             shards.append({})
@@ -119,6 +140,28 @@ def _canonical(name: str) -> str:
     """The model's own name for a stored tensor."""
     name = name.removeprefix("language_model.")
     return re.sub(r"^model\.", "backbone.", name)
+
+
+def _places(model: nn.Module, stored: Iterable[str] = ()) -> dict[str, _Place]:
+    """Where each tensor of a checkpoint of this model belongs, by its canonical name.
+
+    A parameter of all experts is one tensor there if `stored` has it so; otherwise each expert has its own.
+    """
+    places = {}
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        if parameter.dim() == 3 and ".experts." in name and name not in stored:
+            prefix, projection = name.rsplit(".", 1)
+            for expert in range(shape[0]):
+                places[f"{prefix}.{expert}.{projection}.weight"] = _Place(name, expert, shape[1:])
+        else:
+            places[name] = _Place(name, None, shape)
+    return places
+
+
+def _at(parameters: dict[str, nn.Parameter], place: _Place) -> Tensor:
+    parameter = parameters[place.parameter]
+    return parameter if place.expert is None else parameter[place.expert]
 
 
 def _entries(folder: str) -> dict[str, _Entry]:
@@ -208,43 +251,66 @@ def _stored_dtype(entries: dict[str, _Entry]) -> torch.dtype:
     return torch.float32 if embeddings is None else _DTYPES.get(embeddings.dtype, torch.float32)
 
 
-def _compare(folder: str, parameters: dict[str, nn.Parameter], entries: dict[str, _Entry]) -> None:
+def _compare(folder: str, places: dict[str, _Place], entries: dict[str, _Entry]) -> None:
     """Raise one error that names every missing, surplus and wrong tensor."""
     problems = []
 
-    def report(kind: str, lines: Iterable[str]) -> None:
-        lines = list(lines)
-        if lines:
+    def report(kind: str, complaints: Iterable[tuple[str, str]]) -> None:
+        complaints = list(complaints)
+        if complaints:
+            lines = _by_expert(complaints)
             more = f"\n    and {len(lines) - _MAX_NAMED} more" if len(lines) > _MAX_NAMED else ""
-            problems.append(f"  {len(lines)} {kind}:" + "".join(f"\n    {line}" for line in lines[:_MAX_NAMED]) + more)
+            problems.append(
+                f"  {len(complaints)} {kind}:" + "".join(f"\n    {line}" for line in lines[:_MAX_NAMED]) + more
+            )
 
-    def where(name: str) -> str:
-        return f"{name} in {os.path.basename(entries[name].path)}"
+    def file(name: str) -> str:
+        return f" in {os.path.basename(entries[name].path)}"
 
-    common = [name for name in parameters if name in entries]
-    report("missing", (name for name in parameters if name not in entries))
-    report(
-        "surplus",
-        (f"{e.stored_name} in {os.path.basename(e.path)}" for name, e in entries.items() if name not in parameters),
-    )
+    common = [name for name in places if name in entries]
+    report("missing", ((name, "") for name in places if name not in entries))
+    report("surplus", ((e.stored_name, file(name)) for name, e in entries.items() if name not in places))
     report(
         "of a wrong shape",
         (
-            f"{where(name)}: expected {tuple(parameters[name].shape)}, got {entries[name].shape}"
+            (name, f"{file(name)}: expected {places[name].shape}, got {entries[name].shape}")
             for name in common
-            if tuple(parameters[name].shape) != entries[name].shape
+            if places[name].shape != entries[name].shape
         ),
     )
     report(
         "of a dtype that is not supported",
         (
-            f"{where(name)}: expected {', '.join(_DTYPES)}, got {entries[name].dtype}"
+            (name, f"{file(name)}: expected {', '.join(_DTYPES)}, got {entries[name].dtype}")
             for name in common
             if entries[name].dtype not in _DTYPES
         ),
     )
     if problems:
         raise CheckpointError(f"{folder} does not fit its configuration:\n" + "\n".join(problems))
+
+
+def _by_expert(complaints: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each (tensor, complaint); the same of several experts is one line, `experts.{0-3,7}.up_proj`."""
+    experts: dict[tuple[str, str, str], list[int]] = {}
+    for name, complaint in complaints:
+        match = _EXPERT.fullmatch(name)
+        before, number, after = match.groups() if match else (name, "", "")
+        experts.setdefault((before, after, complaint), []).extend([int(number)] if number else [])
+    return [f"{before}{_ranges(numbers)}{after}{end}" for (before, after, end), numbers in experts.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[3] is "3", [0, 1, 2, 5] is "{0-2,5}", nothing is empty."""
+    if len(numbers) < 2:
+        return "".join(map(str, numbers))
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return "{" + ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs) + "}"
 
 
 def _read(entries: dict[str, _Entry]) -> Iterator[tuple[str, Tensor]]:

@@ -23,6 +23,7 @@ def generate(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
     eos_token_id: int | Iterable[int] | str | None = "config",
+    num_draft_tokens: int = 0,
     callback: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
     """Continue prompts, greedily or by sampling.
@@ -40,6 +41,8 @@ def generate(
         top_p: draw among the most likely tokens whose probabilities first reach p in sum, 0 < p <= 1.
         generator: the random numbers; on the model's device.
         eos_token_id: a sequence that makes one of these ends there; "config" takes the configuration's, None none.
+        num_draft_tokens: > 0: the multi-token prediction head drafts so many tokens a round, which one pass verifies;
+            greedy only, without `callback`. `hybrid_ops.models.speculate` is the same and counts what was accepted.
         callback: called with the (nseq,) tokens of every step as soon as they are known.
 
     Returns:
@@ -53,6 +56,20 @@ def generate(
     >>> model.generate(torch.tensor([[72, 105]]), 4).shape
     torch.Size([1, 4])
     """
+    if num_draft_tokens:
+        if do_sample or callback is not None:
+            raise ValueError("num_draft_tokens must be 0 with do_sample or callback, which drafts cannot serve")
+        from .speculative import speculate
+
+        return speculate(
+            model,
+            input_ids,
+            max_new_tokens,
+            num_draft_tokens=num_draft_tokens,
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seqlens,
+            eos_token_id=eos_token_id,
+        ).tokens
     steps = []
     for tokens in stream(
         model,
@@ -103,7 +120,7 @@ def stream(
     def choose(logits: Tensor) -> Tensor:
         return sample(logits, temperature, top_k, top_p, generator) if do_sample else logits.argmax(-1)
 
-    ends = _end_tokens(eos_token_id, model.config.eos_token_ids)
+    ends = end_tokens(eos_token_id, model.config.eos_token_ids)
     nseq = input_ids.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     return _stream(model, input_ids, max_new_tokens, attention_mask, cu_seqlens, nseq, choose, ends)
 
@@ -162,7 +179,7 @@ def sample(
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
 
-def _end_tokens(given: int | Iterable[int] | str | None, config: tuple[int, ...]) -> tuple[int, ...]:
+def end_tokens(given: int | Iterable[int] | str | None, config: tuple[int, ...]) -> tuple[int, ...]:
     if isinstance(given, str):
         if given != "config":
             raise ValueError(f"eos_token_id must be an integer, several, None or 'config', got {given!r}")
@@ -175,8 +192,8 @@ def _end_tokens(given: int | Iterable[int] | str | None, config: tuple[int, ...]
 def warmup(model: "NemotronHForCausalLM", *, batch_sizes: Iterable[int] = (1, 2)) -> None:
     """Run small prompts and a few decoding steps, so that every Triton kernel the model can reach is compiled.
 
-    Whole, packed and continued prompts, for each batch size; the model is left as it was. On the CPU it is a quick
-    pass without effect.
+    Whole, packed and continued prompts, for each batch size, and drafts where the model has a head for them; the model
+    is left as it was. On the CPU it is a quick pass without effect.
 
     >>> from hybrid_ops.models import NemotronHConfig, NemotronHForCausalLM
     >>> hybrid_ops.warmup(NemotronHForCausalLM(NemotronHConfig.preset("tiny")))
@@ -194,3 +211,5 @@ def warmup(model: "NemotronHForCausalLM", *, batch_sizes: Iterable[int] = (1, 2)
                 bounds = torch.arange(batch + 1, dtype=torch.int32, device=model.device) * length
                 cache.reset()
                 model(ids.reshape(1, -1), cache=cache, cu_seqlens=bounds, last_only=True)
+                if model.mtp is not None:
+                    generate(model, ids, 4, num_draft_tokens=2, eos_token_id=None)

@@ -1,127 +1,52 @@
-"""`NemotronHForCausalLM`: the reference hybrid model, layers of Mamba-2, attention and MLP on the public functions."""
+"""`NemotronHForCausalLM`: the reference hybrid model, embedding, layers, output projection."""
 
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from ..nn import MLP, Attention, KVCache, Mamba2Mixer, MambaState, RMSNorm
+from ..nn import MLP, Attention, Experts, Gate, Mamba2Mixer, MoE, RMSNorm
 from .cache import HybridCache
 from .config import NemotronHConfig
+from .layers import Backbone
+from .mtp import MTP, shift
 
 
-def _mamba2(config: NemotronHConfig, **factory: Any) -> nn.Module:
-    return Mamba2Mixer(
-        config.hidden_size,
-        num_heads=config.mamba_num_heads,
-        head_dim=config.mamba_head_dim,
-        state_size=config.ssm_state_size,
-        num_groups=config.n_groups,
-        conv_kernel=config.conv_kernel,
-        chunk_size=config.chunk_size,
-        bias=config.use_bias,
-        conv_bias=config.use_conv_bias,
-        eps=config.layer_norm_epsilon,
-        **factory,
-    )
+def _to_residual(module: nn.Module) -> Tensor | None:
+    """The matrix of a mixer, or of a shared expert, that writes to the residual stream."""
+    if isinstance(module, Mamba2Mixer):
+        return module.out_proj.weight
+    if isinstance(module, Attention):
+        return module.o_proj.weight
+    if isinstance(module, MLP):
+        return module.down_proj.weight
+    if isinstance(module, MoE):
+        return module.experts.down_proj if module.fc2_latent_proj is None else module.fc2_latent_proj.weight
+    return None
 
 
-def _attention(config: NemotronHConfig, **factory: Any) -> nn.Module:
-    return Attention(
-        config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        bias=config.attention_bias,
-        **factory,
-    )
-
-
-def _mlp(config: NemotronHConfig, **factory: Any) -> nn.Module:
-    return MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, **factory)
-
-
-# The mixer behind each letter of a pattern; `Layer` calls it.
-MIXERS: dict[str, Callable[..., nn.Module]] = {"M": _mamba2, "*": _attention, "-": _mlp}
-
-
-class Layer(nn.Module):
-    """One letter of the pattern: a norm and a mixer.
-
-    The sum `residual + x` is left to the norm of the next layer, which does both in one kernel.
-    """
-
-    def __init__(self, letter: str, config: NemotronHConfig, **factory: Any) -> None:
-        super().__init__()
-        self.config = config
-        self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon, **factory)
-        self.mixer = MIXERS[letter](config, **factory)
-
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        state: MambaState | KVCache | None,
-        cu_seqlens: Tensor | None,
-        bounds: list[int] | None,
-        decode: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """(mixer(norm(residual + x)), residual + x), both (batch, seqlen, hidden); residual is None for the first."""
-        if residual is None:
-            in_fp32 = self.config.residual_in_fp32 and x.dtype != torch.float64
-            x, residual = self.norm(x), x.float() if in_fp32 else x
-        else:
-            x, residual = self.norm.add(x, residual)
-        if isinstance(self.mixer, Mamba2Mixer):
-            limit = self.config.dt_limit(prefill=not decode)
-            if decode:
-                x = self.mixer.step(x.squeeze(1), state, dt_limit=limit).unsqueeze(1)  # type: ignore[arg-type]
-            else:
-                x = self.mixer(x, cu_seqlens=cu_seqlens, state=state, dt_limit=limit)
-        elif isinstance(self.mixer, Attention):
-            x = self.mixer(x, bounds=bounds, cache=state)
-        else:
-            x = self.mixer(x)
-        return x, residual
-
-
-class Backbone(nn.Module):
-    """Embedding, layers and final norm."""
-
-    def __init__(self, config: NemotronHConfig, **factory: Any) -> None:
-        super().__init__()
-        self.config = config
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
-        self.layers = nn.ModuleList([Layer(letter, config, **factory) for letter in config.hybrid_override_pattern])
-        self.norm_f = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon, **factory)
-
-    def forward(
-        self, input_ids: Tensor, cache: HybridCache | None, cu_seqlens: Tensor | None, bounds: list[int] | None
-    ) -> Tensor:
-        """(batch, seqlen) -> (batch, seqlen, hidden)."""
-        # one token on top of what the cache holds; the first token of all is a prefill of length 1
-        decode = cache is not None and bounds is None and input_ids.shape[1] == 1 and all(cache.lengths)
-        x, residual = self.embeddings(input_ids), None
-        for index, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, None if cache is None else cache.layers[index], cu_seqlens, bounds, decode)
-        return self.norm_f.add(x, residual)[0]  # type: ignore[arg-type]  # there is at least one layer
+def _padded(packed: Tensor, mask: Tensor) -> Tensor:
+    """(1, total, n) -> (batch, seqlen, n), 0 where the mask is false."""
+    return packed.new_zeros(*mask.shape, packed.shape[-1]).masked_scatter(mask[..., None], packed)
 
 
 class NemotronHForCausalLM(nn.Module):
     """A hybrid language model of the Nemotron-H family: embedding, layers, final norm, output projection.
 
     ``h = h + mixer(RMSNorm(h))`` for every layer, no positional embedding; parameters have the names that Hugging Face
-    checkpoints of `nemotron_h` use. A new model is initialised for training: matrices normal with
-    `config.initializer_range`, those that write to the residual stream divided by sqrt(number of layers).
+    checkpoints of `nemotron_h` use; experts are one tensor a layer, as in transformers 5. A new model is initialised
+    for training: matrices normal with `config.initializer_range`, those that write to the residual stream divided by
+    sqrt(number of layers). `mtp` is the multi-token prediction head (`hybrid_ops.models.MTP`), None without one.
 
     Args:
         config: sizes and options.
-        device, dtype: of the parameters; A_log, D and dt_bias stay float32. On "meta" nothing is allocated.
+        device, dtype: of the parameters; A_log, D, dt_bias and the routers' correction bias stay float32. On "meta"
+            nothing is allocated.
 
     >>> from hybrid_ops.models import NemotronHConfig, NemotronHForCausalLM
     >>> model = NemotronHForCausalLM(NemotronHConfig.preset("tiny"))
@@ -140,6 +65,7 @@ class NemotronHForCausalLM(nn.Module):
         self.config = config
         self.backbone = Backbone(config, device=device, dtype=dtype)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype)
+        self.mtp = MTP(config, device=device, dtype=dtype) if config.num_nextn_predict_layers else None
         if not self.lm_head.weight.is_meta:
             self.reset_parameters()
 
@@ -148,8 +74,13 @@ class NemotronHForCausalLM(nn.Module):
         """Draw every parameter anew, for training from scratch."""
         config = self.config
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if isinstance(module, nn.Linear | nn.Embedding | Gate):
                 module.weight.normal_(std=config.initializer_range)
+            if isinstance(module, Gate):
+                module.e_score_correction_bias.zero_()
+            if isinstance(module, Experts):
+                module.up_proj.normal_(std=config.initializer_range)
+                module.down_proj.normal_(std=config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
             if isinstance(module, nn.Conv1d):
@@ -160,9 +91,9 @@ class NemotronHForCausalLM(nn.Module):
                 module.init_states(config.time_step_min, config.time_step_max, config.time_step_floor)
                 module.norm.weight.fill_(1)
         if config.rescale_prenorm_residual:
-            for name, parameter in self.named_parameters():
-                if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
-                    parameter.div_(math.sqrt(config.num_hidden_layers))
+            for module in self.modules():
+                if (weight := _to_residual(module)) is not None:
+                    weight.div_(math.sqrt(config.num_hidden_layers))
 
     @property
     def device(self) -> torch.device:
@@ -172,9 +103,19 @@ class NemotronHForCausalLM(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.lm_head.weight.dtype
 
-    def new_cache(self, batch_size: int, *, max_length: int | None = None) -> HybridCache:
+    def new_cache(
+        self, batch_size: int, *, max_length: int | None = None, num_draft_tokens: int = 0, mtp: bool = False
+    ) -> HybridCache:
         """An empty `HybridCache` on the model's device, in its dtype."""
-        return HybridCache(self.config, batch_size, device=self.device, dtype=self.dtype, max_length=max_length)
+        return HybridCache(
+            self.config,
+            batch_size,
+            device=self.device,
+            dtype=self.dtype,
+            max_length=max_length,
+            num_draft_tokens=num_draft_tokens,
+            mtp=mtp,
+        )
 
     def forward(
         self,
@@ -184,7 +125,9 @@ class NemotronHForCausalLM(nn.Module):
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         last_only: bool = False,
-    ) -> Tensor:
+        return_hidden: bool = False,
+        mtp_depth: int = 0,
+    ) -> Tensor | tuple[Tensor, Any]:
         """Logits of the next token after every token.
 
         Args:
@@ -196,17 +139,24 @@ class NemotronHForCausalLM(nn.Module):
             attention_mask: (batch, seqlen), true or 1 for tokens, 0 for padding, which may be on either side. Padding
                 is left out of the computation: it changes no state, and its logits are zero.
             last_only: only the logits after each sequence's last token.
+            return_hidden: also return what the output projection and the multi-token prediction head read: the final
+                norm's output of every token, (batch, seqlen, hidden), 0 for padding.
+            mtp_depth: also return the logits of the multi-token prediction head, a list of so many: the k-th has those
+                of the token k + 2 further, for every token that has k + 1 successors here. So for k = 0 it is
+                (batch, seqlen - 1, vocab), and compares with input_ids[:, 2:] up to its last; packed, each sequence
+                is k + 1 shorter. For training: without a cache, a mask and `last_only`.
 
         Returns:
             (batch, seqlen, vocab) float32 (float64 in a float64 model), (1, total, vocab) packed; with `last_only`
-            (nseq, 1, vocab).
+            (nseq, 1, vocab). With `return_hidden` or `mtp_depth`, a pair.
 
         Raises:
             ValueError, TypeError: a shape, dtype, device, mask or boundary that is not the one expected.
         """
         nseq = self._check(input_ids, cache, cu_seqlens, attention_mask)
+        self._check_mtp(mtp_depth, cache, attention_mask, last_only, return_hidden)
         if attention_mask is not None:
-            return self._forward_padded(input_ids, attention_mask.bool(), cache, last_only)
+            return self._forward_padded(input_ids, attention_mask.bool(), cache, last_only, return_hidden)
         bounds = None if cu_seqlens is None else cu_seqlens.tolist()
         counts = [input_ids.shape[1]] * nseq if bounds is None else [b - a for a, b in itertools.pairwise(bounds)]
         if last_only and 0 in counts:
@@ -214,25 +164,107 @@ class NemotronHForCausalLM(nn.Module):
                 "input_ids must have at least one token of every sequence where only the last logits are wanted, "
                 f"got none of sequence {counts.index(0)}"
             )
+        stepped = cache is not None and bounds is None and cache.steps(input_ids.shape[1])
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            hidden = self.backbone(input_ids, cache, cu_seqlens, bounds)
+            hidden = last = self.backbone(input_ids, cache, cu_seqlens, bounds, stepped)
             if last_only:
-                last = hidden[:, -1] if cu_seqlens is None else hidden[0, cu_seqlens[1:].long() - 1]
-                hidden = last.unsqueeze(1)
-            logits = self.lm_head(hidden)
+                last = (hidden[:, -1] if cu_seqlens is None else hidden[0, cu_seqlens[1:].long() - 1]).unsqueeze(1)
+            logits = self._project(last)
+            further = [self._project(h) for h in self._mtp_hidden(hidden, input_ids, bounds, mtp_depth)]
         if cache is not None:
-            cache.advance(counts)
+            cache.advance(counts, stepped=stepped)
+        if mtp_depth:
+            return logits, further
+        return (logits, hidden) if return_hidden else logits
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        logits = self.lm_head(hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def _forward_padded(self, input_ids: Tensor, mask: Tensor, cache: HybridCache | None, last_only: bool) -> Tensor:
+    def _mtp_hidden(self, hidden: Tensor, input_ids: Tensor, bounds: list[int] | None, depth: int) -> Iterator[Tensor]:
+        """What the head makes of whole sequences at each depth, every time of one token less."""
+        for _ in range(depth):
+            hidden, input_ids, bounds = shift(hidden, input_ids, bounds)
+            hidden = self.mtp(self.backbone.embeddings(input_ids), hidden, bounds=bounds)  # type: ignore[misc]
+            yield hidden
+
+    @torch.no_grad()
+    def draft(
+        self,
+        hidden: Tensor,
+        next_ids: Tensor,
+        num_tokens: int,
+        cache: HybridCache,
+        *,
+        counts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Guess the next tokens of every sequence with the multi-token prediction head, each the likeliest.
+
+        Args:
+            hidden: (batch, m, hidden), what the forward with `return_hidden` made of the newest m tokens.
+            next_ids: (batch, m) int64, the token behind each of them. The guesses are those behind the last.
+            num_tokens: how many.
+            cache: `new_cache(batch, mtp=True)`, which has read all tokens before these m and is left with these too.
+            counts: sequence i has only its first counts[i] of the m tokens, at least one; None: all.
+
+        Returns:
+            (batch, num_tokens) int64.
+
+        Raises:
+            ValueError, TypeError: a model without the head; a shape, dtype or number that is not the one expected.
+        """
+        if self.mtp is None:
+            raise ValueError("draft is for a model with num_nextn_predict_layers=1, got one with 0")
+        batch, m = next_ids.shape
+        _checks.tensor("hidden", hidden, (batch, m, self.config.hidden_size), dtype=self.dtype, device=self.device)
+        counts = [m] * batch if counts is None else list(counts)
+        if len(counts) != batch or not all(1 <= count <= m for count in counts):
+            raise ValueError(f"counts must be {batch} numbers from 1 to {m}, got {counts}")
+        if cache.batch_size != batch:
+            raise ValueError(f"cache must hold {batch} sequences, got {cache.batch_size}")
+        read = [length + count for length, count in zip(cache.lengths, counts, strict=True)]
+        hidden = self.mtp(self.backbone.embeddings(next_ids), hidden, cache)
+        cache.advance([m] * batch)
+        cache.truncate(read)
+        last = torch.tensor(counts, dtype=torch.int64, device=self.device) - 1
+        hidden = hidden[torch.arange(batch, device=self.device), last].unsqueeze(1)
+        drafts: list[Tensor] = []
+        for _ in range(num_tokens):
+            if drafts:
+                hidden = self.mtp(self.backbone.embeddings(drafts[-1]), hidden, cache)
+                cache.advance([1] * batch)
+            drafts.append(self._project(hidden).argmax(-1))
+        cache.truncate(read)
+        return torch.cat(drafts, dim=1) if drafts else next_ids[:, :0]
+
+    def _forward_padded(
+        self, input_ids: Tensor, mask: Tensor, cache: HybridCache | None, last_only: bool, return_hidden: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """A padded batch is computed packed, without its padding."""
         cu_seqlens = torch.zeros(input_ids.shape[0] + 1, dtype=torch.int32, device=input_ids.device)
         cu_seqlens[1:] = mask.sum(1).cumsum(0)
-        logits = self(input_ids[mask][None], cache=cache, cu_seqlens=cu_seqlens, last_only=last_only)
-        if last_only:
-            return logits
-        padded = logits.new_zeros(*input_ids.shape, logits.shape[-1])
-        return padded.masked_scatter(mask[..., None], logits)
+        logits, hidden = self(
+            input_ids[mask][None], cache=cache, cu_seqlens=cu_seqlens, last_only=last_only, return_hidden=True
+        )
+        logits = logits if last_only else _padded(logits, mask)
+        return (logits, _padded(hidden, mask)) if return_hidden else logits
+
+    def _check_mtp(
+        self,
+        depth: int,
+        cache: HybridCache | None,
+        attention_mask: Tensor | None,
+        last_only: bool,
+        return_hidden: bool,
+    ) -> None:
+        if not isinstance(depth, int) or depth < 0:
+            raise ValueError(f"mtp_depth must be an integer >= 0, got {depth!r}")
+        if depth and self.mtp is None:
+            raise ValueError(f"mtp_depth must be 0 in a model with num_nextn_predict_layers=0, got {depth}")
+        if depth:
+            others = dict(cache=cache, attention_mask=attention_mask)
+            flags = dict(last_only=last_only or None, return_hidden=return_hidden or None)
+            _checks.at_most_one(mtp_depth=depth, **others, **flags)
 
     def _check(
         self, input_ids: Tensor, cache: HybridCache | None, cu_seqlens: Tensor | None, attention_mask: Tensor | None
@@ -254,6 +286,12 @@ class NemotronHForCausalLM(nn.Module):
             nseq = _checks.cu_seqlens(cu_seqlens, input_ids.shape[1], self.device)
         if cache is not None and cache.batch_size != nseq:
             raise ValueError(f"cache must hold {nseq} sequences, got {cache.batch_size}")
+        drafting = cache is not None and cache.num_draft_tokens and any(cache.lengths)
+        if cache is not None and drafting and (cu_seqlens is not None or not cache.steps(input_ids.shape[1])):
+            raise ValueError(
+                f"input_ids must be (batch, 1 to {1 + cache.num_draft_tokens}) behind the prompt in a cache with "
+                f"num_draft_tokens={cache.num_draft_tokens}, got {tuple(input_ids.shape)}"
+            )
         return nseq
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:

@@ -14,16 +14,50 @@ from .norm import GatedRMSNorm
 
 
 @dataclass
+class Drafts:
+    """Which of the last call's tokens count, where that is decided afterwards (speculative decoding).
+
+    ssm_slots: (batch, 1 + drafts) int32, the rows of the SSM pool that take the state after each token of a call; the
+    first column is 0 .. batch-1, as without drafts.
+    num_accepted: (batch,) int32, how many tokens of the last call count. rollback: (batch,) int32, how many do not.
+    """
+
+    ssm_slots: Tensor
+    num_accepted: Tensor
+    rollback: Tensor
+
+    @classmethod
+    def new(cls, batch: int, drafts: int, device: torch.device | str | None) -> "Drafts":
+        numbers = torch.arange(batch * (1 + drafts), dtype=torch.int32, device=device)
+        ones = torch.ones(batch, dtype=torch.int32, device=device)
+        return cls(numbers.view(1 + drafts, batch).T.contiguous(), ones, torch.zeros_like(ones))
+
+
+@dataclass
 class MambaState:
     """What one mixer remembers of each sequence; row i of both pools is sequence i's.
 
     conv: (batch, conv_dim, width - 1), the convolution's last inputs, oldest first. ssm: (batch, nheads, headdim,
     dstate). slots: (batch,) int32, 0 .. batch-1. Zero is the state before the first token.
+
+    With `drafts`, conv has a column more for each draft, and ssm the rows of its ssm_slots.
     """
 
     conv: Tensor
     ssm: Tensor
     slots: Tensor
+    drafts: Drafts | None = None
+
+    def accepted(self) -> tuple[Tensor, Tensor]:
+        """conv (batch, conv_dim, width - 1) and ssm (batch, ..) after the tokens that count."""
+        if self.drafts is None:
+            return self.conv, self.ssm
+        rows, spare = self.slots.long(), self.drafts.ssm_slots.shape[1] - 1
+        width = self.conv.shape[2] - spare
+        first = spare - self.drafts.rollback.long()
+        columns = first[:, None, None] + torch.arange(width, device=rows.device)
+        slots = self.drafts.ssm_slots[rows, self.drafts.num_accepted.long() - 1]
+        return self.conv.gather(2, columns.expand(-1, self.conv.shape[1], -1)), self.ssm[slots.long()]
 
 
 class Mamba2Mixer(nn.Module):
@@ -137,10 +171,23 @@ class Mamba2Mixer(nn.Module):
         return self.out_proj(self.norm(y.flatten(-2), z))  # type: ignore[union-attr]
 
     def step(self, u: Tensor, state: MambaState, *, dt_limit: tuple[float, float] = (0.0, math.inf)) -> Tensor:
-        """One more token of every sequence: u (batch, hidden) -> (batch, hidden); `state` is read and overwritten."""
+        """The next tokens of every sequence: u (batch, seqlen, hidden) -> (batch, seqlen, hidden).
+
+        `state` is read and overwritten. With drafts, it starts after the tokens of the last call that count, and keeps
+        what it is after each of these.
+        """
         z, xBC, dt = self.in_proj(u).split(self.split_sizes, dim=-1)
+        drafts, read, write = state.drafts, state.slots, state.slots
+        if drafts is not None:
+            read, write = drafts.ssm_slots, drafts.ssm_slots[:, : u.shape[1]]
         xBC = causal_conv1d_update(
-            xBC, state.conv, self._conv_weight(), self.conv1d.bias, activation="silu", slots=state.slots
+            xBC,
+            state.conv,
+            self._conv_weight(),
+            self.conv1d.bias,
+            activation="silu",
+            slots=state.slots,
+            rollback=None if drafts is None else drafts.rollback,
         )
         x, B, C = self._split(xBC)
         y = ssd_state_update(
@@ -154,8 +201,9 @@ class Mamba2Mixer(nn.Module):
             dt_bias=self.dt_bias,
             dt_softplus=True,
             dt_limit=dt_limit,
-            read_slots=state.slots,
-            write_slots=state.slots,
+            read_slots=read,
+            write_slots=write,
+            num_accepted=None if drafts is None else drafts.num_accepted,
         )
         return self.out_proj(self.norm(y.flatten(-2), z))
 
