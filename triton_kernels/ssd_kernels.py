@@ -44,13 +44,19 @@ def power_of_two(value):
 
 
 @triton.jit
-def dot_over_states(a, b, PRECISION: tl.constexpr):
-    """a [M, N] @ b [N, P]. In float32 runs of 64 terms are summed apart: more, one after the other, lose too much."""
-    runs: tl.constexpr = a.shape[1] // 64
-    if a.dtype == tl.float32 and runs > 1:
-        a = tl.permute(tl.reshape(a, [a.shape[0], runs, 64]), [1, 0, 2])
-        b = tl.reshape(b, [runs, 64, b.shape[1]])
-        return tl.sum(tl.dot(a, b, input_precision=PRECISION), axis=0)
+def dot_over_states(
+    a, b, a_ptr, a_mask, b_ptr, b_stride_n, b_mask, dstate: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr
+):
+    """a [M, N] @ b [N, P]; in float32 from where they lie in memory, 64 terms at a time, and those sums in float64:
+    256 terms one after the other lose too much."""
+    if a.dtype == tl.float32 and BLOCK_N > 64:
+        total = tl.zeros([a.shape[0], b.shape[1]], tl.float64)
+        for first in range(0, BLOCK_N, 64):
+            n = first + tl.arange(0, 64)
+            a_run = tl.load(a_ptr + n[None, :], a_mask & (n < dstate)[None, :], other=0.0)  # [M, 64]
+            b_run = tl.load(b_ptr + n[:, None] * b_stride_n, b_mask & (n < dstate)[:, None], other=0.0)  # [64, P]
+            total += tl.dot(a_run, b_run, input_precision=PRECISION).to(tl.float64)
+        return total.to(tl.float32)
     else:
         return tl.dot(a, b, input_precision=PRECISION)
 
@@ -349,9 +355,13 @@ def scan_rows(
     in_n = (n < dstate)[None, :]
     token64 = token.to(tl.int64)[:, None]
 
-    C = tl.load(C_ptr + token64 * C_stride_t + n[None, :], inside[:, None] & in_n, other=0.0).to(dtype)  # [M, N]
+    C_rows = C_ptr + token64 * C_stride_t  # [M, 1]
+    C = tl.load(C_rows + n[None, :], inside[:, None] & in_n, other=0.0).to(dtype)  # [M, N]
     B = tl.load(B_ptr + token64 * B_stride_t + n[None, :], seen[:, None] & in_n, other=0.0).to(dtype)
-    CB = dot_over_states(C, tl.trans(B), PRECISION)  # [M, N] @ [N, M] -> [M, M]
+    CB = dot_over_states(  # [M, N] @ [N, M] -> [M, M]
+        C, tl.trans(B), C_rows, inside[:, None], B_ptr + tl.trans(token64) * B_stride_t, 1, seen[None, :],
+        dstate, BLOCK_N, PRECISION,
+    )  # fmt: skip
     CB_own = tl.sum(C.to(tl.float32) * B.to(tl.float32), axis=1)  # [M]
     earlier = i[:, None] > i[None, :]
     if run_ptr is not None:
@@ -370,22 +380,24 @@ def scan_rows(
             was = was & (run >= 0)
         before64 = before.to(tl.int64)[:, None]
         B = tl.load(B_ptr + before64 * B_stride_t + n[None, :], was[:, None] & in_n, other=0.0).to(dtype)
-        CB_before = dot_over_states(C, tl.trans(B), PRECISION)  # [M, N] @ [N, M_START] -> [M, M_START]
+        CB_before = dot_over_states(  # [M, N] @ [N, M_START] -> [M, M_START]
+            C, tl.trans(B), C_rows, inside[:, None], B_ptr + tl.trans(before64) * B_stride_t, 1, was[None, :],
+            dstate, BLOCK_N, PRECISION,
+        )  # fmt: skip
         if run_ptr is not None:
             CB_before = tl.where(own[:, None] == run[None, :], CB_before, 0.0)
         x_before = x_ptr + before64 * x_stride_t + p[None, :]
 
     for head in range(HEADS):
-        state = tl.load(
-            entering_ptr + head * dstate * headdim + n[:, None] * headdim + p[None, :],
-            (n < dstate)[:, None] & in_p,
-            other=0.0,
-        )  # [N, P]
+        entering = entering_ptr + head * dstate * headdim + p[None, :]  # [1, P]
+        state = tl.load(entering + n[:, None] * headdim, (n < dstate)[:, None] & in_p, other=0.0)  # [N, P]
         x = tl.load(x_own + head * x_stride_h, seen[:, None] & in_p, other=0.0)  # [M, P]
         a = tl.load(ab_ptr + head * 2 * Q + M_START + i)
         b = tl.load(ab_ptr + head * 2 * Q + Q + M_START + i)
 
-        y = dot_over_states(C, state, PRECISION)  # [M, N] @ [N, P] -> [M, P]
+        y = dot_over_states(  # [M, N] @ [N, P] -> [M, P]
+            C, state, C_rows, inside[:, None], entering, headdim, in_p, dstate, BLOCK_N, PRECISION
+        )
         if M_START > 0:
             anchor = tl.load(ab_ptr + head * 2 * Q + M_START - 1)
             reach = decay_of(anchor, dtype)
