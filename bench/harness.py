@@ -8,7 +8,7 @@ import importlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,10 @@ def run(
     families: Sequence[str],
     json_path: str | Path | None = None,
     device: str | torch.device | None = None,
-    only: str | None = None,
+    only: Collection[str] | None = None,
     console: Console | None = None,
 ) -> list[Row]:
-    """Measure every case of `families`, or those with `only` in their name, and print a table.
+    """Measure every case of `families`, or those whose name is in `only`, and print a table.
 
     With `json_path` the rows are merged into that file: it holds the newest row for each (op, case, dtype, impl).
 
@@ -61,7 +61,7 @@ def run(
     for family in families:
         cases = importlib.import_module(f"{__package__}.{family}").cases(on_gpu=device.type == "cuda")
         for case in cases:
-            if only is not None and only not in case.name:
+            if only is not None and case.name not in only:
                 continue
             with console.status(f"{case.op} {case.name}"):
                 rows += measure_case(family, case, device, report)

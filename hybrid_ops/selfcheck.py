@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -321,24 +321,36 @@ def rows(device: str | None = None) -> Iterator[Row]:
 
 
 def _interpreter_rows(names: tuple[str, ...]) -> Iterator[Row]:
-    where = "interpreter"
     if (reason := interpreter_missing()) is not None:
-        yield Row("every op", "triton", where, {}, [], skipped=reason)
+        yield Row("every op", "triton", "interpreter", {}, [], skipped=reason)
         return
-    command = [sys.executable, "-m", "hybrid_ops.selfcheck", *names]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    seen = 0
-    with tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+    yield from _rows_of_process(names, "interpreter", {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+
+
+def in_background(device: str) -> Iterator[Row]:
+    """`rows(device)`, worked out by a process of its own that is started now."""
+    return _rows_of_process((f"--device={device}",), device, {})
+
+
+def _rows_of_process(arguments: Sequence[str], where: str, environment: dict[str, str]) -> Iterator[Row]:
+    """The rows that `python -m hybrid_ops.selfcheck` prints, and one more if it did not come to its end."""
+    command = [sys.executable, "-m", "hybrid_ops.selfcheck", *arguments]
+    errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed by who reads the rows
+    process = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+
+    def read() -> Iterator[Row]:
+        with errors, process:
             assert process.stdout is not None
             for line in process.stdout:
-                seen += 1
                 yield Row(**json.loads(line))
-        errors.seek(0)
-        error = errors.read().strip()
-    if process.returncode or seen != len(names):
-        last = error.splitlines()[-1] if error else f"exit status {process.returncode}"
-        yield Row("every op", "triton", where, {}, [f"{' '.join(command[1:3])} ended early: {last}"])
+            if process.wait() == 0:
+                return
+            errors.seek(0)
+            error = errors.read().strip()
+            last = error.splitlines()[-1] if error else f"exit status {process.returncode}"
+            yield Row("every op", "triton", where, {}, [f"{' '.join(command[1:3])} ended early: {last}"])
+
+    return read()
 
 
 def interpreter_missing() -> str | None:
@@ -385,10 +397,13 @@ def _by_reason(rows: Iterable[Row]) -> dict[str, list[str]]:
     return reasons
 
 
-def _main() -> None:
-    for op in sys.argv[1:]:
-        print(json.dumps(dataclasses.asdict(check(op, "triton", "cpu", INTERPRETER_DTYPES))), flush=True)
+def _main(arguments: Sequence[str]) -> None:
+    """The rows as lines of JSON: of the ops named in Triton's interpreter, or with --device=.. all of a device."""
+    device = arguments[0].removeprefix("--device=") if arguments[0].startswith("--device=") else None
+    found = rows(device) if device else (check(op, "triton", "cpu", INTERPRETER_DTYPES) for op in arguments)
+    for row in found:
+        print(json.dumps(dataclasses.asdict(row)), flush=True)
 
 
 if __name__ == "__main__":
-    _main()
+    _main(sys.argv[1:])

@@ -190,7 +190,7 @@ def test_a_peer_gets_the_same_problem(monkeypatch):
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path):
     path = tmp_path / "figures.json"
-    rows = harness.run(["conv1d", "ssd"], json_path=path, only="super-b1")
+    rows = harness.run(["conv1d", "ssd"], json_path=path, only=("super-b1",))
     assert rows
     assert all(0 < row["gpu_us_p10"] <= row["gpu_us"] <= row["gpu_us_p90"] for row in rows)
     assert all(row["floor_us"] > 0 and row["host_us"] > 0 and row["gpu_us_warm"] > 0 for row in rows)

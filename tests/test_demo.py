@@ -142,6 +142,28 @@ def test_proofs_hold_and_can_fail(model, corpus, monkeypatch):
     assert not prove.against_reference(model, sample).holds
 
 
+def test_loads(model, corpus):
+    """Four experts for each byte, in the backbone's two mixtures of 16."""
+    sample = corpus.held_out[:100]
+    loads = prove.loads(model, sample)
+    assert [load.shape for load in loads] == [(16,), (16,)]
+    assert all(load.sum() == pytest.approx(4) for load in loads)
+
+
+def test_drafting(model, corpus, monkeypatch):
+    """The same bytes with drafts and without; and other bytes are found out."""
+    sizes = dict(drafts=2, prompts=3, length=12)
+    result = prove.drafting(model, corpus.held_out, **sizes)
+    assert result.proof.holds
+    assert len(result.acceptance) == 2
+    assert 1 <= result.per_pass <= 3
+    greedy = model.generate
+    monkeypatch.setattr(model, "generate", lambda *args, **kwargs: (greedy(*args, **kwargs) + 1) % 256)
+    other = prove.drafting(model, corpus.held_out, **sizes)
+    assert not other.proof.holds
+    assert "0 of 3 texts" in other.proof.detail
+
+
 def test_watch(model):
     memory = prove.watch(model, b"one head of eight")
     assert memory.states.shape == (17, 32, 32)
@@ -159,7 +181,9 @@ def finished(**changes):
     results.ngram = (5, 1.75)
     results.samples = [(0, b"\x00<b>"), (2, b"en")]
     results.written = b"at"
+    results.loads = [np.array([0.5, 1.5])]
     results.speeds = [prove.Speed(100, 50.0, 10, 20, 80)]
+    results.drafting = prove.Drafting([0.75, 0.5], 2.25, prove.Proof("drafts", 0.0, True))
     results.proofs = [prove.Proof("claim", 1e-6, True)]
     results.memory = prove.Memory(b"ab", 5, 1, np.stack([np.eye(3), -np.eye(3)]))
     results.ops = [selfcheck.Row("rms_norm", "torch", "cpu", {"float32": math.inf}, ["wrong"])]
@@ -182,6 +206,8 @@ def test_page_needs_nothing_else():
     assert data["rivals"] == {"5-gram": 1.75, "zlib": 2.0}
     assert data["bits"] == 1.5
     assert data["surprise"] == [15] * 10
+    assert data["loads"] == [[0.5, 1.5]]
+    assert data["acceptance"] == [0.75, 0.5]
     assert data["ops"][0]["ratio"] == {"float32": None}
     assert data["ops"][0]["passed"] is False
 
@@ -210,7 +236,7 @@ def test_demo_runs_and_fails_after_three_steps(tmp_path, monkeypatch, capsys, co
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(selfcheck, "interpreter_missing", lambda: "not in this test")
     monkeypatch.setattr(run, "POSITIONS", (10, 100))
-    for size in ("SAMPLE_BYTES", "WRITTEN_BYTES", "TIMED_BYTES", "WATCHED_BYTES"):
+    for size in ("SAMPLE_BYTES", "WRITTEN_BYTES", "TIMED_BYTES", "WATCHED_BYTES", "DRAFTED_BYTES", "LOAD_BYTES"):
         monkeypatch.setattr(run, size, 16)
     monkeypatch.setattr(run, "PROVED_BYTES", 60)
     page, svg = tmp_path / "demo.html", tmp_path / "demo.svg"

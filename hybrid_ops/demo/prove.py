@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models import HybridCache, NemotronHForCausalLM
+from ..models import HybridCache, NemotronHForCausalLM, speculate
 from ..reference import model as reference
-from .train import as_ids
+from .train import as_ids, moe_layers
 
 # Logits lie within +-30 or so: float32 through seven layers is off by 1e-5, a wrong operator by 1 or more.
 LOGIT_TOLERANCE = 2e-4
@@ -91,6 +91,53 @@ def ways_of_reading(model: NemotronHForCausalLM, text: bytes) -> list[Proof]:
         difference = float((logits - at_once).abs().max())
         proofs.append(Proof(claim, difference, difference <= LOGIT_TOLERANCE, f"{len(way)} calls"))
     return proofs
+
+
+def loads(model: NemotronHForCausalLM, text: bytes) -> list[np.ndarray]:
+    """For each mixture of experts of the backbone, the share of the text's bytes that each expert was chosen for."""
+    layers = [layer for name, layer in model.named_modules() if layer in moe_layers(model) and "mtp" not in name]
+    for layer in layers:
+        layer.load.zero_()
+    model(as_ids(text, model.device)[None])  # gradients are recorded, so the layers count
+    return [layer.load.cpu().numpy() / len(text) for layer in layers]
+
+
+class Drafting(NamedTuple):
+    """Writing with drafts of the multi-token prediction head: how often each was right, and what that brought."""
+
+    acceptance: list[float]  # by position behind the newest byte
+    per_pass: float  # bytes that a pass of the backbone settles, on average
+    proof: Proof
+
+
+@torch.no_grad()
+def drafting(model: NemotronHForCausalLM, text: bytes, *, drafts: int, prompts: int, length: int) -> Drafting:
+    """Continue pieces of the text, `length` bytes each, with drafts and without: the same bytes, in fewer passes.
+
+    Where two bytes are equally likely the texts may part, for several bytes at once are summed in another order; then
+    the difference is that of their logits.
+    """
+    ids = as_ids(text, model.device)
+    starts = torch.linspace(0, len(text) - length, prompts).long().to(ids.device)
+    ids = ids[starts[:, None] + torch.arange(length, device=ids.device)]
+    result = speculate(model, ids, length, num_draft_tokens=drafts)
+    greedy = model.generate(ids, length)
+    difference, parted = 0.0, 0
+    for prompt, mine, other in zip(ids, result.tokens, greedy, strict=True):
+        apart = (mine != other).nonzero()
+        if len(apart):
+            at = int(apart[0])
+            logits = model(torch.cat([prompt, other[:at]])[None], last_only=True)[0, -1]
+            difference = max(difference, float((logits[mine[at]] - logits[other[at]]).abs()))
+            parted += 1
+    passes = result.drafted[0] / prompts
+    proof = Proof(
+        f"written with {drafts} drafts a pass = byte by byte",
+        difference,
+        difference <= LOGIT_TOLERANCE,
+        f"{prompts - parted} of {prompts} texts of {length} bytes are the same",
+    )
+    return Drafting(result.acceptance, (length - 1) / passes, proof)
 
 
 class Memory(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..selfcheck import Row
-from .prove import Memory, Proof, Speed
+from .prove import Drafting, Memory, Proof, Speed
 from .text import Compressed, Corpus
 from .train import Recipe, bits
 
@@ -32,7 +32,9 @@ class Results:
     compressors: dict[str, Compressed] = field(default_factory=dict)
     ngram: tuple[int, float] = (0, math.nan)  # (n, bits)
     written: bytes = b""
+    loads: list[np.ndarray] = field(default_factory=list)  # of each mixture of experts, by expert
     speeds: list[Speed] = field(default_factory=list)
+    drafting: Drafting | None = None
     proofs: list[Proof] = field(default_factory=list)
     memory: Memory | None = None
     ops: list[Row] = field(default_factory=list)
@@ -85,7 +87,10 @@ def _data(results: Results) -> dict[str, Any]:
         "heldOut": printable(corpus.held_out),
         "surprise": [round(10 * float(value)) for value in results.surprise],  # tenths of a bit
         "written": printable(results.written),
+        "loads": [[round(float(share), 4) for share in layer] for layer in results.loads],
         "speeds": [speed._asdict() for speed in results.speeds],
+        "acceptance": [] if results.drafting is None else [round(a, 4) for a in results.drafting.acceptance],
+        "perPass": 0 if results.drafting is None else round(results.drafting.per_pass, 2),
         "proofs": [proof._asdict() for proof in results.proofs],
         "memory": None if results.memory is None else _memory(results.memory),
         "ops": [

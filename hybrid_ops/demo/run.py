@@ -10,8 +10,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-import hybrid_ops
-
 from .. import info, selfcheck
 from ..models import NemotronHForCausalLM
 from . import prove, report
@@ -21,9 +19,15 @@ from .train import Recipe, bits, new_model, surprise, train
 
 LIMIT = 2.2  # bits per unseen byte; above it the run has failed
 PROMPT = b"When a function is called, "
-SAMPLES_AT = (0, 50, 150, 500)
+SAMPLES_AT = (0, 50, 150)  # steps; and at the end
 POSITIONS = (100, 4000)
+DRAFTS, DRAFTED_TEXTS, DRAFTED_BYTES = 3, 8, 64
 SAMPLE_BYTES, WRITTEN_BYTES, TIMED_BYTES, PROVED_BYTES, WATCHED_BYTES = 180, 300, 64, 128, 256
+
+
+LOAD_BYTES = 2048
+BARS = "▁▂▃▄▅▆▇█"
+BENCHED = ("super-L8192-b1", "super-L8192-b1-gated")
 
 
 def run(console: Console, *, steps: int | None = None, html: Path = Path("demo.html"), use_gpu: bool = True) -> int:
@@ -38,11 +42,11 @@ def run(console: Console, *, steps: int | None = None, html: Path = Path("demo.h
     results = Results(_machine(device), recipe, corpus, PROMPT, pattern, parameters)
     _introduce(console, results)
 
-    if device.type == "cuda":
-        with console.status("compiling Triton kernels for this GPU"):
-            hybrid_ops.warmup(model)
+    # with a GPU there are cores to spare: the operators are checked, and compiled, beside the training
+    checking = selfcheck.in_background(device.type) if device.type == "cuda" else None
     _heading(console, "1", "Training")
     _train(console, model, results)
+    _print_loads(console, model, results)
 
     _heading(console, "2", "Bits for each byte of the text that it has not seen")
     with console.status("measuring"):
@@ -57,11 +61,13 @@ def run(console: Console, *, steps: int | None = None, html: Path = Path("demo.h
     _heading(console, "4", "Is it right?")
     sample = corpus.held_out[:PROVED_BYTES]
     with console.status("asking NumPy"):
+        assert results.drafting is not None
         results.proofs = [prove.against_reference(model, sample), *prove.ways_of_reading(model, sample)]
+        results.proofs.append(results.drafting.proof)
         results.memory = prove.watch(model, corpus.held_out[:WATCHED_BYTES])
     _print_proofs(console, results)
     with console.status("checking every operator against NumPy") as status:
-        for row in selfcheck.rows(device.type):
+        for row in selfcheck.rows(device.type) if checking is None else checking:
             results.ops.append(row)
             status.update(f"checking {row.op}, {row.impl}")
     selfcheck.show(console, results.ops)
@@ -95,11 +101,12 @@ def _machine(device: torch.device) -> str:
 
 def _introduce(console: Console, results: Results) -> None:
     recipe, corpus = results.recipe, results.corpus
-    letters = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
+    letters = {"M": "Mamba-2", "*": "attention", "-": "MLP", "E": "LatentMoE"}
     layers = ", ".join(letters[letter] for letter in results.pattern)
     console.print(
         f"[bold]hybrid-ops demo[/] on {escape(results.machine)}\n\n"
-        f"A hybrid model of {results.parameters / 1e6:.2f} million parameters ({layers})\n"
+        f"A hybrid model of {results.parameters / 1e6:.2f} million parameters ({layers};\n"
+        "and a head that guesses the byte after the next)\n"
         f"learns from Python's own help texts: {len(corpus.train) / 1e3:.0f} kB, byte by byte, in "
         f"{recipe.steps} steps of {recipe.batch} x {recipe.length} bytes.\n"
         f"{len(corpus.held_out_topics)} topics ({len(corpus.held_out) / 1e3:.0f} kB) are kept from it; "
@@ -138,6 +145,19 @@ def _train(console: Console, model: NemotronHForCausalLM, results: Results) -> N
         f"{results.training_seconds:.0f} s",
         highlight=False,
     )
+
+
+def _print_loads(console: Console, model: NemotronHForCausalLM, results: Results) -> None:
+    """A bar for each expert."""
+    results.loads = prove.loads(model, results.corpus.held_out[:LOAD_BYTES])
+    console.print("\nhow often each expert is chosen for a byte of text that it has not seen", highlight=False)
+    layers = [index for index, letter in enumerate(results.pattern) if letter == "E"]
+    for layer, load in zip(layers, results.loads, strict=True):
+        bars = "".join(BARS[round(share / load.max() * (len(BARS) - 1))] for share in load)
+        console.print(
+            f"layer {layer}  [cyan]{bars}[/]  {load.min():.0%} to {load.max():.0%}, evenly {load.mean():.0%}",
+            highlight=False,
+        )
 
 
 def _sample(console: Console, model: NemotronHForCausalLM, results: Results, step: int) -> None:
@@ -183,6 +203,16 @@ def _write(console: Console, model: NemotronHForCausalLM, results: Results) -> N
         memory = (speed.fixed, speed.keys_values, speed.all_attention)
         table.add_row(str(speed.position), f"{speed.per_second:.0f}", *(f"{size / 1e3:,.0f} kB" for size in memory))
     console.print(table)
+    with console.status("drafting"):
+        results.drafting = prove.drafting(
+            model, results.corpus.held_out, drafts=DRAFTS, prompts=DRAFTED_TEXTS, length=DRAFTED_BYTES
+        )
+    console.print(f"\nwith drafts of the next {DRAFTS} bytes, kept as far as they are what it would have written:")
+    for position, accepted in enumerate(results.drafting.acceptance, start=1):
+        console.print(
+            f"draft {position}  {accepted:4.0%} right  [cyan]{'█' * round(36 * accepted)}[/]", highlight=False
+        )
+    console.print(f"{results.drafting.per_pass:.1f} bytes a pass", highlight=False)
 
 
 def _print_proofs(console: Console, results: Results) -> None:
@@ -200,7 +230,7 @@ def _bench(console: Console, results: Results) -> bool:
     from ..bench import harness
 
     try:
-        results.bench = harness.run(["ssd", "conv1d", "norm"], only="super-L8192-b1", console=console)
+        results.bench = harness.run(["ssd", "conv1d", "norm"], only=BENCHED, console=console)
     except RuntimeError as error:
         console.print(str(error), style="red", markup=False)
         return False
