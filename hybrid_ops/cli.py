@@ -13,7 +13,7 @@ from rich.console import Console
 from ._version import __version__
 
 _DESCRIPTION = """\
-Fused operators for hybrid Mamba-2 / Transformer models, on this machine.
+Fused operators for hybrid Mamba-2 / Transformer / MoE models, on this machine.
 
   hybrid-ops info     what is here, what is missing, and which implementation each operator uses
   hybrid-ops check    is every operator right on this machine? (seconds; exit status 1 if one is not)
@@ -30,7 +30,7 @@ the dtype. 0.5 is as good as rounding allows, up to 1 is right, above 1 is wrong
 """
 
 _DEMO = """\
-Train a hybrid Mamba-2 / attention model of 0.74 million parameters, byte by byte, on the help texts that come with
+Train a hybrid Mamba-2 / attention / LatentMoE model of 1.17 million parameters, byte by byte, on the help texts of
 Python; hold out some of them; say how many bits it needs per unseen byte, beside zlib, xz, bz2 and an n-gram.
 Then let it write, prove it against the NumPy reference, check every operator, and draw demo.html, which opens in a
 browser. Nothing is downloaded. The seed is fixed. Exit status 1 if it learnt too little or anything is wrong.
@@ -81,13 +81,15 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", metavar="FILE", type=Path, help="write the rows as JSON")
 
     demo = add("demo", _demo, "train a small hybrid model, let it write, prove it, draw a picture", _DEMO)
-    demo.add_argument("--steps", type=int, metavar="N", help="training steps (500); fewer prove less and learn less")
+    demo.add_argument("--steps", type=int, metavar="N", help="training steps (420); fewer prove less and learn less")
     demo.add_argument("--html", metavar="FILE", type=Path, default=Path("demo.html"), help="the picture (demo.html)")
     demo.add_argument("--svg", metavar="FILE", type=Path, help="also write what was printed as an SVG")
     demo.add_argument("--cpu", action="store_true", help="do not use the GPU")
 
     bench = add("bench", _bench, "measure operator families on the GPU", _BENCH)
-    bench.add_argument("families", nargs="+", metavar="FAMILY", help="conv1d, ssd, norm, ...")
+    bench.add_argument(
+        "families", nargs="+", metavar="FAMILY", help="conv1d, ssd, norm, moe_router, grouped_gemm, moe, quant"
+    )
     bench.add_argument("--json", metavar="FILE", type=Path, help="write the rows, machine and ceilings as JSON")
     return parser
 

@@ -106,6 +106,17 @@ def load_b(pointers, k, k_left, n_mask, EVEN_K: tl.constexpr, MASK_N: tl.constex
         return tl.load(pointers, k[:, None] < k_left, other=0.0)
 
 
+@triton.jit
+def add_product(total, a, b, PRECISION: tl.constexpr):
+    """total + a @ b. In float32 ("ieee") the terms of one tile are summed apart from the others: hundreds of terms one
+    after the other lose too much. The bound on imprecise sums keeps the compiler from making `total` the accumulator.
+    """
+    if PRECISION == "ieee":
+        return total + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=a.shape[1])
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
+
+
 # these change from call to call: one kernel for all values
 @triton.jit(do_not_specialize=["rows", "rows_of_a"])
 def grouped_gemm_kernel(
@@ -173,10 +184,10 @@ def grouped_gemm_kernel(
             else:
                 a = tl.load(a_pointers, k[None, :] < K - k_start, other=0.0)
             b = load_b(b_pointers, k, K - k_start, n < N, EVEN_K, MASK_N)
-            h = tl.dot(a, b, h, input_precision=PRECISION)
+            h = add_product(h, a, b, PRECISION)
             if GATED:
                 b = load_b(b_pointers + b_second, k, K - k_start, n < N, EVEN_K, MASK_N)
-                up = tl.dot(a, b, up, input_precision=PRECISION)
+                up = add_product(up, a, b, PRECISION)
             a_pointers += a_step
             b_pointers += b_step
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grouped_gemm import precision
+from .grouped_gemm import add_product, precision
 from .launch import architecture, launch, on_device, rows
 
 BLOCK_D = 1024
@@ -140,7 +140,7 @@ def grouped_gemm_wgrad_kernel(
         dh = tl.load(dh_columns + row.to(tl.int64)[None, :] * dh_stride_m, dh_mask, other=0.0)  # [N, R]
         a_mask = inside[:, None] & (k < K)[None, :]
         a = tl.load(a_columns + a_row.to(tl.int64)[:, None] * a_stride_m, a_mask, other=0.0)  # [R, K]
-        total = tl.dot(dh, a, total, input_precision=PRECISION)
+        total = add_product(total, dh, a, PRECISION)
 
     pointers = db_ptr + (expert.to(tl.int64) * N + n[:, None]) * K + k[None, :]
     tl.store(pointers, total.to(db_ptr.dtype.element_ty), (n < N)[:, None] & (k < K)[None, :])

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .grouped_gemm import add_product
 from .launch import cdiv, launch, on_device, rows
 
 
@@ -136,7 +137,7 @@ def product(
             w = tl.load(weight_pointers, k[:, None] < K - k_start, other=0.0)
         if WIDEN:
             x, w = x.to(tl.float32), w.to(tl.float32)
-        total = tl.dot(x, w, total, input_precision=PRECISION)
+        total = add_product(total, x, w, PRECISION)
         x_pointers += x_step
         weight_pointers += weight_step
     return total

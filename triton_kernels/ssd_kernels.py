@@ -47,16 +47,17 @@ def power_of_two(value):
 def dot_over_states(
     a, b, a_ptr, a_mask, b_ptr, b_stride_n, b_mask, dstate: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """a [M, N] @ b [N, P]; in float32 from where they lie in memory, 64 terms at a time, and those sums in float64:
-    256 terms one after the other lose too much."""
+    """a [M, N] @ b [N, P]; in float32 from where they lie in memory, 64 terms at a time, and then those sums: 256 terms
+    one after the other lose too much. The bound on imprecise sums keeps `total` from becoming the accumulator.
+    """
     if a.dtype == tl.float32 and BLOCK_N > 64:
-        total = tl.zeros([a.shape[0], b.shape[1]], tl.float64)
+        total = tl.zeros([a.shape[0], b.shape[1]], tl.float32)
         for first in range(0, BLOCK_N, 64):
             n = first + tl.arange(0, 64)
             a_run = tl.load(a_ptr + n[None, :], a_mask & (n < dstate)[None, :], other=0.0)  # [M, 64]
             b_run = tl.load(b_ptr + n[:, None] * b_stride_n, b_mask & (n < dstate)[:, None], other=0.0)  # [64, P]
-            total += tl.dot(a_run, b_run, input_precision=PRECISION).to(tl.float64)
-        return total.to(tl.float32)
+            total += tl.dot(a_run, b_run, input_precision=PRECISION, max_num_imprecise_acc=64)
+        return total
     else:
         return tl.dot(a, b, input_precision=PRECISION)
 

@@ -20,7 +20,7 @@ class Recipe:
     The loss of the byte after the next, which the multi-token prediction head guesses, counts `draft_weight` times.
     """
 
-    steps: int = 320
+    steps: int = 420
     batch: int = 8
     length: int = 256
     peak: float = 4e-3
@@ -28,7 +28,7 @@ class Recipe:
     weight_decay: float = 0.1
     clip: float = 1.0
     draft_weight: float = 0.3
-    balance: float = 1e-2  # how far the bias of an expert moves in a step, towards even loads
+    balance: float = 1e-3  # how far the bias of an expert moves in a step, towards even loads
     seed: int = 0
 
     @property
