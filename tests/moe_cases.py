@@ -267,17 +267,25 @@ def layer_of(impl, device="cpu"):
 
 
 def layer_orders(case, tensors, options):
-    """The problem with x's features and the experts' inner ones in several orders, as `orders_of_k`."""
+    """The problem with x's features, the latent and the inner ones in several orders, as `orders_of_k`."""
     x, gate, up, down = tensors
     generator = torch.Generator().manual_seed(case["seed"])
     halves = up.shape[1] // down.shape[2]
     for _ in range(16):
-        k = torch.randperm(x.shape[1], generator=generator)
-        inner = torch.randperm(down.shape[2], generator=generator)
+        k, latent, inner = (
+            torch.randperm(size, generator=generator) for size in (x.shape[1], down.shape[1], down.shape[2])
+        )
         both = torch.cat([inner + i * len(inner) for i in range(halves)])
-        reading_x = {n: options[n][:, k] for n in ("fc1_weight", "shared_up_weight") if n in options}
-        up_read = up[:, both] if "fc1_weight" in options else up[:, both][:, :, k]
-        yield (x[:, k], gate[:, k], up_read, down[:, :, inner]), options | reading_x
+        reordered = dict(options)
+        if "fc1_weight" in options:
+            reordered["fc1_weight"] = options["fc1_weight"][latent][:, k]
+            reordered["fc2_weight"] = options["fc2_weight"][:, latent]
+        else:
+            latent = k  # the experts read x itself, and write what stays in its order
+        if "shared_up_weight" in options:
+            reordered["shared_up_weight"] = options["shared_up_weight"][:, k]
+        down_written = down[:, latent] if "fc1_weight" in options else down
+        yield (x[:, k], gate[:, k], up[:, both][:, :, latent], down_written[:, :, inner]), reordered
 
 
 def check_layer(case, run):
