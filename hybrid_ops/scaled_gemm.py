@@ -154,9 +154,9 @@ def _choose(
         return Choice(chosen, {}, reason)
     from .triton_kernels import scaled_gemm as kernels
 
-    arch = kernels.architecture(torch.empty(0, device=device)) if torch.cuda.is_available() else 90
+    cores = kernels.fp8_cores(torch.empty(0, device=device)) if torch.cuda.is_available() else True
     kinds = (a_kind, b_kind) if scaling is None else (scaling, b_kind if a_kind == "plain" else scaling)
-    operands = kernels.operand_dtype(*kinds, torch.bfloat16, out_dtype, arch)
+    operands = kernels.operand_dtype(*kinds, torch.bfloat16, out_dtype, cores)
     gated = activation == "silu_gated"
     c = kernels.config(rows, experts, n, operands, kernels.step_of_scales(*kinds), gated, batch_invariant)
     return Choice(chosen, c._asdict(), reason)

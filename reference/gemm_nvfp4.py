@@ -2,8 +2,8 @@
 
     y[m, n] = sum_k a[m, k] b[n, k] + bias[n]        b = E2M1 code * E4M3 block scale * tensor scale
 
-An NVFP4 matrix is (data, scale, tensor_scale, scale_layout), as `reference/quant_nvfp4.py` makes them; a may be that, an
-FP8 matrix of `reference/gemm_fp8.py`, or an array.
+An NVFP4 matrix is (data, scale, tensor_scale, scale_layout), as `reference/quant_nvfp4.py` makes them; a may be that,
+an FP8 matrix of `reference/gemm_fp8.py`, or an array.
 """
 
 import numpy as np

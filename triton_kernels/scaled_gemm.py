@@ -20,7 +20,7 @@ from .launch import architecture, cdiv, launch, next_power_of_2, num_sms, on_dev
 from .minifloat import decode, decode_e8m0
 from .quant_nvfp4 import swizzled
 
-__all__ = ["architecture", "config", "operand_dtype", "scaled_gemm", "step_of_scales"]
+__all__ = ["config", "fp8_cores", "operand_dtype", "scaled_gemm", "step_of_scales"]
 
 NVFP4 = ("linear", "128x4")
 INNER_TILES = {"1x128": (1, 128), "128x128": (128, 128), "mx": (1, 32)}  # rows and columns of what shares a scale
@@ -42,13 +42,18 @@ def step_of_scales(a_kind: str, b_kind: str) -> int:
     return min((INNER_TILES[kind][1] for kind in (a_kind, b_kind) if kind in INNER_TILES), default=0)
 
 
+def fp8_cores(tensor: Tensor) -> bool:
+    """Whether there are FP8 tensor cores; the interpreter's arithmetic with FP8 is wrong."""
+    return architecture(tensor) >= 89 and not triton.knobs.runtime.interpret
+
+
 def operand_dtype(
-    a_kind: str, b_kind: str, a_dtype: torch.dtype, out_dtype: torch.dtype, arch: int
+    a_kind: str, b_kind: str, a_dtype: torch.dtype, out_dtype: torch.dtype, fp8_cores: bool
 ) -> torch.dtype | None:
     """What the tensor cores multiply; None is FP8 as it is. Sums of FP8 products are no float32."""
     if a_kind == "plain":
         return a_dtype
-    native = arch >= 89 and out_dtype != torch.float32 and a_kind not in NVFP4 and b_kind not in NVFP4
+    native = fp8_cores and out_dtype != torch.float32 and a_kind not in NVFP4 and b_kind not in NVFP4
     return None if native else torch.float16
 
 
@@ -67,20 +72,20 @@ def config(
     mean = 128 if batch_invariant else rows / max(experts, 1)
     block_k = 128 if operands is None else 64
     if operands == torch.float32:
-        chosen = Config(32 if mean <= 32 else 64, 64, 32, 8, 4, 2, 2)
+        chosen = Config(32, 64, 32, 8, 4, 2, 2)  # on sm_100 Triton makes TF32 of 64 rows, whatever the precision
     elif mean <= 16:
         chosen = Config(16, 64, block_k, 8, 4, 3, 2)
     elif mean <= 64:
         chosen = Config(64, 64, block_k, 8, 4, 3, 2)
     else:
-        chosen = Config(128, 128, block_k, 8, 8, 3 if operands is None else 2, 1)
+        chosen = Config(128, 128 if operands is None and step == 0 and not gated else 64, block_k, 8, 8, 3, 1)
     if step == 32:
         chosen = chosen._replace(BLOCK_K=32)
     if mean <= 64:
         row_tiles = max(triton.cdiv(rows, chosen.BLOCK_M), min(experts, rows))
         while chosen.BLOCK_N > 32 and row_tiles * triton.cdiv(n, chosen.BLOCK_N) < FEW_TILES:
             chosen = chosen._replace(BLOCK_N=chosen.BLOCK_N // 2)
-    return chosen._replace(BLOCK_N=max(chosen.BLOCK_N // 2, 16)) if gated else chosen
+    return chosen._replace(BLOCK_N=chosen.BLOCK_N // 2) if gated else chosen
 
 
 @triton.jit
@@ -310,21 +315,21 @@ def scaled_gemm(
         return
     k = a.shape[1] * (2 if a_kind in NVFP4 else 1)
     gated, step = activation == "silu_gated", step_of_scales(a_kind, b_kind)
-    operands = operand_dtype(a_kind, b_kind, a.dtype, out.dtype, architecture(a))
+    operands = operand_dtype(a_kind, b_kind, a.dtype, out.dtype, fp8_cores(a))
     c = chosen or config(rows, experts, n, operands, step, gated, batch_invariant)
     a_data, a_constants = _side(a, a_inner, a_outer, a_kind, operands)
     b_data, b_constants = _side(b, b_inner, b_outer, b_kind, operands)
     tensors = (
         a_data,
-        a if a_inner is None else a_inner,
-        a if a_outer is None else a_outer,
+        out if a_inner is None else a_inner,
+        out if a_outer is None else a_outer,
         b_data,
-        b if b_inner is None else b_inner,
-        b if b_outer is None else b_outer,
-        a if offs is None else offs.contiguous(),
-        a if gather is None else gather.contiguous(),
-        a if bias is None else bias.contiguous(),
-        a if row_scale is None else row_scale.contiguous(),
+        out if b_inner is None else b_inner,
+        out if b_outer is None else b_outer,
+        out if offs is None else offs.contiguous(),
+        out if gather is None else gather.contiguous(),
+        out if bias is None else bias.contiguous(),
+        out if row_scale is None else row_scale.contiguous(),
         out,
     )
     scalars = (
@@ -352,7 +357,7 @@ def scaled_gemm(
         gated,
         k % c.BLOCK_K == 0,
         "ieee" if operands == torch.float32 else "tf32",
-        c.BLOCK_K if operands is None and fast_accum else 0,
+        None if operands is not None or fast_accum else 32,
         2 if offs is None else next_power_of_2(experts + 1),
         c.BLOCK_M,
         c.BLOCK_N,

@@ -58,7 +58,8 @@ def dequantized(data: Tensor, inner: Tensor | None, outer: Tensor | None, kind: 
         return data
     y = data.new_empty(data.shape, dtype=torch.float32)
     if kind in ("linear", "128x4"):
-        assert inner is not None and outer is not None
+        assert inner is not None
+        assert outer is not None
         y = data.new_empty(data.shape[0], 2 * data.shape[1], dtype=torch.float32)
         nvfp4_dequantize(data[None], inner[None], outer, y[None], kind)
         return y
