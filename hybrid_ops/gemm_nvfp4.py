@@ -101,7 +101,7 @@ def nvfp4_gemm(
     _device.check_impl(impl)
     left, dtype = _left(a, out_dtype)
     options = dict(batch_invariant=batch_invariant, out=out, impl=impl)
-    return dense_product(left, _right(b, 2), bias, dtype, **options)  # type: ignore[arg-type]
+    return dense_product(left, right_operand("b", b, 2), bias, dtype, **options)  # type: ignore[arg-type]
 
 
 def nvfp4_grouped_gemm(
@@ -144,7 +144,7 @@ def nvfp4_grouped_gemm(
     left, dtype = _left(a, out_dtype)
     return grouped_product(
         left,
-        _right(b, 3),
+        right_operand("b", b, 3),
         offs,
         dtype,
         gather=gather,
@@ -169,9 +169,10 @@ def _left(a: Tensor | Fp8Tensor | Nvfp4Tensor, out_dtype: torch.dtype | None) ->
     return Operand(a, None, None, "plain"), out_dtype or a.dtype
 
 
-def _right(b: Nvfp4Tensor | Nvfp4Packed, dims: int) -> Operand:
+def right_operand(name: str, b: Nvfp4Tensor | Nvfp4Packed, dims: int) -> Operand:
+    """Of a checked weight, packed or not."""
     if isinstance(b, Nvfp4Packed):
         b = Nvfp4Tensor(b.data, b.scale, b.tensor_scale, "linear")
     if not isinstance(b, Nvfp4Tensor):
-        raise TypeError(f"b must be an Nvfp4Tensor or an Nvfp4Packed, got {type(b).__name__}")
-    return nvfp4_operand("b", b, dims)
+        raise TypeError(f"{name} must be an Nvfp4Tensor or an Nvfp4Packed, got {type(b).__name__}")
+    return nvfp4_operand(name, b, dims)
