@@ -31,6 +31,7 @@ class Case:
     bytes: int  # that must move at least once
     flops: int  # of matrix products
     tokens: int = 0
+    rate: str = "bf16_tflops"  # the measured ceiling that flops are compared with
     budget_dtype: torch.dtype = torch.bfloat16  # of x
     in_place: tuple[str, ...] = ()
     impls: tuple[str, ...] = ("cuda", "triton")

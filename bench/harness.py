@@ -24,7 +24,7 @@ from . import machine, peers
 from .cases import Case, Tensors
 from .timing import Graph, host_us, wall_us
 
-FAMILIES = ("conv1d", "ssd", "norm", "moe_router", "grouped_gemm", "moe", "quant")
+FAMILIES = ("conv1d", "ssd", "norm", "moe_router", "grouped_gemm", "moe", "quant", "gemm")
 SAMPLE = 2**22  # elements of a large result that are compared with the expected one
 
 Row = dict[str, Any]
@@ -100,7 +100,7 @@ def measure_case(family: str, case: Case, device: torch.device, report: Mapping[
 
 def floor_us(case: Case, ceilings: Mapping[str, float | None]) -> float | None:
     """The larger of bytes over copy bandwidth and FLOPs over matrix rate."""
-    copy_tbs, tflops = ceilings["copy_tbs"], ceilings["bf16_tflops"]
+    copy_tbs, tflops = ceilings["copy_tbs"], ceilings[case.rate]
     if copy_tbs is None or tflops is None:
         return None
     return max(case.bytes / copy_tbs, case.flops / tflops) / 1e6

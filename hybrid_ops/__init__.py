@@ -4,6 +4,8 @@ from ._library import Choice, explain, ops
 from ._version import __version__ as __version__
 from .conv1d import causal_conv1d
 from .conv1d_update import causal_conv1d_update
+from .gemm_fp8 import fp8_gemm, fp8_grouped_gemm
+from .gemm_nvfp4 import Nvfp4Packed, nvfp4_gemm, nvfp4_grouped_gemm, nvfp4_prepack, nvfp4_unpack
 from .grouped_gemm import grouped_gemm
 from .models import warmup
 from .moe import latent_down_proj, latent_moe, latent_up_proj, moe_combine, moe_mlp
@@ -18,11 +20,14 @@ __all__ = [
     "Choice",
     "Fp8Tensor",
     "MoERouting",
+    "Nvfp4Packed",
     "Nvfp4Tensor",
     "causal_conv1d",
     "causal_conv1d_update",
     "explain",
     "fp8_dequantize",
+    "fp8_gemm",
+    "fp8_grouped_gemm",
     "fp8_quantize",
     "gated_rms_norm",
     "grouped_gemm",
@@ -34,7 +39,11 @@ __all__ = [
     "moe_router",
     "moe_sort",
     "nvfp4_dequantize",
+    "nvfp4_gemm",
+    "nvfp4_grouped_gemm",
+    "nvfp4_prepack",
     "nvfp4_quantize",
+    "nvfp4_unpack",
     "ops",
     "rms_norm",
     "ssd_chunk_scan",

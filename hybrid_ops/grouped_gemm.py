@@ -70,6 +70,28 @@ def grouped_gemm(
     _checks.tensor("a", a, (None, None))
     _checks.rank("b", b, (3,), "(E, N, K)")
     _checks.tensor("b", b, (None, None, a.shape[1]), dtype=a.dtype, device=a.device)
+    rows, n = check_rows(a, b, offs, gather, activation)
+    if row_scale is not None:
+        scale_dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+        _checks.tensor("row_scale", row_scale, (rows,), dtype=scale_dtype, device=a.device)
+    out_dtype = a.dtype if out_dtype is None else out_dtype
+    _checks.one_of("out_dtype", out_dtype, _checks.FLOATS)
+    needs_grad = _checks.needs_grad(a, b, row_scale)
+    if out is not None:
+        _checks.out(out, a.new_empty(1, dtype=out_dtype).expand(rows, n), needs_grad)
+    if needs_grad:
+        y, preact = _GroupedGemm.apply(
+            a, b, row_scale, offs, gather, activation, return_preact, out_dtype, batch_invariant, impl
+        )
+    else:
+        y = a.new_empty((rows, n), dtype=out_dtype) if out is None else out
+        preact = a.new_empty((rows, b.shape[1]), dtype=out_dtype) if return_preact else None
+        _grouped_gemm_fwd_op(a, b, offs, gather, row_scale, y, preact, activation, batch_invariant, impl)
+    return (y, preact) if return_preact else y
+
+
+def check_rows(a: Tensor, b: Tensor, offs: Tensor, gather: Tensor | None, activation: str | None) -> tuple[int, int]:
+    """Rows and columns of the result, from the shapes of a and b: (M, any), (E, N or 2 N, any)."""
     _checks.one_of("activation", activation, ACTIVATIONS)
     experts, width = b.shape[0], b.shape[1]
     if experts > MAX_EXPERTS:
@@ -81,24 +103,7 @@ def grouped_gemm(
     rows = a.shape[0] if gather is None else gather.shape[0]
     _check_offs(offs, experts, rows, a.device)
     _check_gather(gather, offs, a.shape[0])
-    if row_scale is not None:
-        scale_dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
-        _checks.tensor("row_scale", row_scale, (rows,), dtype=scale_dtype, device=a.device)
-    out_dtype = a.dtype if out_dtype is None else out_dtype
-    _checks.one_of("out_dtype", out_dtype, _checks.FLOATS)
-    needs_grad = _checks.needs_grad(a, b, row_scale)
-    n = width // 2 if activation == "silu_gated" else width
-    if out is not None:
-        _checks.out(out, a.new_empty(1, dtype=out_dtype).expand(rows, n), needs_grad)
-    if needs_grad:
-        y, preact = _GroupedGemm.apply(
-            a, b, row_scale, offs, gather, activation, return_preact, out_dtype, batch_invariant, impl
-        )
-    else:
-        y = a.new_empty((rows, n), dtype=out_dtype) if out is None else out
-        preact = a.new_empty((rows, width), dtype=out_dtype) if return_preact else None
-        _grouped_gemm_fwd_op(a, b, offs, gather, row_scale, y, preact, activation, batch_invariant, impl)
-    return (y, preact) if return_preact else y
+    return rows, width // 2 if activation == "silu_gated" else width
 
 
 def _check_offs(offs: Tensor, experts: int, rows: int, device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """Mixture-of-experts layers: `moe_combine`, LatentMoE's projections, and the layers `moe_mlp` and `latent_moe`."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from . import _checks, _device
 from ._library import Choice, define, explains
 from ._torch import moe as _torch_moe
 from ._torch.norm import compute_dtype
-from .grouped_gemm import ACTIVATIONS, grouped_gemm, index_sum_op
+from .expert_weights import ExpertWeight, check_expert_weight, expert_product
+from .grouped_gemm import ACTIVATIONS, index_sum_op
 from .moe_router import MoERouting, moe_router
 
 WEIGHTS = (torch.float32, torch.float64)
@@ -163,8 +164,8 @@ def latent_up_proj(
 
 def moe_mlp(
     x: Tensor,
-    up_weight: Tensor,
-    down_weight: Tensor,
+    up_weight: ExpertWeight,
+    down_weight: ExpertWeight,
     routing: MoERouting,
     *,
     activation: str | None = "relu2",
@@ -181,8 +182,9 @@ def moe_mlp(
 
     Args:
         x: (T, D), any strides.
-        up_weight: (E, I, D), with "silu_gated" (E, 2 I, D), in x's dtype.
-        down_weight: (E, D, I), in x's dtype.
+        up_weight: (E, I, D), with "silu_gated" (E, 2 I, D): a tensor in x's dtype, an Fp8Tensor, an Nvfp4Tensor or an
+            Nvfp4Packed.
+        down_weight: (E, D, I), in any of these formats.
         routing: of `moe_router` or `moe_sort`, over E experts.
         activation: None, "relu2" or "silu_gated", as in `grouped_gemm`.
         weight_on: "output": w multiplies what an expert returns, in the sum; "hidden": what goes into its second
@@ -196,7 +198,9 @@ def moe_mlp(
         (T, D), in x's dtype.
 
     Made of `grouped_gemm` and `moe_combine`: the dtypes, arithmetic and gradients are theirs. Differentiable in x, the
-    weights, the routing's weights and residual.
+    weights, the routing's weights and residual. With NVFP4 weights the products are `nvfp4_grouped_gemm`; with FP8
+    weights rows are quantised ("1x128" for scales of 1x128 and 128x128, "mx" for "mx", else "row") before each
+    `fp8_grouped_gemm`. Such products are not differentiable.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, name or index that is not the one expected.
@@ -239,8 +243,8 @@ def moe_mlp(
 def latent_moe(
     x: Tensor,
     gate_weight: Tensor,
-    up_weight: Tensor,
-    down_weight: Tensor,
+    up_weight: ExpertWeight,
+    down_weight: ExpertWeight,
     topk: int,
     *,
     fc1_weight: Tensor | None = None,
@@ -268,7 +272,7 @@ def latent_moe(
         x: (T, d), any strides.
         gate_weight: (E, d), the router's, any floating dtype.
         up_weight: (E, I, l), with "silu_gated" (E, 2 I, l); l is d without fc1.
-        down_weight: (E, l, I).
+        down_weight: (E, l, I). Both in any of the formats of `moe_mlp`.
         topk: how many experts each token goes to.
         fc1_weight: (l, d), and
         fc2_weight: (d, l): both or neither.
@@ -332,10 +336,12 @@ def latent_moe(
     return (out, routing) if return_routing else out
 
 
-def _expert(x: Tensor, up: Tensor, down: Tensor, offs: Tensor, options: dict[str, Any], **first: Any) -> Tensor:
+def _expert(
+    x: Tensor, up: ExpertWeight, down: ExpertWeight, offs: Tensor, options: dict[str, Any], **first: Any
+) -> Tensor:
     """down @ activation(up @ x), each row with the matrices of its expert."""
-    hidden = cast(Tensor, grouped_gemm(x, up, offs, **first, **options))
-    return cast(Tensor, grouped_gemm(hidden, down, offs, **options))
+    hidden = expert_product(x, up, offs, **first, **options)
+    return expert_product(hidden, down, offs, **options)
 
 
 def _check_projection(x_name: str, x: Tensor, name: str, weight: Tensor) -> None:
@@ -353,13 +359,13 @@ def _check_routing(routing: MoERouting, x: Tensor) -> None:
         raise ValueError(f"routing must be of the {x.shape[0]} tokens of x, got {tokens}")
 
 
-def _check_experts(x: Tensor, width: int, up: Tensor, down: Tensor, experts: int, activation: str | None) -> None:
+def _check_experts(
+    x: Tensor, width: int, up: ExpertWeight, down: ExpertWeight, experts: int, activation: str | None
+) -> None:
     """Experts for rows of `width` features, of x's dtype and device."""
     halves = 2 if activation == "silu_gated" else 1
-    _checks.rank("down_weight", down, (3,), "(E, D, I)")
-    _checks.tensor("down_weight", down, (experts, width, None), dtype=x.dtype, device=x.device)
-    _checks.rank("up_weight", up, (3,), "(E, I, D)")
-    _checks.tensor("up_weight", up, (experts, halves * down.shape[2], width), dtype=x.dtype, device=x.device)
+    inner = check_expert_weight("down_weight", down, (experts, width, None), "(E, D, I)", x)[2]
+    check_expert_weight("up_weight", up, (experts, halves * inner, width), "(E, I, D)", x)
 
 
 def _check_latent(x: Tensor, fc1: Tensor | None, fc2: Tensor | None) -> int:

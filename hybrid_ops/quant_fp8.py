@@ -110,14 +110,9 @@ def fp8_dequantize(q: Fp8Tensor, *, dtype: torch.dtype = torch.bfloat16, impl: s
     tensor([[  1.,   2., 448.]])
     """
     _device.check_impl(impl)
-    data, scale, scaling = q
-    _checks.one_of("scaling", scaling, SCALINGS)
     _checks.one_of("dtype", dtype, INPUTS)
-    check_matrix(data, "data", tuple(FP8))
-    *lead, M, K = data.shape
-    shape = tuple(lead) if scaling == "tensor" else (*lead, *scales_of(scaling, M, K))
-    kind = torch.uint8 if scaling == "mx" else torch.float32
-    _checks.tensor("scale", scale, shape, dtype=kind, device=data.device)
+    check_fp8(q)
+    data, scale, scaling = q
     y = data.new_empty(data.shape, dtype=dtype)
     tiles = scale.unsqueeze(-1).unsqueeze(-1) if scaling == "tensor" else scale
     _fp8_dequantize_op(flat(data.view(torch.uint8)), flat(tiles), flat(y), FP8[data.dtype], scaling, impl)
@@ -128,6 +123,17 @@ def check_matrix(x: Tensor, name: str = "x", dtypes: tuple[torch.dtype, ...] = I
     if isinstance(x, Tensor) and x.dim() < 2:
         raise ValueError(f"{name} must have shape (..., M, K), got {tuple(x.shape)}")
     _checks.tensor(name, x, (None,) * x.dim() if isinstance(x, Tensor) else (), dtype=dtypes)
+
+
+def check_fp8(q: Fp8Tensor, prefix: str = "") -> None:
+    """The parts of an Fp8Tensor fit each other; `prefix` names the argument, as "a."."""
+    data, scale, scaling = q
+    _checks.one_of(f"{prefix}scaling", scaling, SCALINGS)
+    check_matrix(data, f"{prefix}data", tuple(FP8))
+    *lead, M, K = data.shape
+    shape = tuple(lead) if scaling == "tensor" else (*lead, *scales_of(scaling, M, K))
+    kind = torch.uint8 if scaling == "mx" else torch.float32
+    _checks.tensor(f"{prefix}scale", scale, shape, dtype=kind, device=data.device)
 
 
 def check_scale(name: str, scale: Tensor, x: Tensor) -> None:

@@ -131,18 +131,12 @@ def nvfp4_dequantize(q: Nvfp4Tensor, *, dtype: torch.dtype = torch.bfloat16, imp
     tensor([3.])
     """
     _device.check_impl(impl)
-    data, scale, tensor_scale, scale_layout = q
-    _checks.one_of("scale_layout", scale_layout, LAYOUTS)
     _checks.one_of("dtype", dtype, INPUTS)
-    check_matrix(data, "data", (torch.uint8,))
+    check_nvfp4(q)
+    data, scale, tensor_scale, scale_layout = q
     *lead, M, half = data.shape
-    if half % (BLOCK // 2):
-        raise ValueError(f"data must have K / 2 divisible by 8 in its last dimension, got {tuple(data.shape)}")
-    shape = _scale_shape(M, half // 8, scale_layout)
-    _checks.tensor("scale", scale, (*lead, *shape), dtype=torch.float8_e4m3fn, device=data.device)
-    _checks.tensor("tensor_scale", tensor_scale, lead, dtype=torch.float32, device=data.device)
     y = data.new_empty(*lead, M, 2 * half, dtype=dtype)
-    scale = scale.view(torch.uint8).reshape(math.prod(lead), *shape)
+    scale = scale.view(torch.uint8).reshape(math.prod(lead), *scale.shape[len(lead) :])
     _nvfp4_dequantize_op(flat(data), scale, tensor_scale.reshape(-1), flat(y), scale_layout, impl)
     return y
 
@@ -180,6 +174,19 @@ def unswizzle_scales(scale: Tensor, M: int, S: int) -> Tensor:
     dtypes = (torch.float8_e4m3fn, torch.uint8)
     _checks.tensor("scale", scale, (*lead, *_scale_shape(M, S, "128x4")), dtype=dtypes)
     return _torch_quant.unswizzle_scales(scale, M, S)
+
+
+def check_nvfp4(q: Nvfp4Tensor, prefix: str = "") -> None:
+    """The parts of an Nvfp4Tensor fit each other; `prefix` names the argument, as "b."."""
+    data, scale, tensor_scale, scale_layout = q
+    _checks.one_of(f"{prefix}scale_layout", scale_layout, LAYOUTS)
+    check_matrix(data, f"{prefix}data", (torch.uint8,))
+    *lead, M, half = data.shape
+    if half % (BLOCK // 2):
+        raise ValueError(f"{prefix}data must have K / 2 divisible by 8 in its last dimension, got {tuple(data.shape)}")
+    shape = (*lead, *_scale_shape(M, half // 8, scale_layout))
+    _checks.tensor(f"{prefix}scale", scale, shape, dtype=torch.float8_e4m3fn, device=data.device)
+    _checks.tensor(f"{prefix}tensor_scale", tensor_scale, lead, dtype=torch.float32, device=data.device)
 
 
 def _scale_shape(M: int, S: int, scale_layout: str) -> tuple[int, ...]:

@@ -86,10 +86,36 @@ class Problem:
 
 
 def _moved(value: Any, device: str) -> Any:
-    """An option on the device, where it is the tensors of a routing."""
-    if not isinstance(value, hybrid_ops.MoERouting):
-        return value
-    return hybrid_ops.MoERouting._make(None if t is None else t.to(device) for t in value)
+    """An option on the device, where it is a tensor, or a named tuple of them: a routing, a quantised matrix."""
+    if hasattr(value, "_make"):
+        return value._make(_moved(part, device) for part in value)
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+@dataclass
+class ProductProblem(Problem):
+    """A product of quantised matrices, each as the op takes it and as the reference does.
+
+    Float32 results are sums of float16 or FP8 products on tensor cores: their budget is that of float16.
+    """
+
+    matrices: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    out_dtype: torch.dtype = torch.float32
+
+    def run(self, op: str, impl: str, device: str) -> dict[str, Tensor]:
+        matrices = {name: mine for name, (mine, _) in self.matrices.items()}
+        options = self.options | matrices | dict(out_dtype=self.out_dtype)
+        return Problem(self.module, self.tensors, self.axis, options).run(op, impl, device)
+
+    def reference(self, op: str, dtype: type) -> dict[str, np.ndarray]:
+        options = self.options | {name: theirs for name, (_, theirs) in self.matrices.items()}
+        return Problem(self.module, self.tensors, self.axis, options).reference(op, dtype)
+
+    def measure(self, op: str, got: dict[str, Tensor], dtype: torch.dtype) -> Iterator[Measure]:
+        ref, base = expected(op, dtype)
+        budget = torch.float16 if dtype == torch.float32 else dtype
+        for name, value in got.items():
+            yield measure(name, value, ref[name], base[name], budget, axis=self.axis[name])
 
 
 def _present(returned: Any) -> list[Any]:
@@ -106,12 +132,7 @@ class ByteProblem:
     expected: tuple[np.ndarray, ...]
 
     def run(self, op: str, impl: str, device: str) -> dict[str, Tensor]:
-        argument = self.argument
-        if isinstance(argument, Tensor):
-            argument = argument.to(device)
-        else:
-            argument = type(argument)(*(t.to(device) if isinstance(t, Tensor) else t for t in argument))  # type: ignore[arg-type]
-        returned = getattr(hybrid_ops, op)(argument, **self.options, impl=impl)
+        returned = getattr(hybrid_ops, op)(_moved(self.argument, device), **self.options, impl=impl)
         if isinstance(returned, Tensor):
             return {"y": returned}
         return {name: t for name, t in zip(returned._fields, returned, strict=True) if isinstance(t, Tensor)}
@@ -146,6 +167,38 @@ def byte_problems(x: Tensor) -> dict[str, ByteProblem]:
         "nvfp4_dequantize": ByteProblem(
             nvfp4_tensor, back, (quant_nvfp4.nvfp4_dequantize(*nvfp4, scale_layout="128x4"),)
         ),
+    }
+
+
+def product_problems(a: Tensor, b: Tensor, offs: Tensor, gather: Tensor) -> dict[str, ProductProblem]:
+    """Products of a (M, K) with b (E, N, K), quantised: dense with the first expert, grouped with all."""
+    from .reference import quant_fp8, quant_nvfp4
+
+    def fp8(x: Tensor, scaling: str) -> tuple[Any, Any]:
+        codes, scale = quant_fp8.fp8_quantize(x.float().numpy(), scaling)
+        data = torch.from_numpy(codes).view(torch.float8_e4m3fn)
+        return hybrid_ops.Fp8Tensor(data, torch.from_numpy(scale), scaling), (codes, scale, scaling, "e4m3")
+
+    def nvfp4(x: Tensor, scale_layout: str) -> tuple[Any, Any]:
+        parts = quant_nvfp4.nvfp4_quantize(x.float().numpy(), scale_layout=scale_layout)
+        data, scale, tensor_scale = (torch.from_numpy(np.array(part)) for part in parts)
+        q = hybrid_ops.Nvfp4Tensor(data, scale.view(torch.float8_e4m3fn), tensor_scale, scale_layout)
+        return q, (*parts, scale_layout)
+
+    def dense(module: str, mine: tuple[Any, Any], other: tuple[Any, Any]) -> ProductProblem:
+        matrices, tensors = dict(a=mine, b=other), dict(bias=b[0, :, 0].float())
+        return ProductProblem(module, tensors, dict(y=0), matrices=matrices, out_dtype=a.dtype)
+
+    def grouped(module: str, mine: tuple[Any, Any], other: tuple[Any, Any]) -> ProductProblem:
+        matrices, tensors = dict(a=mine, b=other), dict(offs=offs, gather=gather)
+        options = dict(activation="relu2")
+        return ProductProblem(module, tensors, dict(y=0), options, matrices=matrices, out_dtype=a.dtype)
+
+    return {
+        "fp8_gemm": dense("gemm_fp8", fp8(a, "1x128"), fp8(b[0], "128x128")),
+        "fp8_grouped_gemm": grouped("gemm_fp8", fp8(a, "row"), fp8(b, "tensor")),
+        "nvfp4_gemm": dense("gemm_nvfp4", (a, to_numpy(a)), nvfp4(b[0], "linear")),
+        "nvfp4_grouped_gemm": grouped("gemm_nvfp4", fp8(a, "mx"), nvfp4(b, "128x4")),
     }
 
 
@@ -272,6 +325,7 @@ def problems(dtype: torch.dtype) -> dict[str, Problem | ByteProblem]:
             store=dtype,
         ),
         **byte_problems(randn(2, 40, 192)),
+        **product_problems(randn(7, 144), randn(3, 64, 144, scale=0.2), ends, sources),
     }
 
 

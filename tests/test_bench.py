@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hybrid_ops.bench import conv1d, grouped_gemm, harness, moe, moe_router, norm, quant, ssd, timing
+from hybrid_ops.bench import conv1d, gemm, grouped_gemm, harness, moe, moe_router, norm, quant, ssd, timing
 from hybrid_ops.bench.cases import MODELS
 
 FAMILIES = {
@@ -19,6 +19,7 @@ FAMILIES = {
     "grouped_gemm": grouped_gemm,
     "moe": moe,
     "quant": quant,
+    "gemm": gemm,
 }
 ROW = {
     *("family", "op", "case", "dtype", "impl", "gpu_us", "gpu_us_p10", "gpu_us_p90", "gpu_us_warm", "host_us"),
@@ -133,8 +134,9 @@ def test_cases_have_unique_agreed_names():
     names = [(case.op, case.name, case.dtype) for case in gpu_cases()]
     assert len(set(names)) == len(names)
     sequences = r"(-L\d+)?-b\d+(-(strided|packed\d+|residual|gated))*"
-    tokens = r"-T\d+(-(up|down|tensor|row|1x128|128x128|mx|column|1x16|16x16|swizzled|hadamard|modelopt|4over6))*"
-    pattern = re.compile(rf"({'|'.join(MODELS)})({sequences}|{tokens})")
+    tokens = r"-T\d+(-(up|down|tensor|row|1x128|128x128|mx|column|1x16|16x16|swizzled|hadamard|modelopt|4over6|w4a16))*"
+    dense = r"\d+x\d+x\d+-(row|1x128|mx|w4a16|w4a8|w4a4)"
+    pattern = re.compile(rf"({'|'.join(MODELS)})({sequences}|{tokens})|{dense}")
     assert all(pattern.fullmatch(name) for _, name, _ in names)
 
 

@@ -71,6 +71,13 @@ def decode(code, target: tl.constexpr):
 
 
 @triton.jit
+def decode_e8m0(code):
+    """float32 of int32 codes: 2^(code - 127), of which the smallest is subnormal; 255 is NaN."""
+    bits = tl.where(code == 0, 0x00400000, tl.where(code == 255, 0x7FC00000, code << 23))
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def widen(v):
     """A float16, bfloat16 or float32 value as float32; the interpreter does not know bfloat16's subnormal numbers."""
     if v.dtype == tl.bfloat16:

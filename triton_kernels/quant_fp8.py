@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .amax import load_tile, matrix_amax, program_tile
 from .launch import on_device
-from .minifloat import FLOAT_MAX, INFINITY, amax_bits, cast, decode, encode
+from .minifloat import FLOAT_MAX, INFINITY, amax_bits, cast, decode, decode_e8m0, encode
 
 LARGEST = {"e4m3": 448.0, "e5m2": 57344.0}
 # rows and columns that share a scale; 0 is all there are
@@ -193,10 +193,8 @@ def fp8_dequantize_kernel(
     else:
         place = (row // TILE_M)[:, None] * scale_row_stride + (column // TILE_K)[None, :] * scale_column_stride
         scale = tl.load(scale_ptr + place, mask, other=0)
-    if E8M0:  # 2^-127 is subnormal, 255 is NaN
-        scale = scale.to(tl.int32)
-        bits = tl.where(scale == 0, 0x00400000, tl.where(scale == 255, 0x7FC00000, scale << 23))
-        scale = bits.to(tl.float32, bitcast=True)
+    if E8M0:
+        scale = decode_e8m0(scale.to(tl.int32))
     y = decode(code, TARGET) * scale
     tl.store(y_ptr + (e * M + row[:, None]) * K + column[None, :], cast(y, y_ptr.dtype.element_ty), mask)
 

@@ -4,6 +4,7 @@ A product for each expert that has rows: where they end is read on the host, whi
 """
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,15 @@ from .norm import compute_dtype
 INVARIANT_ROWS = 16  # rows of a product that is to have the same bits whatever comes with them
 
 
+class Experts(Protocol):
+    """A tensor (E, N, K), or whatever makes an expert's matrix when it is wanted."""
+
+    def __getitem__(self, e: int, /) -> Tensor: ...
+
+
 def grouped_gemm_fwd(
     a: Tensor,
-    b: Tensor,
+    b: Experts,
     offs: Tensor,
     gather: Tensor | None,
     row_scale: Tensor | None,
