@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = add("bench", _bench, "measure operator families on the GPU", _BENCH)
     bench.add_argument(
-        "families", nargs="+", metavar="FAMILY", help="conv1d, ssd, norm, moe_router, grouped_gemm, moe, quant"
+        "families", nargs="+", metavar="FAMILY", help="conv1d, ssd, norm, moe_router, grouped_gemm, moe, quant, gemm"
     )
     bench.add_argument("--json", metavar="FILE", type=Path, help="write the rows, machine and ceilings as JSON")
     return parser
