@@ -351,25 +351,24 @@ def test_compiles(sm, monkeypatch):
     from .triton_targets import check as check_fits
     from .triton_targets import compiling_for
 
-    def matrices(rows, a_kind, b_kind):
-        shapes = dict(a=(rows, 2688), b=(2, 1856, 2688))
-        kinds = dict(a=a_kind, b=b_kind)
-        quantised = {name: hybrid_ops.fp8_quantize(torch.zeros(shapes[name]), kinds[name]) for name in shapes}
-        return [fp8_operand(name, q, q.data.dim()) for name, q in quantised.items()]
+    def matrices(rows, a_kind, b_kind, a_dtype=torch.float8_e4m3fn):
+        a = hybrid_ops.fp8_quantize(torch.zeros(rows, 2688), a_kind, dtype=a_dtype)
+        b = hybrid_ops.fp8_quantize(torch.zeros(2, 1856, 2688), b_kind)
+        return fp8_operand("a", a, 2), fp8_operand("b", b, 3)
 
     with compiling_for(sm, monkeypatch) as compiled:
         for rows in (8, 64, 1024):  # each height of tiles
             launch(*matrices(rows, "row", "tensor"), rows, 1856, "relu2")
-        launch(*matrices(1024, "1x128", "128x128"), 1024, 1856, "relu2")
+        launch(*matrices(1024, "1x128", "128x128", torch.float8_e5m2), 1024, 1856, "relu2")
         large = compiled[2:]
         if sm in (90, 100):
             launch(*matrices(1024, "row", "row"), 1024, 928, "silu_gated")
             launch(*matrices(1024, "mx", "mx"), 1024, 1856)
             launch(*matrices(1024, "row", "row"), 1024, 1856, out_dtype=torch.float32)
     check_fits(compiled, sm)
-    cores = {80: r"mma\.sync.*f16\.f16", 90: r"wgmma.*e4m3\.e4m3", 100: r"tcgen05\.mma.*kind::f8f6f4"}
+    cores = {80: r"mma\.sync.*f16\.f16", 90: r"wgmma.*e[45]m[23]\.e4m3", 100: r"tcgen05\.mma.*kind::f8f6f4"}
     for kernel in large:  # FP8 as it is where the tensor cores take it, copied 16 bytes at a time
-        assert re.search(cores.get(sm, r"mma\.sync.*e4m3\.e4m3"), kernel.asm["ptx"])
+        assert re.search(cores.get(sm, r"mma\.sync.*e[45]m[23]\.e4m3"), kernel.asm["ptx"])
         assert "cp.async.cg.shared.global" in kernel.asm["ptx"]
 
 
@@ -402,8 +401,11 @@ def test_torch_compile(backend, compile_once):
 
 
 @pytest.mark.parametrize("op", ["fp8_gemm", "fp8_grouped_gemm"])
-def test_explain(op):
-    assert hybrid_ops.explain(op, device="cpu").impl == "torch"
+@pytest.mark.parametrize("impl", IMPLS)
+def test_explain(op, impl):
+    choice = hybrid_ops.explain(op, device="cpu", impl=impl, scaling="mx")
+    assert choice.impl == impl
+    assert choice.config.get("BLOCK_K") == (32 if impl == "triton" else None)
 
 
 def test_documentation():

@@ -61,6 +61,22 @@ def test_every_quantised_pair_interpreter(a_kind, b_kind):
     check(W4A8 | dict(a_kind=a_kind, b_kind=b_kind, out_dtype=torch.float32, K=144), implementation("triton"))
 
 
+TILES = [("plain", 16, 32, 16, 1), ("row", 32, 16, 32, 2), ("1x128", 64, 64, 64, 1), ("128x4", 128, 32, 128, 8)]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("a_kind", "blocks"), [(kind, blocks) for kind, *blocks in TILES])
+def test_every_shape_of_tiles(a_kind, blocks, monkeypatch):
+    """Heights that the sizes of these tests would not choose, and turns of one or two row tiles."""
+    from hybrid_ops.triton_kernels import scaled_gemm as kernels
+
+    chosen = kernels.Config(*blocks, num_warps=4, num_stages=1, programs_per_sm=1)
+    monkeypatch.setattr(kernels, "config", lambda *problem: chosen)
+    case = EXPERTS | dict(sizes=[0, 40, 1, 0, 33], K=144, gather=True, a_kind=a_kind, activation="silu_gated")
+    dtype = torch.float16 if a_kind == "plain" else torch.float8_e4m3fn
+    check(case | dict(a_dtype=dtype, out_dtype=torch.float16, b_kind="128x4"), implementation("triton"))
+
+
 BIG = dict(sizes=(0, 1, 7, 40, 300), widths=(24, 232, 320), depths=(16, 48, 256, 1040))
 
 
@@ -212,7 +228,7 @@ def test_beyond_2_to_the_31_elements():
     """The last expert of many, the last rows of a long a."""
     K, N, E = 4096, 512, 1024
     w = hybrid_ops.nvfp4_quantize(torch.randn(1, N, K, device="cuda"))
-    data = torch.zeros(2 * E, N, K // 2, dtype=torch.uint8, device="cuda")[::2]  # 2^31 bytes from the first to the last
+    data = torch.zeros(3 * E, N, K // 2, dtype=torch.uint8, device="cuda")[::3]  # 3 * 2^30 bytes from first to last
     data[-1] = w.data[0]
     scale = w.scale.view(torch.uint8).expand(E, -1, -1).view(torch.float8_e4m3fn)
     offs = torch.zeros(E, dtype=torch.int32, device="cuda")
@@ -364,7 +380,8 @@ def test_compiles(sm, monkeypatch):
 
     def launch(a, rows, layout="linear", activation="relu2", out_dtype=torch.bfloat16):
         n = 928 if activation == "silu_gated" else 1856
-        b = nvfp4_operand("b", hybrid_ops.nvfp4_quantize(torch.zeros(2, 1856, 2688), scale_layout=layout), 3)
+        scale = torch.empty(2, 1856, 168) if layout == "linear" else torch.empty(2, 1920 * 168)
+        b = Operand(torch.empty(2, 1856, 1344).byte(), scale.byte(), torch.empty(2, 1), layout)
         offs, gather = torch.zeros(2, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
         out = torch.empty(rows, n, dtype=out_dtype)
         kernels.scaled_gemm(*a, *b, offs, gather, None, None, out, activation, False, False)
@@ -417,8 +434,11 @@ OPS = ["nvfp4_gemm", "nvfp4_grouped_gemm"]
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_explain(op):
-    assert hybrid_ops.explain(op, device="cpu").impl == "torch"
+@pytest.mark.parametrize("impl", IMPLS)
+def test_explain(op, impl):
+    choice = hybrid_ops.explain(op, device="cpu", impl=impl, scaling="mx")
+    assert choice.impl == impl
+    assert choice.config.get("BLOCK_K") == (32 if impl == "triton" else None)
 
 
 def test_documentation():

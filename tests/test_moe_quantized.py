@@ -1,5 +1,7 @@
 """`moe_mlp` and `latent_moe` with experts in FP8 and NVFP4."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -31,8 +33,7 @@ def problem(dtype=torch.float32, **change):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("weight_on", ["output", "hidden"])
+@pytest.mark.parametrize(("form", "weight_on"), zip(FORMATS, itertools.cycle(["output", "hidden"]), strict=False))
 def test_is_made_of_products(impl, form, weight_on):
     """Bit for bit what the same ops return when they are called one after the other."""
     x, gate, up, down, _ = problem(torch.float16, activation="silu_gated")

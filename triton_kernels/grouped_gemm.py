@@ -57,11 +57,17 @@ def config(
         chosen = Config(128, 256, 64, 8, 8, 4, 1)
     else:  # of 256 columns some would be spilled
         chosen = Config(128, 128, 64, 8, 8, 4, 1)
-    if mean <= 64:  # weights are the traffic: narrower tiles where there are fewer than the machine has programs for
-        row_tiles = max(triton.cdiv(rows, chosen.BLOCK_M), min(experts, rows))
-        while chosen.BLOCK_N > 32 and row_tiles * triton.cdiv(n, chosen.BLOCK_N) < FEW_TILES:
-            chosen = chosen._replace(BLOCK_N=chosen.BLOCK_N // 2)
+    if mean <= 64:
+        chosen = narrowed(chosen, rows, experts, n)
     return chosen._replace(BLOCK_N=chosen.BLOCK_N // 2) if gated else chosen
+
+
+def narrowed(chosen: Config, rows: int, experts: int, n: int) -> Config:
+    """Where weights are the traffic: narrower tiles if there are fewer than the machine has programs for."""
+    row_tiles = max(triton.cdiv(rows, chosen.BLOCK_M), min(experts, rows))
+    while chosen.BLOCK_N > 32 and row_tiles * triton.cdiv(n, chosen.BLOCK_N) < FEW_TILES:
+        chosen = chosen._replace(BLOCK_N=chosen.BLOCK_N // 2)
+    return chosen
 
 
 @triton.jit

@@ -8,14 +8,13 @@ Letters: M rows, N columns, K inner size of a tile; R rows of a tile of either o
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grouped_gemm import FEW_TILES, expert_tiles, find_tile
+from .grouped_gemm import Config, expert_tiles, find_tile, narrowed
 from .launch import architecture, cdiv, launch, next_power_of_2, num_sms, on_device
 from .minifloat import decode, decode_e8m0
 from .quant_nvfp4 import swizzled
@@ -25,16 +24,6 @@ __all__ = ["config", "fp8_cores", "operand_dtype", "scaled_gemm", "step_of_scale
 NVFP4 = ("linear", "128x4")
 INNER_TILES = {"1x128": (1, 128), "128x128": (128, 128), "mx": (1, 32)}  # rows and columns of what shares a scale
 FP8_NAMES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
-
-
-class Config(NamedTuple):
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    GROUP_M: int
-    num_warps: int
-    num_stages: int
-    programs_per_sm: int
 
 
 def step_of_scales(a_kind: str, b_kind: str) -> int:
@@ -82,9 +71,7 @@ def config(
     if step == 32:
         chosen = chosen._replace(BLOCK_K=32)
     if mean <= 64:
-        row_tiles = max(triton.cdiv(rows, chosen.BLOCK_M), min(experts, rows))
-        while chosen.BLOCK_N > 32 and row_tiles * triton.cdiv(n, chosen.BLOCK_N) < FEW_TILES:
-            chosen = chosen._replace(BLOCK_N=chosen.BLOCK_N // 2)
+        chosen = narrowed(chosen, rows, experts, n)
     return chosen._replace(BLOCK_N=chosen.BLOCK_N // 2) if gated else chosen
 
 
@@ -319,7 +306,7 @@ def scaled_gemm(
     c = chosen or config(rows, experts, n, operands, step, gated, batch_invariant)
     a_data, a_constants = _side(a, a_inner, a_outer, a_kind, operands)
     b_data, b_constants = _side(b, b_inner, b_outer, b_kind, operands)
-    tensors = (
+    tensors = (  # out takes the place of what is not there
         a_data,
         out if a_inner is None else a_inner,
         out if a_outer is None else a_outer,
