@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", metavar="FILE", type=Path, help="write the rows as JSON")
 
     demo = add("demo", _demo, "train a small hybrid model, let it write, prove it, draw a picture", _DEMO)
-    demo.add_argument("--steps", type=int, metavar="N", help="training steps (420); fewer prove less and learn less")
+    demo.add_argument("--steps", type=int, metavar="N", help="training steps (380); fewer prove less and learn less")
     demo.add_argument("--html", metavar="FILE", type=Path, default=Path("demo.html"), help="the picture (demo.html)")
     demo.add_argument("--svg", metavar="FILE", type=Path, help="also write what was printed as an SVG")
     demo.add_argument("--cpu", action="store_true", help="do not use the GPU")

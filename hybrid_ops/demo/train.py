@@ -20,7 +20,7 @@ class Recipe:
     The loss of the byte after the next, which the multi-token prediction head guesses, counts `draft_weight` times.
     """
 
-    steps: int = 420
+    steps: int = 380
     batch: int = 8
     length: int = 256
     peak: float = 4e-3
