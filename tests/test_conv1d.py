@@ -48,21 +48,21 @@ def test_conv1d_pool_interpreter(case):
 
 
 @pytest.mark.gpu
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(case=cases(CPU_DTYPES, max_seqlen=150, dims=(1, 300)))
 def test_conv1d_gpu(case):
     check_conv1d(case, implementation("triton"), "cuda")
 
 
 @pytest.mark.gpu
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(case=cases(CPU_DTYPES, max_seqlen=150, dims=(1, 300)))
 def test_conv1d_pool_gpu(case):
     check_pool(case, implementation("triton"), "cuda")
 
 
 @pytest.mark.gpu
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(case=cases(CPU_DTYPES, dims=(1, 64), widths=(2, 4)))
 def test_conv1d_auto_gpu(case):
     """Whatever `auto` picks: dim a multiple of 8 is what the CUDA kernel takes."""
@@ -81,14 +81,14 @@ def for_cuda(case):
 
 
 @pytest.mark.gpu
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(case=cases(CPU_DTYPES, max_seqlen=150, dims=(1, 300), widths=(2, 4)))
 def test_conv1d_cuda_gpu(case):
     check_conv1d(for_cuda(case), implementation("cuda"), "cuda")
 
 
 @pytest.mark.gpu
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(case=cases(CPU_DTYPES, max_seqlen=150, dims=(1, 300), widths=(2, 4)))
 def test_conv1d_pool_cuda_gpu(case):
     check_pool(for_cuda(case), implementation("cuda"), "cuda")
@@ -182,7 +182,7 @@ def test_conv1d_backward(case):
 
 
 @pytest.mark.gpu
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(case=cases(CPU_DTYPES, max_seqlen=150, dims=(8, 300)))
 def test_conv1d_backward_gpu(case):
     check_backward(case, "cuda")

@@ -132,7 +132,7 @@ def test_update_interpreter(case):
 
 
 @pytest.mark.gpu
-@settings(max_examples=100)
+@settings(max_examples=33)
 @given(case=cases(CPU_DTYPES, dims=(1, 8, 24, 136, 520), max_batch=40))
 def test_update_gpu(case):
     check_update(case, "triton", "cuda")

@@ -31,7 +31,7 @@ def test_grouped_gemm_interpreter(case):
 
 
 @pytest.mark.gpu
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(
     case=grouped_cases(
         CPU_DTYPES, sizes=(0, 1, 7, 40, 300), widths=(24, 232, 320), depths=(1, 33, 64, 192), max_experts=9
@@ -55,7 +55,7 @@ def test_backward_interpreter(case):
 
 
 @pytest.mark.gpu
-@settings(max_examples=40)
+@settings(max_examples=13)
 @given(
     case=grouped_cases(
         CPU_DTYPES, sizes=(0, 1, 7, 40, 300), widths=(24, 232), depths=(33, 192), max_experts=9, enough=18

@@ -49,7 +49,7 @@ def test_combine_interpreter(case):
 
 
 @pytest.mark.gpu
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(case=combine_cases(CPU_DTYPES, tokens=(0, 1, 70), widths=(24, 1024, 2688)))
 def test_combine_gpu(case):
     check_combine(case, combine_of("triton", "cuda"))
@@ -99,7 +99,7 @@ def test_combine_backward_interpreter(case):
 
 
 @pytest.mark.gpu
-@settings(max_examples=40)
+@settings(max_examples=13)
 @given(case=combine_cases(CPU_DTYPES, tokens=(0, 1, 70), widths=(24, 1024, 2688)))
 def test_combine_backward_gpu(case):
     check_combine_backward(case, "triton", "cuda")
@@ -189,7 +189,7 @@ def test_projections_interpreter(case):
 
 
 @pytest.mark.gpu
-@settings(max_examples=40)
+@settings(max_examples=13)
 @given(case=projections(CPU_DTYPES, tokens=(0, 1, 9, 150), sizes=(24, 192, 300)))
 def test_projections_gpu(case):
     check_projections(case, "triton", "cuda")
@@ -211,7 +211,7 @@ def test_layer_interpreter(case):
 
 
 @pytest.mark.gpu
-@settings(max_examples=40)
+@settings(max_examples=13)
 @given(case=layer_cases(CPU_DTYPES, tokens=(0, 1, 33, 200), widths=(64, 200)))
 def test_layer_gpu(case):
     check_layer(case, layer_of("triton", "cuda"))

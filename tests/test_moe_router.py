@@ -84,14 +84,14 @@ GPU_SIZES = dict(max_tokens=70, hidden=(0, 1, 24, 70, 600, 1100), experts=(1, 2,
 
 
 @pytest.mark.gpu
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(case=cases(CPU_DTYPES, **GPU_SIZES))
 def test_router_gpu(case):
     check_router(case, "triton", "cuda")
 
 
 @pytest.mark.gpu
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(case=cases(CPU_DTYPES, **GPU_SIZES))
 def test_router_of_logits_gpu(case):
     check_router_of_logits(case, "triton", "cuda")
@@ -105,7 +105,7 @@ def test_router_torch_on_gpu(case):
 
 
 @pytest.mark.gpu
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(case=sort_cases(max_tokens=500, experts=(1, 3, 40, 200, 1024)))
 def test_sort_gpu(case):
     check_sort(case, "triton", "cuda")
@@ -264,7 +264,7 @@ def test_backward(case):
 
 
 @pytest.mark.gpu
-@settings(max_examples=40)
+@settings(max_examples=13)
 @given(case=cases(CPU_DTYPES, max_tokens=70, hidden=(24, 70, 600), experts=(12, 36, 130)))
 def test_backward_gpu(case):
     check_backward(case, "triton", "cuda")

@@ -105,14 +105,14 @@ def test_gated_rms_norm_interpreter(case, gate, norm_before_gate):
 
 
 @pytest.mark.gpu
-@settings(max_examples=40)
+@settings(max_examples=13)
 @given(case=cases(CPU_DTYPES, max_rows=300, max_group_size=1500), residual=st.booleans())
 def test_rms_norm_gpu(case, residual):
     check_rms_norm(case, residual, "triton", "cuda")
 
 
 @pytest.mark.gpu
-@settings(max_examples=40)
+@settings(max_examples=13)
 @given(case=cases(CPU_DTYPES, max_rows=300, max_group_size=1500), gate=st.booleans(), norm_before_gate=st.booleans())
 def test_gated_rms_norm_gpu(case, gate, norm_before_gate):
     check_gated_rms_norm(case, gate, norm_before_gate, "triton", "cuda")
@@ -145,7 +145,7 @@ def test_gated_rms_norm_backward(case, gate, norm_before_gate):
 
 
 @pytest.mark.gpu
-@settings(max_examples=40)
+@settings(max_examples=13)
 @given(
     case=cases(CPU_DTYPES, max_rows=300, min_group_size=8, max_group_size=1500),
     gate=st.booleans(),

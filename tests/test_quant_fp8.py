@@ -236,7 +236,7 @@ GPU_SHAPES = dict(max_rows=400, block=1, max_blocks=1500, leads=((), (2,), (0,),
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@settings(max_examples=100)
+@settings(max_examples=33)
 @given(case=cases(**GPU_SHAPES), **EXAMPLES)
 def test_bytes_gpu(impl, case, scaling, dtype, pow2, orientation):
     check(case, scaling, dtype, pow2, orientation, impl, "cuda")
@@ -244,7 +244,7 @@ def test_bytes_gpu(impl, case, scaling, dtype, pow2, orientation):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@settings(max_examples=40)
+@settings(max_examples=13)
 @given(case=cases(**GPU_SHAPES), per_matrix=st.booleans())
 def test_given_scale_gpu(impl, case, per_matrix):
     check_given(case, per_matrix, impl, "cuda")

@@ -315,7 +315,7 @@ def test_given_tensor_scale_interpreter(case, options, per_matrix):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(case=cases(max_rows=300, max_blocks=60), options=options_of(OPTIONS))
 def test_bytes_gpu(impl, case, options):
     check(case, options, impl, "cuda")
@@ -323,7 +323,7 @@ def test_bytes_gpu(impl, case, options):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@settings(max_examples=40)
+@settings(max_examples=13)
 @given(case=cases(max_rows=300, max_blocks=60), options=options_of(OPTIONS), per_matrix=st.booleans())
 def test_given_tensor_scale_gpu(impl, case, options, per_matrix):
     check(case, options, impl, "cuda", tensor_scale=some_scale(case, per_matrix))

@@ -29,7 +29,7 @@ def test_update_interpreter(case):
 
 
 @pytest.mark.gpu
-@settings(max_examples=80)
+@settings(max_examples=26)
 @given(case=cases(CPU_DTYPES, headdims=(8, 64, 80), dstates=(16, 20, 96, 128, 256), max_batch=4, max_groups=3))
 def test_update_gpu(case):
     check_update(case, "triton", "cuda")

@@ -90,7 +90,9 @@ class Launch:
             # what `compiled[grid](...)` does, which takes 7 us more to ask for the device and for profilers' hooks
             stream = torch._C._cuda_getCurrentRawStream(self._device)
             handles = (stream, compiled.function, compiled.packed_metadata, None, None, None)
-            compiled.run(*self._grid, *handles, *tensors, *self._scalars)
+            # addresses: of a tensor the driver is asked for its address on the device, each time
+            addresses = [None if t is None else t.data_ptr() for t in tensors]
+            compiled.run(*self._grid, *handles, *addresses, *self._scalars)
             return
         compiled = self._kernel[self._grid](*tensors, *self._scalars, **self._options)
         if torch.cuda.is_available():  # not in the interpreter, nor where one compiles for a GPU that is not here

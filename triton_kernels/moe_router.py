@@ -268,10 +268,10 @@ def choice_kernel(
     weights = _scores(_load_logits(partial_ptr, t, ids, kept, tokens, partial_stride, SPLITS), largest, total, SOFTMAX)
     weights = tl.where(kept & (weights == weights), weights, 0.0)
     if RENORMALIZE:
-        chosen = tl.zeros([BLOCK_T], tl.float32)
+        chosen = tl.zeros([BLOCK_T], tl.float64)  # in float32, 32 equal weights end 3 ulp off
         for place in range(TOPK):  # in this order however threads share the weights
-            chosen += tl.sum(tl.where(j == place, weights, 0.0), 1)
-        weights = tl.div_rn(weights, chosen[:, None] + 1e-20)
+            chosen += tl.sum(tl.where(j == place, weights, 0.0), 1).to(tl.float64)
+        weights = tl.div_rn(weights, (chosen[:, None] + 1e-20).to(tl.float32))
     weights *= scaling_factor
     tl.store(ids_ptr + t * TOPK + j, ids, kept)
     tl.store(weights_ptr + t * TOPK + j, weights, kept)
