@@ -31,6 +31,8 @@ class Case:
     bytes: int  # that must move at least once
     flops: int  # of matrix products
     tokens: int = 0
+    # what `expected` is with the roundings of a layer that keeps results between two products; None: it has none
+    baseline: Callable[[Tensors], Tensors] | None = None
     rate: str = "bf16_tflops"  # the measured ceiling that flops are compared with
     budget_dtype: torch.dtype = torch.bfloat16  # of x
     in_place: tuple[str, ...] = ()

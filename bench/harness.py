@@ -129,8 +129,8 @@ def _impls(case: Case, device: torch.device) -> list[str]:
 
 def _measure(case: Case, impl: str, sets: Sequence[Tensors], row: Row, device: torch.device) -> None:
     """Check one call, time it, and check what the timed replays left."""
-    expected = case.expected(sets[0])  # before the call, which may update a state in place
-    row["error_ratio"], row["check"] = _check(case, expected, case.call(sets[0], impl))
+    right = _right(case, sets[0])  # before the call, which may update a state in place
+    row["error_ratio"], row["check"] = _check(case, *right, case.call(sets[0], impl))
     if row["check"] != "passed":
         return
     if device.type != "cuda":
@@ -143,7 +143,7 @@ def _measure(case: Case, impl: str, sets: Sequence[Tensors], row: Row, device: t
                 result.fill_(math.nan if result.is_floating_point() else 255)
     timing = cold.time()
     for index in (0, len(sets) - 1):
-        error, row["check"] = _check(case, case.expected(sets[index]), cold.results[index])
+        error, row["check"] = _check(case, *_right(case, sets[index]), cold.results[index])
         row["error_ratio"] = max(row["error_ratio"], error)
         if row["check"] != "passed":
             return
@@ -169,7 +169,13 @@ def _time_peer(
         return None
 
 
-def _check(case: Case, expected: Tensors, results: Tensors) -> tuple[float, str]:
+def _right(case: Case, tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """The expected results, and those of the computation whose error is the budget's measure."""
+    expected = case.expected(tensors)
+    return expected, expected if case.baseline is None else case.baseline(tensors)
+
+
+def _check(case: Case, expected: Tensors, baseline: Tensors, results: Tensors) -> tuple[float, str]:
     """Error / budget of the worst result, and "passed" or what is wrong.
 
     The reference is the float32 torch implementation, itself held to float64 by the tests. Of large results SAMPLE
@@ -177,7 +183,7 @@ def _check(case: Case, expected: Tensors, results: Tensors) -> tuple[float, str]
     """
     worst = 0.0
     for name, want in expected.items():
-        got = results[name]
+        got, base = results[name], baseline[name]
         if not want.is_floating_point():  # bytes, each of which is specified
             wrong = int((got != want).sum())
             if wrong:
@@ -189,9 +195,9 @@ def _check(case: Case, expected: Tensors, results: Tensors) -> tuple[float, str]
             spread = torch.linspace(0, length - 1, 2 * quarter, device=got.device).long()
             edge = torch.arange(quarter, device=got.device)
             sample = torch.cat([edge, spread, length - 1 - edge])
-            got, want = got.index_select(case.tokens, sample), want.index_select(case.tokens, sample)
-        ref = want.double().cpu().numpy()
-        ratio, complaint = measure(name, got, ref, ref, case.budget_dtype, axis=case.axis[name])
+            got, want, base = (t.index_select(case.tokens, sample) for t in (got, want, base))
+        ref, base = (t.double().cpu().numpy() for t in (want, base))
+        ratio, complaint = measure(name, got, ref, base, case.budget_dtype, axis=case.axis[name])
         worst = max(worst, ratio)
         if complaint is not None:
             return worst, complaint

@@ -11,6 +11,16 @@ import hybrid_ops
 from .cases import MOE_LAYERS, Case, MoELayer, Tensors, float32, layer, randn
 from .grouped_gemm import choices, touched, weight
 
+Store = Callable[[torch.Tensor], torch.Tensor]  # how a layer keeps what passes from one product to the next
+
+
+def _exact(t: torch.Tensor) -> torch.Tensor:
+    return t
+
+
+def _bfloat16(t: torch.Tensor) -> torch.Tensor:
+    return t.bfloat16().float()
+
 
 def cases(on_gpu: bool) -> Iterator[Case]:
     if not on_gpu:
@@ -144,9 +154,9 @@ def routed(model: str, tokens: int) -> Case:
         )
         return {"out": out}
 
-    def expected(t: Tensors) -> Tensors:
+    def expected(t: Tensors, store: Store = _exact) -> Tensors:
         routing = hybrid_ops.moe_sort(t["ids"], t["weights"], moe.num_experts, impl="torch")
-        return {"out": _routed_in_float32(t["x"], t["up_weight"], t["down_weight"], routing, moe.scaling_factor)}
+        return {"out": _routed_in_float32(t["x"], t["up_weight"], t["down_weight"], routing, moe.scaling_factor, store)}
 
     def torch_routed(t: Tensors) -> object:
         return _torch_routed(t["x"], t["up_weight"], t["down_weight"], t["ids"], t["weights"] * moe.scaling_factor)
@@ -159,6 +169,7 @@ def routed(model: str, tokens: int) -> Case:
         make=make,
         call=call,
         expected=expected,
+        baseline=lambda t: expected(t, _bfloat16),
         axis={"out": 0},
         bytes=_routed_bytes(tokens, moe),
         flops=4 * tokens * moe.topk * moe.expert * width,
@@ -192,16 +203,16 @@ def whole(model: str, tokens: int) -> Case:
     def call(t: Tensors, impl: str) -> Tensors:
         return {"out": hybrid_ops.latent_moe(**t, topk=moe.topk, scaling_factor=moe.scaling_factor, impl=impl)}
 
-    def expected(t: Tensors) -> Tensors:
+    def expected(t: Tensors, store: Store = _exact) -> Tensors:
         wide = float32(t, *t)
         routing = hybrid_ops.moe_router(
             wide["x"], wide["gate_weight"], moe.topk, scaling_factor=moe.scaling_factor, impl="torch"
         )
-        u = _stored(F.linear(wide["x"], wide["fc1_weight"])) if "fc1_weight" in wide else wide["x"]
-        r = _routed_in_float32(u, wide["up_weight"], wide["down_weight"], routing, 1.0)
-        out = F.linear(_stored(r), wide["fc2_weight"]) if "fc2_weight" in wide else r
-        hidden = _stored(F.relu(F.linear(wide["x"], wide["shared_up_weight"])).square())
-        return {"out": out + _stored(F.linear(hidden, wide["shared_down_weight"]))}
+        u = store(F.linear(wide["x"], wide["fc1_weight"])) if "fc1_weight" in wide else wide["x"]
+        r = _routed_in_float32(u, wide["up_weight"], wide["down_weight"], routing, 1.0, store)
+        out = F.linear(store(r), wide["fc2_weight"]) if "fc2_weight" in wide else r
+        hidden = store(F.relu(F.linear(wide["x"], wide["shared_up_weight"])).square())
+        return {"out": out + store(F.linear(hidden, wide["shared_down_weight"]))}
 
     def torch_whole(t: Tensors) -> object:
         s = F.linear(t["x"].float(), t["gate_weight"].float()).sigmoid()
@@ -221,6 +232,7 @@ def whole(model: str, tokens: int) -> Case:
         make=make,
         call=call,
         expected=expected,
+        baseline=lambda t: expected(t, _bfloat16),
         axis={"out": 0},
         bytes=_routed_bytes(tokens, moe) + 2 * moe.hidden * (dense + 2 * tokens),
         flops=2 * tokens * (2 * moe.topk * moe.expert * width + dense * moe.hidden),
@@ -258,22 +270,22 @@ def _routed_bytes(tokens: int, moe: MoELayer) -> int:
     return 2 * (2 * tokens * width + 2 * touched(tokens, moe) * moe.expert * width) + 8 * tokens * moe.topk
 
 
-def _stored(t: torch.Tensor) -> torch.Tensor:
-    """Rounded as the layer keeps what passes from one product to the next."""
-    return t.bfloat16().float()
-
-
 def _routed_in_float32(
-    x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, routing: hybrid_ops.MoERouting, scaling_factor: float
+    x: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    routing: hybrid_ops.MoERouting,
+    scaling_factor: float,
+    store: Store,
 ) -> torch.Tensor:
     hidden = hybrid_ops.grouped_gemm(
         x.float(), up.float(), routing.offs, gather=routing.token_index, activation="relu2", impl="torch"
     )
     assert isinstance(hidden, torch.Tensor)
-    y = hybrid_ops.grouped_gemm(_stored(hidden), down.float(), routing.offs, impl="torch")
+    y = hybrid_ops.grouped_gemm(store(hidden), down.float(), routing.offs, impl="torch")
     assert isinstance(y, torch.Tensor)
     return hybrid_ops.moe_combine(
-        _stored(y), routing.row_index, routing.weights, scaling_factor=scaling_factor, impl="torch"
+        store(y), routing.row_index, routing.weights, scaling_factor=scaling_factor, impl="torch"
     )
 
 

@@ -72,10 +72,12 @@ class Problem:
         return {name: tensors[name] if name in tensors else next(results) for name in self.axis}
 
     def reference(self, op: str, dtype: type) -> dict[str, np.ndarray]:
-        """In the arithmetic of `dtype`."""
+        """In the arithmetic of `dtype`; float32, the budget's, rounds what a layer keeps between products."""
         arrays = {n: t.numpy() if t.dtype == torch.int32 else to_numpy(t, dtype) for n, t in self.tensors.items()}
         module = importlib.import_module(f"hybrid_ops.reference.{self.module}")
-        rounded = {} if self.store is None else {"store": lambda result: round_to(result, self.store).astype(dtype)}
+        rounded = {}
+        if self.store is not None and dtype == np.float32:
+            rounded["store"] = lambda result: round_to(result, self.store).astype(dtype)
         returned = getattr(module, op)(**arrays, **self.options, **rounded, dtype=dtype)
         return dict(zip(self.axis, _present(returned), strict=False))  # more may be returned than was asked for
 

@@ -118,7 +118,7 @@ def load_operand(
         if EVEN_K:
             x = tl.load(pointers)
         else:
-            x = tl.load(pointers, (k < K)[None, :], other=0)
+            x = tl.load(pointers, (k < K)[None, :], other=0.0)  # an integer is not cast to FP8 by Triton 3.6
         if KIND == "plain":
             return x
         else:
