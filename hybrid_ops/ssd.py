@@ -112,6 +112,56 @@ def ssd_chunk_scan(
     (torch.Size([1, 100, 4, 8]), torch.Size([1, 4, 8, 16]))
     """
     _device.check_impl(impl)
+    slots = (read_slots, write_slots, interval_slots)
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, seq_offsets)
+    compute, low, high = _check(
+        *(*tensors, *slots, ssm_state, null_slot, return_final_states, state_dtype),
+        *(dt_limit, chunk_size, state_interval, batch_invariant),
+    )
+    needs_grad = _checks.needs_grad(*tensors[:9])
+    _checks.out(out, x, needs_grad)
+    options = (dt_softplus, low, high, state_interval, null_slot, batch_invariant, impl)
+    if ssm_state is not None:
+        if needs_grad or _checks.needs_grad(ssm_state):
+            raise ValueError("ssm_state must be None where a gradient is needed: pools are not differentiable")
+        y = x.new_empty(x.shape) if out is None else out
+        _ssd_fwd_op(*tensors, *slots, y, None, None, ssm_state, *options)
+        return y
+    stored = state_dtype or compute
+    if needs_grad:
+        results = _SSDChunkScan.apply(*tensors, return_final_states, stored, options)
+    else:
+        results = _ssd_chunk_scan(*tensors, return_final_states, stored, options, out)
+    return results[0] if len(results) == 1 else results
+
+
+@_checks.remembered
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_offsets: Tensor | None,
+    read_slots: Tensor | None,
+    write_slots: Tensor | None,
+    interval_slots: Tensor | None,
+    ssm_state: Tensor | None,
+    null_slot: int,
+    return_final_states: bool,
+    state_dtype: torch.dtype | None,
+    dt_limit: tuple[float, float],
+    chunk_size: int,
+    state_interval: int,
+    batch_invariant: bool,
+) -> tuple[torch.dtype, float, float]:
+    """The dtype that states have unless asked otherwise, and the bounds of dt'."""
     compute = _check_inputs(x, dt, A, B, C, D, z, dt_bias)
     low, high = _check_options(dt_limit, chunk_size, state_interval, batch_invariant)
     nseq = _check_sequences(x, seq_idx, cu_seqlens, seq_offsets, state_interval)
@@ -121,9 +171,6 @@ def ssd_chunk_scan(
         _checks.tensor("initial_states", initial_states, state_shape, dtype=floats, device=x.device)
     if state_dtype is not None:
         _checks.one_of("state_dtype", state_dtype, floats)
-    needs_grad = _checks.needs_grad(x, dt, A, B, C, D, z, dt_bias, initial_states)
-    _checks.out(out, x, needs_grad)
-    options = (dt_softplus, low, high, state_interval, null_slot, batch_invariant, impl)
     slots = dict(read_slots=read_slots, write_slots=write_slots, interval_slots=interval_slots)
     if ssm_state is not None:
         if initial_states is not None or return_final_states or state_dtype is not None:
@@ -132,26 +179,11 @@ def ssd_chunk_scan(
                 "states are read from and written to the pool"
             )
         _check_pool(x, ssm_state, state_shape, slots, state_interval, null_slot, floats)
-        if needs_grad or _checks.needs_grad(ssm_state):
-            raise ValueError("ssm_state must be None where a gradient is needed: pools are not differentiable")
-        y = x.new_empty(x.shape) if out is None else out
-        _ssd_fwd_op(
-            *(x, dt, A, B, C, D, z, dt_bias, None, seq_idx, cu_seqlens, seq_offsets),
-            *slots.values(),
-            *(y, None, None, ssm_state),
-            *options,
-        )
-        return y
+        return compute, low, high
     for name, value in slots.items():
         if value is not None:
             raise ValueError(f"{name} must be None without ssm_state, got a tensor")
-    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, seq_offsets)
-    stored = state_dtype or compute
-    if needs_grad:
-        results = _SSDChunkScan.apply(*tensors, return_final_states, stored, options)
-    else:
-        results = _ssd_chunk_scan(*tensors, return_final_states, stored, options, out)
-    return results[0] if len(results) == 1 else results
+    return compute, low, high
 
 
 def _floats(compute: torch.dtype) -> tuple[torch.dtype, ...]:

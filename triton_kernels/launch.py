@@ -3,11 +3,13 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime._async_compile import AsyncCompileMode, active_mode
 
 Plan = TypeVar("Plan")
 
@@ -71,37 +73,69 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+_compiling: AsyncCompileMode | None = None  # inside `compile_only`
+
+
+@contextlib.contextmanager
+def compile_only() -> Iterator[None]:
+    """Launches compile their kernels, as many at once as there are cores, and run nothing: results are garbage."""
+    global _compiling
+    with ThreadPoolExecutor() as pool:
+        with AsyncCompileMode(pool) as _compiling:
+            try:
+                yield
+            finally:
+                kernels, _compiling = _compiling.future_kernels.values(), None
+        device = torch.cuda.current_device()
+
+        def load(kernel: Any) -> None:  # Triton 3.6 compiles a launcher in C for it, too
+            with torch.cuda.device(device):
+                _ = kernel.result().run
+
+        list(pool.map(load, kernels))
+
+
 class Launch:
     """A kernel with all that the calls of one problem have in common: its grid, scalars, constants and options.
 
-    A kernel's parameters are its tensors (or None), then scalars, then constants. Triton binds and specialises them
-    anew at each launch, 30 us for 40 of them; here the compiled kernel is kept, so a `Launch` may be used again only
-    for tensors of the same `traits`.
+    A kernel's parameters are its tensors (or None), then scalars, then constants, which `options` names beside
+    num_warps and num_stages. Triton binds and specialises them anew at each launch, 30 us for 40 of them; here the
+    compiled kernel is kept, so a `Launch` may be used again only for tensors of the same `traits`.
     """
 
-    def __init__(self, kernel: Any, grid: int, scalars: tuple[Any, ...], **options: Any) -> None:
-        self._kernel, self._grid, self._scalars, self._options = kernel, (grid, 1, 1), scalars, options
+    def __init__(self, kernel: Any, grid: int | tuple[int, ...], scalars: tuple[Any, ...], **options: Any) -> None:
+        constants = [options.pop(name) for name in kernel.arg_names if name in options]
+        grid = (grid,) if isinstance(grid, int) else grid
+        self._kernel, self._grid, self._options = kernel, (*grid, 1, 1)[:3], options
+        self._scalars = (*scalars, *constants)
         self._compiled: Any = None
         self._device = 0
 
     def __call__(self, *tensors: Tensor | None) -> None:
         compiled = self._compiled
-        if compiled is not None:
+        if _compiling is not None:
+            self._compile(tensors)
+        elif compiled is not None:
             # what `compiled[grid](...)` does, which takes 7 us more to ask for the device and for profilers' hooks
             stream = torch._C._cuda_getCurrentRawStream(self._device)
             handles = (stream, compiled.function, compiled.packed_metadata, None, None, None)
-            # addresses: of a tensor the driver is asked for its address on the device, each time
-            addresses = [None if t is None else t.data_ptr() for t in tensors]
-            compiled.run(*self._grid, *handles, *addresses, *self._scalars)
-            return
-        compiled = self._kernel[self._grid](*tensors, *self._scalars, **self._options)
-        if torch.cuda.is_available():  # not in the interpreter, nor where one compiles for a GPU that is not here
-            self._compiled, self._device = compiled, torch.cuda.current_device()
+            compiled.run(*self._grid, *handles, *tensors, *self._scalars)
+        else:
+            compiled = self._kernel[self._grid](*tensors, *self._scalars, **self._options)
+            if torch.cuda.is_available():  # not in the interpreter, nor where one compiles for a GPU that is not here
+                self._compiled, self._device = compiled, torch.cuda.current_device()
+
+    def _compile(self, tensors: tuple[Tensor | None, ...]) -> None:
+        token = active_mode.set(_compiling)  # which autograd's threads have not inherited
+        try:
+            self._kernel.warmup(*tensors, *self._scalars, grid=self._grid, **self._options)
+        finally:
+            active_mode.reset(token)
 
 
 def traits(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """What Triton specialises kernels on, beside the values of scalars."""
-    return tuple([None if t is None else (t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors])
+    """What Triton specialises kernels on, beside the values of scalars; and shapes."""
+    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors])
 
 
 _PLANS: dict[tuple[Any, ...], Any] = {}
@@ -120,7 +154,13 @@ def plan(key: tuple[Any, ...], make: Callable[[], Plan], device: torch.device) -
     return found
 
 
-def launch(kernel: Any, grid: int, tensors: tuple[Tensor, ...], scalars: tuple[Any, ...], **options: Any) -> None:
-    """Launch a kernel that is the whole of its op."""
+def launch(
+    kernel: Any,
+    grid: int | tuple[int, ...],
+    tensors: tuple[Tensor | None, ...],
+    scalars: tuple[Any, ...],
+    **options: Any,
+) -> None:
+    """Launch a kernel, of which tensors[0] is not None; parameters as in `Launch`."""
     key = (kernel.__name__, grid, scalars, *options.values(), traits(*tensors))
-    plan(key, lambda: Launch(kernel, grid, scalars, **options), tensors[0].device)(*tensors)
+    plan(key, lambda: Launch(kernel, grid, scalars, **options), tensors[0].device)(*tensors)  # type: ignore[union-attr]

@@ -76,76 +76,60 @@ def ssd_chunk_scan(
     batch_invariant: bool,
 ) -> None:
     """Fill y and the states. `ssm_state` is read through `read_slots` and written through the other two."""
-    batch, seqlen, nheads, headdim = x.shape
-    dstate = B.shape[3]
-    nseq = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    options = (dt_softplus, dt_min, dt_max, state_interval, null_slot)
+    slots = (read_slots, write_slots, interval_slots)
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, seq_offsets, *slots)
+    results = (y, final_states, interval_states, ssm_state)
+    p = plan(
+        ("ssd_chunk_scan", options, traits(*tensors, *results)),
+        lambda: make_plan(*tensors, *results, *options),
+        x.device,
+    )
+    if p is None:  # strides that kernels do not take: one copy
+        x, B, C, z = (t.contiguous() if _loose(t) else t for t in (x, B, C, z))
+        small = (dense(t) for t in (A, initial_states, cu_seqlens, seq_offsets, *slots))
+        A, initial_states, cu_seqlens, seq_offsets, *slots = small
+        packed_y = y.new_empty(y.shape) if _loose(y) else y
+        ssd_chunk_scan(
+            *(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, seq_offsets, *slots, packed_y),
+            *(final_states, interval_states, ssm_state, *options, batch_invariant),
+        )
+        if packed_y is not y:
+            y.copy_(packed_y)
+        return
     if interval_states is not None:
         interval_states.zero_()
-    if nseq == 0 or nheads == 0 or headdim == 0:
+    if p.slots == 0:
         return
-    x, B, C = (t if t.stride(3) == 1 else t.contiguous() for t in (x, B, C))
-    A, cu_seqlens, seq_offsets = A.contiguous(), dense(cu_seqlens), dense(seq_offsets)
-    read_slots, write_slots, interval_slots = dense(read_slots), dense(write_slots), dense(interval_slots)
-    if z is not None and z.stride(3) != 1:
-        z = z.contiguous()
-    if y.stride(3) != 1:  # odd `out=` strides: one copy
-        packed_y = y.new_empty(y.shape)
-        ssd_chunk_scan(
-            *(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, seq_offsets, read_slots, write_slots),
-            *(interval_slots, packed_y, final_states, interval_states, ssm_state, dt_softplus, dt_min, dt_max),
-            *(state_interval, null_slot, batch_invariant),
-        )
-        y.copy_(packed_y)
-        return
-    initial = initial_states if read_slots is None else ssm_state
-    final = final_states if write_slots is None else ssm_state
-    interval, num_intervals = interval_states, 0
-    if interval_slots is not None:
-        interval, num_intervals = ssm_state, interval_slots.shape[1]
-    elif interval_states is not None:
-        num_intervals = interval_states.shape[0 if cu_seqlens is not None else 1]
-        interval = interval_states.flatten(0, -4)
-    if initial_states is not None:
-        initial = dense(initial_states)
+    states = sources(initial_states, *results[1:], *slots)
     interval_base = None
     if interval_states is not None and cu_seqlens is not None:
         interval_base = first_interval(cu_seqlens, seq_offsets, state_interval)
-
-    per_sequence = (nseq, 0 if ssm_state is None else ssm_state.shape[0], num_intervals)
-    options = (dt_softplus, dt_min, dt_max, state_interval, null_slot)
     runs = None if seq_idx is None else run_numbers(seq_idx)
-    tensors = (x, dt, A, B, C, D, z, dt_bias, initial, runs, cu_seqlens, seq_offsets, y, final, interval)
-    p = plan(
-        (
-            "ssd_chunk_scan",
-            x.shape,
-            B.shape,
-            per_sequence,
-            options,
-            traits(*tensors, read_slots, write_slots, interval_slots),
-        ),
-        lambda: make_plan(*tensors, *per_sequence, *options),
-        x.device,
-    )
-    ab = x.new_empty(p.slots, nheads, 2, p.Q, dtype=torch.float32 if x.dtype == torch.bfloat16 else torch.float64)
-    entering = x.new_empty(p.slots, nheads, dstate, headdim)
-    unit = x.new_empty(p.slots, nheads, dtype=torch.float32) if x.dtype == torch.float16 else None
+    ab = x.new_empty(p.ab_shape, dtype=p.ab_dtype)
+    entering = x.new_empty(p.entering_shape)
+    unit = x.new_empty(p.entering_shape[:2], dtype=torch.float32) if x.dtype == torch.float16 else None
     with on_device(x):
         p.decay(dt, A, dt_bias, runs, cu_seqlens, seq_offsets, ab)
         p.walk(
-            *(x, B, ab, runs, cu_seqlens, seq_offsets, initial, final, interval),
-            *(read_slots, write_slots, interval_slots, interval_base, entering, unit),
+            *(x, B, ab, runs, cu_seqlens, seq_offsets, *states, *slots, interval_base, entering, unit),
         )
-        if seqlen > 0:
+        if p.scan is not None:
             p.scan(x, B, C, D, z, ab, runs, cu_seqlens, seq_offsets, entering, unit, y)
 
 
 class ScanPlan(NamedTuple):
     slots: int  # places for chunks
-    Q: int
+    ab_shape: tuple[int, ...]
+    ab_dtype: torch.dtype
+    entering_shape: tuple[int, ...]
     decay: Launch
     walk: Launch
-    scan: Launch
+    scan: Launch | None  # there is no y
+
+
+def _loose(t: Tensor | None) -> bool:
+    return t is not None and t.shape[3] > 1 and t.stride(3) != 1
 
 
 def make_plan(
@@ -157,24 +141,30 @@ def make_plan(
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
-    initial: Tensor | None,
-    runs: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
     cu_seqlens: Tensor | None,
     seq_offsets: Tensor | None,
+    read_slots: Tensor | None,
+    write_slots: Tensor | None,
+    interval_slots: Tensor | None,
     y: Tensor,
-    final: Tensor | None,
-    interval: Tensor | None,
-    nseq: int,
-    num_slots: int,
-    num_intervals: int,
+    final_states: Tensor | None,
+    interval_states: Tensor | None,
+    ssm_state: Tensor | None,
     dt_softplus: bool,
     dt_min: float,
     dt_max: float,
     state_interval: int,
     null_slot: int,
-) -> ScanPlan:
+) -> ScanPlan | None:
+    """None where some tensor has to be copied first."""
+    small = (A, initial_states, cu_seqlens, seq_offsets, read_slots, write_slots, interval_slots)
+    if any(map(_loose, (x, B, C, z, y))) or not all(t is None or t.is_contiguous() for t in small):
+        return None
     batch, seqlen, nheads, headdim = x.shape
     ngroups, dstate = B.shape[2:]
+    nseq = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     cfg = config(headdim, dstate, nheads // ngroups, x.dtype, state_interval, architecture(x))
     Q, HEADS = cfg.Q, cfg.HEADS
     slots = seqlen // Q + 2 * nseq if cu_seqlens is not None else batch * (seqlen // Q + 2)
@@ -182,6 +172,16 @@ def make_plan(
     BLOCK_P = max(64, next_power_of_2(headdim))
     BLOCK_H = min(16, next_power_of_2(nheads))
     sizes = (nheads, nheads // ngroups, headdim, dstate)
+    initial, final, interval = sources(
+        initial_states, final_states, interval_states, ssm_state, read_slots, write_slots, interval_slots
+    )
+    state_strides = (0 if t is None else t.stride(-4) for t in (initial, final, interval))
+    num_slots = 0 if ssm_state is None else ssm_state.shape[0]
+    num_intervals = 0
+    if interval_slots is not None:
+        num_intervals = interval_slots.shape[1]
+    elif interval_states is not None:
+        num_intervals = interval_states.shape[-4]
     exact_operand = x.element_size() == 2 and any(t is not None and t.element_size() == 2 for t in (final, interval))
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     x_strides, B_strides = x.stride()[:3], B.stride()[:3]
@@ -196,8 +196,7 @@ def make_plan(
     walk = Launch(
         state_walk_kernel,
         cdiv(dstate, cfg.BLOCK_N) * nheads * nseq,
-        (seqlen, null_slot, num_slots, num_intervals, *x_strides, *B_strides)
-        + tuple(0 if t is None else t.stride(0) for t in (initial, final, interval))
+        (seqlen, null_slot, num_slots, num_intervals, *x_strides, *B_strides, *state_strides)
         + (*sizes, state_interval, exact_operand, precision, Q, cfg.BLOCK_N, BLOCK_P),
         num_warps=cfg.WALK_WARPS,
         num_stages=cfg.WALK_STAGES,
@@ -211,7 +210,30 @@ def make_plan(
         num_warps=cfg.SCAN_WARPS,
         num_stages=cfg.SCAN_STAGES,
     )
-    return ScanPlan(slots, Q, decay, walk, scan)
+    return ScanPlan(
+        slots,
+        (slots, nheads, 2, Q),
+        torch.float32 if x.dtype == torch.bfloat16 else torch.float64,
+        (slots, nheads, dstate, headdim),
+        *(decay, walk, scan if seqlen else None),
+    )
+
+
+def sources(
+    initial_states: Tensor | None,
+    final_states: Tensor | None,
+    interval_states: Tensor | None,
+    ssm_state: Tensor | None,
+    read_slots: Tensor | None,
+    write_slots: Tensor | None,
+    interval_slots: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Where states are read from, where the last and where the kept ones go: the pool, wherever slots say so."""
+    return (
+        initial_states if read_slots is None else ssm_state,
+        final_states if write_slots is None else ssm_state,
+        interval_states if interval_slots is None else ssm_state,
+    )
 
 
 def run_numbers(seq_idx: Tensor) -> Tensor:
