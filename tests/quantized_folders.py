@@ -49,7 +49,7 @@ def store(name, weight, form, input_scale=None):
         stored = {"weight": q.data, "weight_scale": q.scale, "weight_scale_2": q.tensor_scale}
     else:
         q = hybrid_ops.fp8_quantize(weight.float(), "row" if form == "fp8-row" else "tensor")
-        stored = {"weight": q.data, "weight_scale": q.scale}
+        stored = {"weight": q.data, "weight_scale": q.scale.squeeze(-1) if form == "fp8-row" else q.scale}
     if input_scale is not None:
         stored["input_scale"] = torch.tensor(input_scale)
     return {module + own: tensor for own, tensor in stored.items()}
@@ -58,7 +58,7 @@ def store(name, weight, form, input_scale=None):
 def worth(weight, scale, scale_2=None):
     """The matrix that the stored tensors stand for, float32, by ModelOpt's definition."""
     if scale_2 is None:
-        return weight.float() * scale
+        return weight.float() * (scale[:, None] if scale.dim() else scale)
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     codes = torch.stack([weight & 15, weight >> 4], dim=-1).flatten(-2).long()
     signed = torch.where(codes < 8, values[codes % 8], -values[codes % 8])
@@ -95,7 +95,7 @@ def write_dequantized(model, tensors, folder):
     save_file(dequantized(tensors), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def declare(folder, **quantization_config):
+def declare(folder, quantization_config):
     """Set config.json's quantization_config."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(quantization_config=quantization_config)))
