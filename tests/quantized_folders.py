@@ -37,8 +37,13 @@ def as_super(name):
     return "fp8" if "shared_experts" in name or "in_proj" in name or "out_proj" in name else None
 
 
+@torch.no_grad()
 def build(**changes):
-    return redraw(NemotronHForCausalLM(NemotronHConfig(**SIZES | COMMON | changes)))
+    model = redraw(NemotronHForCausalLM(NemotronHConfig(**SIZES | COMMON | changes)))
+    for name, parameter in model.named_parameters():
+        if name.endswith("correction_bias"):
+            parameter.mul_(0.1)  # so that every expert gets tokens
+    return model
 
 
 def store(name, weight, form, input_scale=None):

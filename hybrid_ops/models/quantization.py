@@ -135,7 +135,7 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
             continue
         linear = nn.Linear(module.shape[1], module.shape[0], bias=False, device="meta")
         linear.weight = weight
-        linear.register_parameter("bias", module.bias)
+        linear.register_parameter("bias", None if module.bias is None else nn.Parameter(module.bias.detach()))
         _replace(model, name, linear)
 
 

@@ -148,7 +148,7 @@ class Fp8Linear(Fp8Weight):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__((out_features, in_features), scaling=scaling, input_scale=input_scale, device=device)
-        self.bias = _bias(out_features, bias, device, dtype)
+        self.bias = _frozen(torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
 
     @classmethod
     @torch.no_grad()
@@ -157,7 +157,7 @@ class Fp8Linear(Fp8Weight):
         q = cast(Fp8Tensor, fp8_quantize(linear.weight, scaling))
         self = cls(linear.in_features, linear.out_features, bias=False, scaling=scaling, device="meta")
         self.weight, self.weight_scale = q.data, q.scale if scaling == "tensor" else q.scale[..., 0]
-        self.bias = linear.bias
+        self.bias = _frozen(linear.bias)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ class Nvfp4Linear(Nvfp4Weight):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__((out_features, in_features), input_scale=input_scale, device=device)
-        self.bias = _bias(out_features, bias, device, dtype)
+        self.bias = _frozen(torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
 
     @classmethod
     @torch.no_grad()
@@ -205,7 +205,7 @@ class Nvfp4Linear(Nvfp4Weight):
         q = cast(Nvfp4Tensor, nvfp4_quantize(linear.weight, mode="modelopt"))
         self = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.weight_scale, self.weight_scale_2 = q.data, q.scale, q.tensor_scale
-        self.bias = linear.bias
+        self.bias = _frozen(linear.bias)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -214,5 +214,5 @@ class Nvfp4Linear(Nvfp4Weight):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _bias(features: int, wanted: bool, device: Any, dtype: torch.dtype | None) -> nn.Parameter | None:
-    return nn.Parameter(torch.zeros(features, device=device, dtype=dtype)) if wanted else None
+def _frozen(bias: Tensor | None) -> nn.Parameter | None:
+    return None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
