@@ -98,7 +98,7 @@ def quantize_modules(model: nn.Module, entries: dict[str, _Entry]) -> bool:
 
 
 def _format(entries: dict[str, _Entry], names: Sequence[str], shape: Sequence[int]) -> str | None:
-    """In which format the weights of these names, of one matrix or of all experts, are stored: a key of _LINEAR."""
+    """In which format these weights, one matrix or that of each expert, are stored: a key of _LINEAR, or None."""
     stored = {name: entries[f"{name}.weight"] for name in names if f"{name}.weight" in entries}
     formats = {entry.dtype: name for name, entry in stored.items()}
     kind = next((dtype for dtype in _LINEAR if dtype in formats), None)
@@ -176,10 +176,8 @@ def _algorithms(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
         else:
             continue
         layer, dot, projection = name.partition(".experts.")
-        experts = range(module.shape[0]) if dot else ()
-        yield from ((f"{layer}.experts.{expert}.{projection}", said) for expert in experts)
-        if not dot:
-            yield name, said
+        names = [f"{layer}.experts.{expert}.{projection}" for expert in range(module.shape[0])] if dot else [name]
+        yield from ((name, said) for name in names)
 
 
 def _unquantized(model: nn.Module) -> Iterator[str]:
@@ -187,7 +185,7 @@ def _unquantized(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv1d | Gate):
             yield name
-        elif isinstance(module, Experts) and any(True for _ in module.parameters()):
+        elif isinstance(module, Experts) and list(module.parameters()):
             yield f"{name}*"
 
 
