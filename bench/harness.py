@@ -8,7 +8,7 @@ import importlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,8 @@ def run(
         ValueError: an unknown family, or a file of another GPU's figures.
         RuntimeError: a result was outside its error budget; the other rows have been printed and written by then.
     """
-    for family in families:
-        if family not in FAMILIES:
-            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = list(select(families, device, only))
     console = console or Console()
     if not console.is_terminal:
         console.width = 200  # a log has no edge to fold at
@@ -58,13 +56,9 @@ def run(
     _print_head(console, report)
 
     rows: list[Row] = []
-    for family in families:
-        cases = importlib.import_module(f"{__package__}.{family}").cases(on_gpu=device.type == "cuda")
-        for case in cases:
-            if only is not None and case.name not in only:
-                continue
-            with console.status(f"{case.op} {case.name}"):
-                rows += measure_case(family, case, device, report)
+    for family, case in chosen:
+        with console.status(f"{case.op} {case.name}"):
+            rows += measure_case(family, case, device, report)
     console.print(_table(rows, device))
     if json_path is not None:
         _write(Path(json_path), report, previous, rows)
@@ -73,6 +67,24 @@ def run(
         lines = [f"{row['op']} {row['case']} {row['impl']}: {row['check']}" for row in failed]
         raise RuntimeError("\n".join([f"{len(failed)} of {len(rows)} were not timed, for they are wrong:", *lines]))
     return rows
+
+
+def select(families: Sequence[str], device: torch.device, only: Collection[str] | None) -> Iterator[tuple[str, Case]]:
+    """Each family's cases, or those of them whose name is in `only`."""
+    for family in families:
+        if family not in FAMILIES:
+            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    for family in families:
+        for case in importlib.import_module(f"{__package__}.{family}").cases(on_gpu=device.type == "cuda"):
+            if only is None or case.name in only:
+                yield family, case
+
+
+def visit(case: Case, device: torch.device) -> None:
+    """Call every implementation once, so that its kernels are compiled."""
+    tensors = case.make(device, torch.Generator(device).manual_seed(0))
+    for impl in _impls(case, device):
+        case.call(tensors, impl)
 
 
 def measure_case(family: str, case: Case, device: torch.device, report: Mapping[str, Any]) -> list[Row]:

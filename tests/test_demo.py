@@ -92,6 +92,16 @@ def test_training_is_the_same_every_time_and_learns(corpus):
     assert runs[0][-1] < runs[0][0]
 
 
+def test_visit_leaves_the_model_as_it_was():
+    recipe = train.Recipe(batch=2, length=16)
+    model = train.new_model(recipe, CPU)
+    before = {name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    train.visit(model, recipe)
+    after = dict((*model.named_parameters(), *model.named_buffers()))
+    assert all(torch.equal(t, after[name]) for name, t in before.items())
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_learning_rate():
     recipe = train.Recipe()
     rates = [recipe.learning_rate(step) for step in range(recipe.steps)]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from ..models import NemotronHForCausalLM
 from . import prove, report
 from . import text as texts
 from .report import Results
-from .train import Recipe, bits, new_model, surprise, train
+from .train import Recipe, bits, new_model, surprise, train, visit
 
 LIMIT = 2.2  # bits per unseen byte; above it the run has failed
 PROMPT = b"When a function is called, "
@@ -27,6 +29,7 @@ SAMPLE_BYTES, WRITTEN_BYTES, TIMED_BYTES, PROVED_BYTES, WATCHED_BYTES = 180, 300
 
 LOAD_BYTES = 2048
 BARS = "▁▂▃▄▅▆▇█"
+BENCHED_FAMILIES = ("ssd", "conv1d", "norm")
 BENCHED = ("super-L8192-b1", "super-L8192-b1-gated")
 
 
@@ -42,8 +45,13 @@ def run(console: Console, *, steps: int | None = None, html: Path = Path("demo.h
     results = Results(_machine(device), recipe, corpus, PROMPT, pattern, parameters)
     _introduce(console, results)
 
-    # with a GPU there are cores to spare: the operators are checked, and compiled, beside the training
-    checking = selfcheck.in_background(device.type) if device.type == "cuda" else None
+    # with a GPU there are cores to spare: the operators are checked, and the rivals measured, beside the training
+    checking, rivals = None, None
+    if device.type == "cuda":
+        checking = selfcheck.in_background(device.type)
+        rivals = ProcessPoolExecutor(1, get_context("spawn")).submit(texts.rivals, corpus)
+        with console.status("compiling kernels"):
+            _compile(model, recipe)
     _heading(console, "1", "Training")
     _train(console, model, results)
     _print_loads(console, model, results)
@@ -51,8 +59,7 @@ def run(console: Console, *, steps: int | None = None, html: Path = Path("demo.h
     _heading(console, "2", "Bits for each byte of the text that it has not seen")
     with console.status("measuring"):
         results.surprise = surprise(model, corpus.held_out)
-        results.compressors = texts.compressors(corpus)
-        results.ngram = texts.best_ngram(corpus)
+        results.compressors, results.ngram = texts.rivals(corpus) if rivals is None else rivals.result()
     console.print(_comparison(results))
 
     _heading(console, "3", "Writing, and what has to be remembered")
@@ -84,6 +91,17 @@ def run(console: Console, *, steps: int | None = None, html: Path = Path("demo.h
     console.print(f"{done}{results.seconds:.0f} seconds. The picture, for a browser:")
     console.print(str(html), highlight=False, soft_wrap=True)
     return 1 if failed else 0
+
+
+def _compile(model: NemotronHForCausalLM, recipe: Recipe) -> None:
+    """All of Triton's work in this run, many kernels at a time: one by one they take half a minute."""
+    from ..bench import harness
+    from ..triton_kernels.launch import compile_only
+
+    with compile_only():
+        visit(model, recipe)
+        for _, case in harness.select(BENCHED_FAMILIES, model.device, BENCHED):
+            harness.visit(case, model.device)
 
 
 def failures(results: Results) -> list[str]:
@@ -230,7 +248,7 @@ def _bench(console: Console, results: Results) -> bool:
     from ..bench import harness
 
     try:
-        results.bench = harness.run(["ssd", "conv1d", "norm"], only=BENCHED, console=console)
+        results.bench = harness.run(BENCHED_FAMILIES, only=BENCHED, console=console)
     except RuntimeError as error:
         console.print(str(error), style="red", markup=False)
         return False

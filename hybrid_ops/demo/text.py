@@ -113,6 +113,11 @@ def compressors(text: Corpus) -> dict[str, Compressed]:
     return {name: Compressed(bits(of(train + unseen) - of(train)), bits(of(unseen))) for name, of in size.items()}
 
 
+def rivals(text: Corpus) -> tuple[dict[str, Compressed], tuple[int, float]]:
+    """What the compressors and the best n-gram need."""
+    return compressors(text), best_ngram(text)
+
+
 def best_ngram(text: Corpus, orders: Collection[int] = (4, 6, 8, 10)) -> tuple[int, float]:
     """(n, bits per byte of the held-out text) of a byte n-gram; n is the best on topics of the training text."""
     inner = hold_out(text.train_topics)

@@ -63,6 +63,27 @@ def as_ids(text: bytes, device: torch.device) -> Tensor:
     return torch.from_numpy(np.frombuffer(text, np.uint8).astype(np.int64)).to(device)
 
 
+def losses(model: NemotronHForCausalLM, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean nats of the next byte and of the byte after the next, for tokens (batch, length + 1)."""
+    logits, (further,) = model(tokens[:, :-1], mtp_depth=1)
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    return loss, F.cross_entropy(further.flatten(0, 1), tokens[:, 2:].flatten())
+
+
+def visit(model: NemotronHForCausalLM, recipe: Recipe) -> None:
+    """Call every kernel of a training step, of reading and of writing, with nothing learned: they are compiled then."""
+    tokens = torch.zeros(recipe.batch, recipe.length + 1, dtype=torch.int64, device=model.device)
+    sum(losses(model, tokens)).backward()  # type: ignore[union-attr]
+    model.zero_grad(set_to_none=True)
+    for layer in moe_layers(model):
+        layer.load.zero_()
+    with torch.no_grad():
+        cache = model.new_cache(1)
+        for length in (27, 1):  # a prompt, a byte
+            model(tokens[:1, :length], cache=cache, last_only=True)
+        model(tokens[:2, : recipe.length].reshape(1, -1))
+
+
 def train(model: NemotronHForCausalLM, text: bytes, recipe: Recipe) -> Iterator[float]:
     """Take one step for each loss asked of the iterator: the mean loss of its bytes, in nats, before the step.
 
@@ -82,9 +103,7 @@ def train(model: NemotronHForCausalLM, text: bytes, recipe: Recipe) -> Iterator[
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), capturable=on_gpu)
 
     def take_step() -> Tensor:
-        logits, (further,) = model(tokens[:, :-1], mtp_depth=1)
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        drafts = F.cross_entropy(further.flatten(0, 1), tokens[:, 2:].flatten())
+        loss, drafts = losses(model, tokens)
         optimizer.zero_grad(set_to_none=True)
         (loss + recipe.draft_weight * drafts).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)

@@ -1,6 +1,6 @@
 """Generation: a prompt is read at once, then one token at a time through the update operators; and `warmup`."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -189,15 +189,25 @@ def end_tokens(given: int | Iterable[int] | str | None, config: tuple[int, ...])
     return (given,) if isinstance(given, int) else tuple(given)
 
 
-def warmup(model: "NemotronHForCausalLM", *, batch_sizes: Iterable[int] = (1, 2)) -> None:
+def warmup(model: "NemotronHForCausalLM", *, batch_sizes: Sequence[int] = (1, 2)) -> None:
     """Run small prompts and a few decoding steps, so that every Triton kernel the model can reach is compiled.
 
     Whole, packed and continued prompts, for each batch size, and drafts where the model has a head for them; the model
-    is left as it was. On the CPU it is a quick pass without effect.
+    is left as it was. On a GPU kernels are compiled on all cores of the machine first. On the CPU it is a quick pass
+    without effect.
 
     >>> from hybrid_ops.models import NemotronHConfig, NemotronHForCausalLM
     >>> hybrid_ops.warmup(NemotronHForCausalLM(NemotronHConfig.preset("tiny")))
     """
+    if model.device.type == "cuda":
+        from ..triton_kernels.launch import compile_only
+
+        with compile_only():
+            _visit(model, batch_sizes)
+    _visit(model, batch_sizes)
+
+
+def _visit(model: "NemotronHForCausalLM", batch_sizes: Sequence[int]) -> None:
     # a long prompt of more than one chunk; odd lengths, for kernels specialise on sizes divisible by 16
     lengths = (1, 19, model.config.chunk_size + 16)
     with torch.no_grad():
