@@ -7,7 +7,7 @@ namespace hybrid_ops {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kLoads = 4;  // 16-byte loads in flight per thread
+constexpr int kLoads = 4;  // in flight per thread
 
 unsigned blocks_for(int64 threads) {
   const int64 blocks = (threads + kThreads - 1) / kThreads;
@@ -18,7 +18,7 @@ unsigned blocks_for(int64 threads) {
 template <typename T, int kWidth>
 void launch(const Conv1dParams& p, cudaStream_t stream) {
   const int64 runs = (p.seqlen + p.tokens_per_thread - 1) / p.tokens_per_thread;
-  const unsigned blocks = blocks_for(runs * p.batch * (p.dim / kPerVector<T>));
+  const unsigned blocks = blocks_for(runs * p.batch * (p.dim / kPerVector));
   if (blocks > 0) {
     if (p.cu_seqlens != nullptr) {
       conv1d_kernel<T, kWidth, true, kLoads, kThreads><<<blocks, kThreads, 0, stream>>>(p);

@@ -1,8 +1,9 @@
 // Causal depthwise conv1d, channel-last: y[t] = act(bias + sum_k weight[k] * x[t - (kWidth - 1) + k]) per channel.
 //
-// A pure stream. A thread owns one 16-byte vector of channels and walks a run of tokens with the last kWidth - 1 inputs
-// in registers, so each input is read once (and kWidth - 1 more per run), with no shared memory and no barriers.
-// Neighbouring threads own neighbouring channels: every access of a warp is 512 contiguous bytes.
+// A pure stream. A thread owns four channels and walks a run of tokens with the last kWidth - 1 inputs in registers, so
+// each input is read once (and kWidth - 1 more per run), with no shared memory and no barriers. Neighbouring threads own
+// neighbouring channels: every access of a warp is 256 contiguous bytes (512 in float32). Eight channels a thread would
+// need twice the registers, and too few warps would be there to keep loads in flight.
 #pragma once
 
 #include "common/vector.cuh"
@@ -75,16 +76,15 @@ __device__ __forceinline__ float before_sequence(const Conv1dParams& p, int sequ
 }
 
 // weight[channel..][:] as float32: kWidth vectors, for a thread's channels are neighbours in memory.
-template <typename T, typename Stored, int kWidth>
-__device__ __forceinline__ void load_weight(const void* weight, int channel, float (&w)[kWidth][kPerVector<T>]) {
-  constexpr int kChannels = kPerVector<T>, kStored = kPerVector<Stored>;
+template <typename Stored, int kWidth>
+__device__ __forceinline__ void load_weight(const void* weight, int channel, float (&w)[kWidth][kPerVector]) {
   const Stored* source = static_cast<const Stored*>(weight) + static_cast<int64>(channel) * kWidth;
 #pragma unroll
-  for (int i = 0; i < kChannels * kWidth; i += kStored) {
-    float values[kStored];
-    unpack<Stored>(__ldg(reinterpret_cast<const uint4*>(source + i)), values);
+  for (int i = 0; i < kPerVector * kWidth; i += kPerVector) {
+    float values[kPerVector];
+    unpack<Stored>(__ldg(reinterpret_cast<const Vector<Stored>*>(source + i)), values);
 #pragma unroll
-    for (int j = 0; j < kStored; ++j) w[(i + j) % kWidth][(i + j) / kWidth] = values[j];
+    for (int j = 0; j < kPerVector; ++j) w[(i + j) % kWidth][(i + j) / kWidth] = values[j];
   }
 }
 
@@ -100,7 +100,7 @@ __device__ __forceinline__ float silu(float x) {
 
 template <typename T, int kWidth, bool kPacked, int kLoads, int kThreads>
 __global__ void __launch_bounds__(kThreads) conv1d_kernel(const __grid_constant__ Conv1dParams p) {
-  constexpr int kChannels = kPerVector<T>;
+  constexpr int kChannels = kPerVector;
   constexpr int kHistory = kWidth - 1;
 
   // thread -> (batch row, run of tokens, vector of channels), channels fastest
@@ -118,9 +118,9 @@ __global__ void __launch_bounds__(kThreads) conv1d_kernel(const __grid_constant_
 
   float weight[kWidth][kChannels], bias[kChannels];
   if (p.weight_fp32) {
-    load_weight<T, float, kWidth>(p.weight, channel, weight);
+    load_weight<float, kWidth>(p.weight, channel, weight);
   } else {
-    load_weight<T, T, kWidth>(p.weight, channel, weight);
+    load_weight<T, kWidth>(p.weight, channel, weight);
   }
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
@@ -143,14 +143,14 @@ __global__ void __launch_bounds__(kThreads) conv1d_kernel(const __grid_constant_
     }
   }
 
-  uint4 next[kLoads];
+  Vector<T> next[kLoads];
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
     if (first + i < last) next[i] = load_vector(x + (first + i) * p.x_token_stride);
   }
   for (int group = first; group < last; group += kLoads) {
     // the loads of the next group are under way while this one is computed
-    uint4 raw[kLoads];
+    Vector<T> raw[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       raw[i] = next[i];

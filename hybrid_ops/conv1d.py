@@ -185,7 +185,7 @@ def _choose(
     chosen, reason = _device.choose(impl, torch.device(device), refusal)
     if chosen == "cuda":
         sms = _device.num_sms(torch.device(device).index or 0) if torch.cuda.is_available() else 132
-        return Choice(chosen, _csrc_conv1d.config(1, seqlen, dim, x.element_size(), sms)._asdict(), reason)
+        return Choice(chosen, _csrc_conv1d.config(1, seqlen, dim, sms)._asdict(), reason)
     if chosen != "triton":
         return Choice(chosen, {}, reason)
     from .triton_kernels import conv1d as kernels

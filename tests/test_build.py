@@ -275,7 +275,7 @@ def test_the_launcher_knows_the_extensions_dtypes(extension):
 def test_config_is_a_pure_function_of_the_problem():
     from hybrid_ops._csrc.conv1d import config
 
-    assert config(1, 8192, 10240, 2, 132).tokens_per_thread == 64
-    assert config(1, 2048, 10240, 2, 132).tokens_per_thread == 16
-    assert config(1, 1, 8, 2, 132).tokens_per_thread == 4
+    assert config(1, 8192, 10240, 132).tokens_per_thread == 64
+    assert config(1, 2048, 10240, 132).tokens_per_thread == 32
+    assert config(1, 1, 8, 132).tokens_per_thread == 4
     assert hybrid_ops.explain("causal_conv1d", impl="torch").config == {}

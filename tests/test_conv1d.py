@@ -65,7 +65,7 @@ def test_conv1d_pool_gpu(case):
 @settings(max_examples=10)
 @given(case=cases(CPU_DTYPES, dims=(1, 64), widths=(2, 4)))
 def test_conv1d_auto_gpu(case):
-    """Whatever `auto` picks: dim a multiple of 8 is what the CUDA kernel takes."""
+    """Whatever `auto` picks: dim a multiple of 4 is what the CUDA kernel takes."""
     case = case | dict(dim=8 * (1 + case["dim"] // 8))
     check_conv1d(case, implementation("auto"), "cuda")
     check_pool(case, implementation("auto"), "cuda")

@@ -14,12 +14,15 @@ class Config(NamedTuple):
     tokens_per_thread: int
 
 
-def config(rows: int, seqlen: int, dim: int, element_size: int, num_sms: int) -> Config:
+_VECTOR = 4  # channels of a thread
+
+
+def config(rows: int, seqlen: int, dim: int, num_sms: int) -> Config:
     """Runs as long as leaves every multiprocessor about 1024 threads, three or so generations of blocks.
 
     A run of n tokens reads width - 1 tokens of the run before it once more; short runs keep the GPU full to the end.
     """
-    threads_per_token = rows * dim * element_size // 16
+    threads_per_token = rows * dim // _VECTOR
     run = seqlen * threads_per_token // (1024 * num_sms)
     return Config(tokens_per_thread=max(4, min(64, 1 << max(run, 1).bit_length() - 1)))
 
@@ -39,14 +42,14 @@ def refusal(
             return f"the CUDA kernel takes {name} in {x.dtype} or torch.float32, not {other.dtype}"
     if x.shape[1] >= 2**31 - 64:
         return f"the CUDA kernel counts tokens in 32 bits, not {x.shape[1]}"
-    vector = 16 // x.element_size()
-    if x.shape[2] % 8:
-        return f"the CUDA kernel needs dim to be a multiple of 8, not {x.shape[2]}"
+    nbytes = _VECTOR * x.element_size()
+    if x.shape[2] % _VECTOR:
+        return f"the CUDA kernel needs dim to be a multiple of {_VECTOR}, not {x.shape[2]}"
     if x.stride(2) != 1 or y.stride(2) != 1:
         return "the CUDA kernel is channel-last"
     strides = [t.stride(i) for t in (x, y) for i in (0, 1) if t.shape[i] > 1]
-    if any(stride % vector for stride in strides) or (x.data_ptr() | y.data_ptr()) % 16:
-        return "the CUDA kernel needs rows that start at multiples of 16 bytes"
+    if any(stride % _VECTOR for stride in strides) or (x.data_ptr() | y.data_ptr()) % nbytes:
+        return f"the CUDA kernel needs rows that start at multiples of {nbytes} bytes"
     return None
 
 
@@ -94,7 +97,7 @@ def conv1d(
         (0, 0, 0) if state is None else state.stride(),
         null_slot,
         silu,
-        config(batch, seqlen, dim, x.element_size(), _device.num_sms(index)).tokens_per_thread,
+        config(batch, seqlen, dim, _device.num_sms(index)).tokens_per_thread,
         index,
         torch.cuda.current_stream(x.device).cuda_stream,
     )
