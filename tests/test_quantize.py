@@ -99,8 +99,7 @@ def error(tensors, source, modules):
     return math.sqrt(square / sum(np.sum(w**2) for w in weights))
 
 
-@pytest.mark.parametrize("four_over_six", [None, "mse"])
-@pytest.mark.parametrize("format", ["nvfp4", "fp8"])
+@pytest.mark.parametrize(("format", "four_over_six"), [("nvfp4", None), ("nvfp4", "mse"), ("fp8", None)])
 def test_bytes(source, tmp_path, format, four_over_six):
     """What is on disk are the quantisers' bytes, which stand for the source; the rest is the source's own."""
     quantize_checkpoint(source, tmp_path, format=format, four_over_six=four_over_six)
@@ -240,7 +239,8 @@ def declared(folder):
             continue
         if any(fnmatch.fnmatch(module, pattern) for pattern in said["exclude_modules"]):
             says = "keep"
-        else:
+        else:  # vLLM excludes whatever has an excluded name in its own
+            assert not any(excluded in module for excluded in said["exclude_modules"])
             says = algorithms[(said["quantized_layers"][module] if mixed else said)["quant_algo"]]
         assert says == stored_format(tensors, module), module
         if mixed:
@@ -491,6 +491,11 @@ def test_progress(source, tmp_path):
         (dict(rules=[("*", "keep")]), "rules must leave a matrix"),
         (dict(input_scale=0.0), "input_scale must be positive and finite, got 0.0"),
         (dict(four_over_six="max"), "four_over_six must be"),
+        (
+            dict(format="fp8", four_over_six="mse"),
+            "four_over_six must be None where no matrix becomes NVFP4, got 'mse'",
+        ),
+        (dict(rules=[("*_proj", "nvfp4")], input_scale=1.0), "input_scale must be None where no matrix becomes FP8"),
         (dict(max_shard_bytes=0), "max_shard_bytes must be positive, got 0"),
     ],
 )

@@ -84,8 +84,7 @@ def quantize_checkpoint(
     config = NemotronHConfig.from_pretrained(folder)
     sources = _sources(folder, config)
     chosen = formats((source.module for source in sources), config, format, rules)
-    if set(chosen.values()) <= {KEEP}:
-        raise ValueError(f"rules must leave a matrix of {folder} to quantise, got none")
+    _check_used(chosen, four_over_six, input_scale)
     _check_blocks(folder, sources, chosen)
     quantizer = Quantizer(sources, chosen, device=device or "cpu", four_over_six=four_over_six, input_scale=input_scale)
     writer = ShardWriter(output, [quantizer.announce(source) for source in sources], max_shard_bytes)
@@ -159,6 +158,16 @@ def _refuse_quantized(folder: str, entries: Iterable[_Entry]) -> None:
             )
 
 
+def _check_used(chosen: Mapping[str, str], four_over_six: str | None, input_scale: float | None) -> None:
+    used = set(chosen.values())
+    if used <= {KEEP}:
+        raise ValueError("rules must leave a matrix to quantise, got none")
+    if four_over_six is not None and "nvfp4" not in used:
+        raise ValueError(f"four_over_six must be None where no matrix becomes NVFP4, got {four_over_six!r}")
+    if input_scale is not None and "fp8" not in used:
+        raise ValueError(f"input_scale must be None where no matrix becomes FP8, got {input_scale}")
+
+
 def _check_blocks(folder: str, sources: Sequence[Source], chosen: Mapping[str, str]) -> None:
     wrong = [
         (source.name, f" in {os.path.basename(source.entry.path)}: {source.shape}")
@@ -169,7 +178,7 @@ def _check_blocks(folder: str, sources: Sequence[Source], chosen: Mapping[str, s
         lines = "".join(f"\n    {line}" for line in _by_expert(wrong)[:8])
         raise CheckpointError(
             f"{folder}: NVFP4 needs the last dimension to be a multiple of {BLOCK}, got{lines}\n"
-            "  keep these matrices or make them FP8 by a rule"
+            "  keep these matrices (--keep) or make them FP8 (--rule) by rules"
         )
 
 
