@@ -20,7 +20,7 @@ from hybrid_ops.models import CheckpointError, NemotronHConfig, NemotronHForCaus
 from hybrid_ops.models.quantize_matrices import Quantizer, _Reader
 from hybrid_ops.models.quantize_rules import formats
 
-from .random_models import COMMON, CONFIGS, redraw
+from .random_models import COMMON, CONFIGS, MTP_CONFIGS, redraw
 from .test_checkpoint import edit_config, rewrite
 from .test_moe_checkpoint import merge
 
@@ -277,6 +277,17 @@ def test_metadata_of_one_format(tmp_path, format, algorithm):
     assert NemotronHConfig.from_pretrained(tmp_path / "out") == NemotronHConfig.from_pretrained(tmp_path / "in")
 
 
+@pytest.mark.parametrize("name", [*CONFIGS, *MTP_CONFIGS])
+def test_every_kind_of_model(tmp_path, name):
+    """Biases, layers that differ, a head or none: what is on disk is declared, and all the rest is there."""
+    folder = save(tmp_path / "in", (CONFIGS | MTP_CONFIGS)[name])
+    report = quantize_checkpoint(folder, tmp_path / "out", format="fp8")
+    assert declared(tmp_path / "out")["quant_algo"] == "FP8"
+    tensors, before = read(tmp_path / "out"), read(folder)
+    assert before.keys() == {name for name in tensors if not name.endswith("_scale")}
+    assert sum(row.matrices for row in report.rows) + report.kept == len(before)
+
+
 def test_a_whole_layer_of_experts_is_excluded_at_once(source, tmp_path):
     """Readers ask for `.experts`, not for one of them."""
     quantize_checkpoint(source, tmp_path, rules=[("*.experts.*", "keep")])
@@ -493,7 +504,7 @@ def test_progress(source, tmp_path):
         (dict(four_over_six="max"), "four_over_six must be"),
         (
             dict(format="fp8", four_over_six="mse"),
-            "four_over_six must be None where no matrix becomes NVFP4, got 'mse'",
+            "four_over_six must be None where no matrix becomes NVFP4",
         ),
         (dict(rules=[("*_proj", "nvfp4")], input_scale=1.0), "input_scale must be None where no matrix becomes FP8"),
         (dict(max_shard_bytes=0), "max_shard_bytes must be positive, got 0"),
@@ -566,6 +577,7 @@ def test_command(folder, tmp_path, capsys):
     assert f"{report['bytes_before'] / 1e3:.1f} kB became {report['bytes_after'] / 1e3:.1f} kB" in text
     assert "--input-scale 1 writes it" in text
     assert f"{report['kept']} tensors as they were" in text
+    assert "recipe of super" in text
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -27,7 +27,8 @@ def show(console: Console, report: QuantizationReport) -> None:
     share = report.bytes_after / report.bytes_before
     console.print(
         f"\n[bold]{_size(report.bytes_before)} became {_size(report.bytes_after)}[/] ({share:.0%}); "
-        f"{report.kept:,} tensors as they were; files copied: {escape(', '.join(report.copied) or 'none')}",
+        f"recipe of {report.recipe}; {report.kept:,} tensors as they were; "
+        f"files copied: {escape(', '.join(report.copied) or 'none')}",
         highlight=False,
         soft_wrap=True,
     )
