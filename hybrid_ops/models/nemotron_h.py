@@ -4,13 +4,14 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks
 from ..nn import MLP, Attention, Experts, Gate, Mamba2Mixer, MoE, RMSNorm
+from ..nn.quantized import QuantizedWeight
 from .cache import HybridCache
 from .config import NemotronHConfig
 from .layers import Backbone
@@ -26,7 +27,7 @@ def _to_residual(module: nn.Module) -> Tensor | None:
     if isinstance(module, MLP):
         return module.down_proj.weight
     if isinstance(module, MoE):
-        return module.experts.down_proj if module.fc2_latent_proj is None else module.fc2_latent_proj.weight
+        return cast(Tensor, module.experts.down_proj if (fc2 := module.fc2_latent_proj) is None else fc2.weight)
     return None
 
 
@@ -71,16 +72,19 @@ class NemotronHForCausalLM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw every parameter anew, for training from scratch."""
+        """Draw every parameter anew, for training from scratch. Not of a quantised model."""
         config = self.config
+        for name, module in self.named_modules():
+            if isinstance(module, QuantizedWeight):
+                raise TypeError(f"{name} must be a parameter to be drawn anew, got {type(module).__name__}")
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding | Gate):
                 module.weight.normal_(std=config.initializer_range)
             if isinstance(module, Gate):
                 module.e_score_correction_bias.zero_()
             if isinstance(module, Experts):
-                module.up_proj.normal_(std=config.initializer_range)
-                module.down_proj.normal_(std=config.initializer_range)
+                for matrices in module.parameters():
+                    matrices.normal_(std=config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
             if isinstance(module, nn.Conv1d):
@@ -97,11 +101,11 @@ class NemotronHForCausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return self.backbone.embeddings.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.lm_head.weight.dtype
+        return self.backbone.embeddings.weight.dtype  # lm_head may be quantised
 
     def new_cache(
         self, batch_size: int, *, max_length: int | None = None, num_draft_tokens: int = 0, mtp: bool = False
@@ -314,12 +318,14 @@ class NemotronHForCausalLM(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         config: NemotronHConfig | None = None,
+        dequantize: bool = False,
         progress: bool | None = None,
     ) -> "NemotronHForCausalLM":
         """A model from a Hugging Face folder; see `hybrid_ops.models.load_checkpoint`."""
         from .checkpoint import load_checkpoint
 
-        return load_checkpoint(cls, folder, dtype=dtype, device=device, config=config, progress=progress)
+        options = dict(dtype=dtype, device=device, config=config, dequantize=dequantize, progress=progress)
+        return load_checkpoint(cls, folder, **options)  # type: ignore[arg-type]
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:
         """Write a Hugging Face folder; see `hybrid_ops.models.save_checkpoint`."""

@@ -1,10 +1,15 @@
 """The mixture-of-experts layer, plain or latent, with a shared expert."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ..moe import latent_moe
+from ..expert_weights import ExpertWeight
+from ..moe import latent_moe, moe_mlp
+from ..moe_router import MoERouting, moe_router
 from .mlp import MLP
+from .quantized import QuantizedWeight
 
 
 def _matrices(*shape: int, device: torch.device | None, dtype: torch.dtype | None) -> nn.Parameter:
@@ -37,7 +42,13 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts: up_proj (E, intermediate, features) and down_proj (E, features, intermediate)."""
+    """All routed experts: up_proj (E, intermediate, features) and down_proj (E, features, intermediate).
+
+    Each is a parameter, or what a quantised checkpoint puts in its place, an `Fp8Weight` or `Nvfp4Weight`.
+    """
+
+    up_proj: nn.Parameter | QuantizedWeight
+    down_proj: nn.Parameter | QuantizedWeight
 
     def __init__(
         self,
@@ -51,6 +62,11 @@ class Experts(nn.Module):
         super().__init__()
         self.up_proj = _matrices(num_experts, intermediate_size, features, device=device, dtype=dtype)
         self.down_proj = _matrices(num_experts, features, intermediate_size, device=device, dtype=dtype)
+
+    def weights(self) -> tuple[ExpertWeight, ExpertWeight]:
+        """up_proj and down_proj as the operators take them."""
+        up, down = (w.value if isinstance(w, QuantizedWeight) else w for w in (self.up_proj, self.down_proj))
+        return up, down
 
 
 class MoE(nn.Module):
@@ -111,26 +127,42 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., hidden) -> (..., hidden)."""
-        out, routing = latent_moe(
-            x.reshape(-1, x.shape[-1]),
-            self.gate.weight,
-            self.experts.up_proj,
-            self.experts.down_proj,
-            self.topk,
-            fc1_weight=None if self.fc1_latent_proj is None else self.fc1_latent_proj.weight,
-            fc2_weight=None if self.fc2_latent_proj is None else self.fc2_latent_proj.weight,
-            shared_up_weight=self.shared_experts.up_proj.weight,
-            shared_down_weight=self.shared_experts.down_proj.weight,
+        tokens = x.reshape(-1, x.shape[-1])
+        choice: dict[str, Any] = dict(
             correction_bias=self.gate.e_score_correction_bias,
             num_groups=self.num_groups,
             topk_groups=self.topk_groups,
             renormalize=self.renormalize,
             scaling_factor=self.scaling_factor,
-            return_routing=True,
         )
+        shared, fc1, fc2 = self.shared_experts, self.fc1_latent_proj, self.fc2_latent_proj
+        if any(isinstance(layer, QuantizedWeight) for layer in (shared.up_proj, shared.down_proj, fc1, fc2)):
+            out, routing = self._layer_by_layer(tokens, choice)
+        else:
+            out, routing = latent_moe(
+                tokens,
+                self.gate.weight,
+                *self.experts.weights(),
+                self.topk,
+                fc1_weight=None if fc1 is None else fc1.weight,
+                fc2_weight=None if fc2 is None else fc2.weight,
+                shared_up_weight=shared.up_proj.weight,
+                shared_down_weight=shared.down_proj.weight,
+                return_routing=True,
+                **choice,
+            )
         if self.training and torch.is_grad_enabled():
             self.load += routing.counts
         return out.view(x.shape)
+
+    def _layer_by_layer(self, x: Tensor, choice: dict[str, Any]) -> tuple[Tensor, MoERouting]:
+        """`latent_moe` with a shared expert or latent projections that are quantised: these are called as modules."""
+        shared = self.shared_experts(x)
+        routing = moe_router(x, self.gate.weight, self.topk, **choice)
+        if self.fc1_latent_proj is None or self.fc2_latent_proj is None:
+            return moe_mlp(x, *self.experts.weights(), routing, residual=shared), routing
+        latent = moe_mlp(self.fc1_latent_proj(x), *self.experts.weights(), routing)
+        return self.fc2_latent_proj(latent) + shared, routing
 
     @torch.no_grad()
     def balance(self, rate: float = 1e-3) -> None:
