@@ -540,6 +540,38 @@ def test_force_replaces_the_checkpoint(source, tmp_path):
     assert_same(read(out), read(tmp_path / "fresh"))
 
 
+def test_the_loader_runs_it(source, tmp_path):
+    """NVFP4 weights: the logits are those of a bfloat16 model that has the decoded matrices."""
+    quantize_checkpoint(source, tmp_path / "out", rules=[("backbone.*_proj", "nvfp4")], max_shard_bytes=20_000)
+    tensors = read(tmp_path / "out")
+    model = NemotronHForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    plain = NemotronHForCausalLM.from_pretrained(source, dtype=torch.float32)
+    changed = 0
+    with torch.no_grad():
+        for name, place in checkpoint._places(plain).items():
+            if f"{name}_scale" in tensors:
+                parameter = plain.get_parameter(place.name)
+                matrix = parameter if place.expert is None else parameter[place.expert]
+                matrix.copy_(torch.from_numpy(decode(tensors, name.removesuffix(".weight"))))
+                changed += 1
+        ids = torch.arange(40).view(2, 20)
+        got, expected, before = (m(ids) for m in (model, plain, NemotronHForCausalLM.from_pretrained(source)))
+    assert changed == sum(name.endswith("_scale_2") for name in tensors) > 15
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got, before.float(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "fp8"])
+def test_the_loader_saves_it_again(source, tmp_path, format):
+    quantize_checkpoint(source, tmp_path / "out", format=format)
+    NemotronHForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    again, tensors = read(tmp_path / "again"), read(tmp_path / "out")
+    float32 = {name for name in tensors if name.endswith((".A_log", ".D", ".dt_bias"))}  # in every model of ours
+    assert_same({n: t for n, t in again.items() if n not in float32}, {n: tensors[n] for n in tensors.keys() - float32})
+    plain = NemotronHForCausalLM.from_pretrained(tmp_path / "out", dequantize=True)
+    assert plain.get_parameter("backbone.layers.4.mixer.in_proj.weight").dtype == torch.bfloat16
+
+
 def test_files_are_mapped_as_they_lie(source, tmp_path):
     """Wide tensors lie on multiples of their width; the library's other reader sees the same."""
     report = quantize_checkpoint(source, tmp_path, max_shard_bytes=50_000)

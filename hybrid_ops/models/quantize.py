@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from .checkpoint import CheckpointError, _by_expert, _compare, _entries, _Entry, _places
+from .checkpoint import _by_expert, _compare, _places
 from .config import NemotronHConfig, _read_json
 from .nemotron_h import NemotronHForCausalLM
 from .quantize_matrices import BLOCK, Quantizer, Source
@@ -15,6 +15,7 @@ from .quantize_metadata import hf_quant_config, quantization_config
 from .quantize_report import Errors, QuantizationReport
 from .quantize_rules import KEEP, family, formats
 from .shard_writer import ShardWriter
+from .shards import CheckpointError, _entries, _Entry
 
 # What a tokenizer and a chat need. Never code, and not the model card, which describes another checkpoint.
 COPIED = (".json", ".txt", ".jinja", ".model")
@@ -59,7 +60,8 @@ def quantize_checkpoint(
         rules: (glob, "nvfp4" | "fp8" | "keep"), on module names as `backbone.layers.3.mixer.in_proj`; the last counts.
         four_over_six: None, "mse" or "mae", see `nvfp4_quantize`: the recipe of Nemotron 3 Ultra is "mse".
         input_scale: written with every FP8 matrix as the scale of its activations. None writes none: nothing is
-            calibrated here. vLLM's reader wants one; TensorRT-LLM takes its absence for dynamic scaling.
+            calibrated here. vLLM's reader wants one; for this library and TensorRT-LLM its absence
+            means dynamic scaling.
         max_shard_bytes: above this size the tensors are spread over several files with an index.
         device: where matrices are quantised; None is the CPU. The bytes do not depend on it.
         force: replace the checkpoint that `output` holds.

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..quant_fp8 import Fp8Tensor, fp8_dequantize, fp8_quantize
 from ..quant_nvfp4 import BLOCK, Nvfp4Tensor, nvfp4_dequantize, nvfp4_quantize
-from .checkpoint import CheckpointError, _Entry
 from .quantize_report import Errors
 from .quantize_rules import KEEP, fused_with
 from .shard_writer import Spec
+from .shards import CheckpointError, _Entry
 
 
 class Source(NamedTuple):

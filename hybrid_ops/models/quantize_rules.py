@@ -25,30 +25,25 @@ RULES = (
     (_BEFORE_ATTENTION,                          "keep",  "fp8",     "fp8"),
 )  # fmt: skip
 
-# The matrices that can be quantised, and what a report calls them. Not the router: its scores are exact.
+# The matrices that can be quantised, as a report calls them. Not the router: its scores are exact.
+_MIXER = r"(?:backbone|mtp)\.layers\.\d+\.mixer\."
 _KINDS = {
-    "experts": r"experts\.\d+\.(up|down)_proj",
-    "shared experts": r"shared_experts\.(up|down)_proj",
-    "latent": r"fc[12]_latent_proj",
-    "mamba": r"(in|out)_proj",
-    "attention": r"[qkvo]_proj",
-    "mlp": r"(up|down)_proj",
+    "mamba": re.compile(_MIXER + r"(in|out)_proj"),
+    "attention": re.compile(_MIXER + r"[qkvo]_proj"),
+    "mlp": re.compile(_MIXER + r"(up|down)_proj"),
+    "experts": re.compile(_MIXER + r"experts\.\d+\.(up|down)_proj"),
+    "shared experts": re.compile(_MIXER + r"shared_experts\.(up|down)_proj"),
+    "latent": re.compile(_MIXER + r"fc[12]_latent_proj"),
+    "mtp input": re.compile(r"mtp\.layers\.\d+\.eh_proj"),
+    "lm_head": re.compile(r"lm_head"),
 }
-_MATRIX = re.compile(
-    r"lm_head|(backbone|mtp)\.layers\.\d+\.(eh_proj|mixer\.("
-    + "|".join(f"(?P<{kind.replace(' ', '_')}>{pattern})" for kind, pattern in _KINDS.items())
-    + r"))"
-)
 # Readers fuse these into one product: they must share a format.
 _FUSED = re.compile(r"(.*\.mixer\.)(?:(experts)\..*|([qkv])_proj)")
 
 
 def kind(module: str) -> str | None:
     """What a matrix is, "experts" for one; None where it is none that can be quantised."""
-    match = _MATRIX.fullmatch(module)
-    if match is None:
-        return None
-    return next((k.replace("_", " ") for k, found in match.groupdict().items() if found), module.rsplit(".", 1)[-1])
+    return next((kind for kind, names in _KINDS.items() if names.fullmatch(module)), None)
 
 
 def fused_with(module: str) -> str | None:

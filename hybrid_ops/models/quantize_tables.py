@@ -34,8 +34,8 @@ def show(console: Console, report: QuantizationReport) -> None:
     )
     if report.dynamic_fp8:
         console.print(
-            "[yellow]FP8 without input_scale[/], for nothing was calibrated: TensorRT-LLM scales activations as they "
-            "come, vLLM's reader wants one in the checkpoint (--input-scale 1 writes it)",
+            "[yellow]FP8 without input_scale[/], for nothing was calibrated: this library and TensorRT-LLM scale "
+            "activations as they come, vLLM's reader wants one in the checkpoint (--input-scale 1 writes it)",
             highlight=False,
             soft_wrap=True,
         )

@@ -9,7 +9,8 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+from .shards import _INDEX, _SINGLE
+
 _SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1}
 
 
