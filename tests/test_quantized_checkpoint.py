@@ -1,6 +1,9 @@
 """Reading and writing folders with FP8 and NVFP4 weights: names, formats, metadata, and whatever is wrong with them."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from hybrid_ops.models import CheckpointError, NemotronHConfig, NemotronHForCaus
 from hybrid_ops.nn import Fp8Linear, Fp8Weight, Nvfp4Linear, Nvfp4Weight
 
 from .quantized_folders import (
+    SIZES,
     all_fp8,
     all_nvfp4,
     as_super,
@@ -20,12 +24,16 @@ from .quantized_folders import (
     write,
     write_dequantized,
 )
-from .random_models import CONFIGS
+from .random_models import COMMON, CONFIGS
 from .test_checkpoint import rewrite
 
 LAYER = "backbone.layers.1.mixer."
 LINEAR = "backbone.layers.0.mixer.in_proj."
 FORMS = [all_nvfp4, all_fp8, as_super, lambda name: "fp8-row"]
+
+
+def but_the_head(name):
+    return None if name.startswith("mtp.") else "nvfp4"
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +113,41 @@ def test_experts_are_read_one_by_one(model, tmp_path, monkeypatch):
     assert largest == 64 * 32 // 2
 
 
+LOAD = r"""
+import re, sys
+from hybrid_ops.models import NemotronHForCausalLM
+
+def memory(field):
+    return int(re.search(field + r":\s*(\d+) kB", open("/proc/self/status").read()).group(1)) * 1024
+
+load = lambda folder: NemotronHForCausalLM.from_pretrained(folder, dequantize=sys.argv[3] == "True")
+load(sys.argv[1])  # a small one, for what only the first load brings into memory
+before = memory("VmRSS")
+model = load(sys.argv[2])
+print(memory("VmHWM") - before, sum(t.numel() * t.element_size() for t in model.state_dict().values()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_memory(model, dequantize, tmp_path):
+    """The model and one shard; where it is dequantised, the larger one and a layer."""
+    write(model, tmp_path / "small", all_nvfp4)
+    values = SIZES | COMMON | dict(hybrid_override_pattern="EEEE", moe_intermediate_size=4096, n_routed_experts=32)
+    big = NemotronHForCausalLM(NemotronHConfig(**values | dict(num_nextn_predict_layers=0)), device="meta")
+    for layer in big.backbone.layers:
+        experts = layer.mixer.experts
+        for name, matrices in list(experts.named_parameters()):
+            delattr(experts, name)
+            setattr(experts, name, Nvfp4Weight(matrices.shape, device="meta"))
+    big.to_empty(device="cpu").save_pretrained(tmp_path / "big", max_shard_bytes=2**22)
+    del big
+    command = [sys.executable, "-c", LOAD, *map(str, (tmp_path / "small", tmp_path / "big", dequantize))]
+    peak, size = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert size > (100 if dequantize else 15) * 2**20
+    assert size * 0.9 < peak < size + 2**22 + 16 * 2**20 + (size / 8 if dequantize else 0)  # allocator and Python
+
+
 def as_compressed(tensors):
     """The names of compressed-tensors, its reciprocal global scales, and scalars as (1,)."""
     renamed = {}
@@ -175,6 +218,7 @@ def test_round_trip(model, form_of, shard_bytes, tmp_path):
     ("form_of", "input_scale", "algorithm"),
     [
         (all_nvfp4, 0.5, "NVFP4"),
+        (but_the_head, None, "W4A16_NVFP4"),
         (all_nvfp4, None, "W4A16_NVFP4"),
         (all_fp8, 0.5, "FP8"),
         (as_super, 0.5, "MIXED_PRECISION"),
@@ -198,8 +242,15 @@ def test_metadata(model, form_of, input_scale, algorithm, tmp_path):
     assert also["quant_method"] == "modelopt"
     assert said["quant_algo"] == also["quant_algo"] == algorithm
     if algorithm != "MIXED_PRECISION":
-        assert (said.get("group_size") == 16) == (form_of is all_nvfp4)
-        assert said["exclude_modules"] == also["ignore"] == []
+        assert (said.get("group_size") == 16) == ("NVFP4" in algorithm)
+        assert said["exclude_modules"] == also["ignore"]
+        kept = {f"{layer}.layers.1.mixer.gate" for layer in ("backbone", "mtp")} | {"backbone.layers.0.mixer.conv1d"}
+        if form_of is but_the_head:
+            head = ["0.eh_proj", *(f"0.mixer.{x}_proj" for x in "qkvo"), "1.mixer.experts*"]
+            head += [f"1.mixer.{x}" for x in ("fc1_latent_proj", "fc2_latent_proj")]
+            head += [f"1.mixer.shared_experts.{x}_proj" for x in ("up", "down")]
+            kept |= {f"mtp.layers.{name}" for name in head}
+        assert set(said["exclude_modules"]) == kept
         return
     layers = said["quantized_layers"]
     assert layers == also["quantized_layers"]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .._version import __version__
-from ..nn import Experts, Fp8Linear, Fp8Weight, Nvfp4Linear, Nvfp4Weight
+from ..nn import Experts, Fp8Linear, Fp8Weight, Gate, Nvfp4Linear, Nvfp4Weight
 from ..nn.quantized import QuantizedWeight
 from ..quant_nvfp4 import BLOCK
 from .config import _read_json
@@ -98,7 +98,7 @@ def quantize_modules(model: nn.Module, entries: dict[str, _Entry]) -> bool:
 
 
 def _format(entries: dict[str, _Entry], names: Sequence[str], shape: Sequence[int]) -> str | None:
-    """In which format the weights of these names, of one matrix or of all experts, are stored: a key of _LINEAR."""
+    """In which format these weights, one matrix or that of each expert, are stored: a key of _LINEAR, or None."""
     stored = {name: entries[f"{name}.weight"] for name in names if f"{name}.weight" in entries}
     formats = {entry.dtype: name for name, entry in stored.items()}
     kind = next((dtype for dtype in _LINEAR if dtype in formats), None)
@@ -125,7 +125,7 @@ def _options(entries: dict[str, _Entry], names: Sequence[str], rows: int, kind: 
 
 
 def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make every quantised weight an ordinary parameter, one after the other, so that no two copies are alive."""
+    """Make every quantised weight an ordinary parameter, one after the other: beside it only one is there twice."""
     for name in [name for name, module in model.named_modules() if isinstance(module, QuantizedWeight)]:
         module = model.get_submodule(name)
         assert isinstance(module, QuantizedWeight)
@@ -159,7 +159,7 @@ def save_metadata(model: nn.Module, folder: str) -> None:
     said: dict[str, Any] = dict(quant_algo="MIXED_PRECISION", quantized_layers=layers)
     if len(kinds) == 1:
         (said,) = kinds.values()
-    others = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    others = sorted(_unquantized(model))
     _write_json(path, dict(producer=producer, quantization=dict(said, exclude_modules=others)))
     config = os.path.join(folder, _CONFIG)
     mine = dict(quant_method="modelopt", producer=producer, ignore=others, **said)
@@ -176,10 +176,17 @@ def _algorithms(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
         else:
             continue
         layer, dot, projection = name.partition(".experts.")
-        experts = range(module.shape[0]) if dot else ()
-        yield from ((f"{layer}.experts.{expert}.{projection}", said) for expert in experts)
-        if not dot:
-            yield name, said
+        names = [f"{layer}.experts.{expert}.{projection}" for expert in range(module.shape[0])] if dot else [name]
+        yield from ((name, said) for name in names)
+
+
+def _unquantized(model: nn.Module) -> Iterator[str]:
+    """What readers would otherwise take for quantised; the experts of a layer as a whole."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | Gate):
+            yield name
+        elif isinstance(module, Experts) and list(module.parameters()):
+            yield f"{name}*"
 
 
 def _write_json(path: str, values: dict[str, Any]) -> None:

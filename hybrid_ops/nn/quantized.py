@@ -36,9 +36,14 @@ class QuantizedWeight(nn.Module):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The matrices themselves: float32 products, rounded once to a floating dtype."""
-        q, stored = self.value, torch.float32 if dtype == torch.float64 else dtype
-        matrix = fp8_dequantize(q, dtype=stored) if isinstance(q, Fp8Tensor) else nvfp4_dequantize(q, dtype=stored)
-        return matrix.to(dtype)
+        kind: type = type(self.value)
+        dequantize: Callable[..., Tensor] = fp8_dequantize if kind is Fp8Tensor else nvfp4_dequantize
+        through = torch.float32 if dtype == torch.float64 else dtype
+        result = torch.empty(self.shape, dtype=dtype, device=self.weight.device)
+        for expert in range(self.shape[0]) if len(self.shape) == 3 else (...,):  # all at once would take much memory
+            q = kind(*(part[expert] if isinstance(part, Tensor) else part for part in self.value))
+            result[expert] = dequantize(q, dtype=through)
+        return result
 
     def extra_repr(self) -> str:
         return f"{tuple(self.shape)}, input_scale={self.input_scale is not None}, bias={self.bias is not None}"
@@ -65,6 +70,9 @@ class Fp8Weight(QuantizedWeight):
         scaling: "tensor" or "row".
         input_scale: whether there is one.
         device: of the buffers, whose values are undefined until they are filled.
+
+    Raises:
+        ValueError: another scaling.
     """
 
     def __init__(
@@ -98,6 +106,9 @@ class Nvfp4Weight(QuantizedWeight):
         shape: (N, K) or (E, N, K), K a multiple of 16.
         input_scale: whether there is one.
         device: of the buffers, whose values are undefined until they are filled.
+
+    Raises:
+        ValueError: another K.
     """
 
     weight_scale_2: Tensor
