@@ -1,8 +1,10 @@
-"""The command `hybrid-ops`: info, check, demo, bench."""
+"""The command `hybrid-ops`: info, check, demo, bench, quantize."""
 
 import argparse
 import importlib
 import json
+import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ Fused operators for hybrid Mamba-2 / Transformer / MoE models, on this machine.
   hybrid-ops check    is every operator right on this machine? (seconds; exit status 1 if one is not)
   hybrid-ops demo     train a small hybrid model from nothing, let it write, prove it (three minutes on two cores)
   hybrid-ops bench    how fast are the operators, beside the speed of light of this GPU and other libraries
+  hybrid-ops quantize write an NVFP4 or FP8 copy of a Nemotron-H / Nemotron 3 checkpoint
 """
 
 _CHECK = """\
@@ -43,6 +46,26 @@ bandwidth and matrix rate set (measured in the same run), and other libraries wh
   hybrid-ops bench conv1d --json conv1d.json
 """
 
+_QUANTIZE = """\
+Write a quantised copy of a Hugging Face folder of nemotron_h (bfloat16, any number of files), with the names and
+metadata of NVIDIA's ModelOpt. One matrix at a time is in memory, whatever the size of the checkpoint.
+
+  hybrid-ops quantize Nemotron-3-Super-BF16                      writes Nemotron-3-Super-NVFP4 beside it
+  hybrid-ops quantize Nemotron-3-Super-BF16 --format fp8
+  hybrid-ops quantize FOLDER --four-over-six mse --keep 'backbone.layers.0.*' --rule '*.shared_experts.*=fp8'
+
+What is quantised follows the published checkpoints, by the layers that a model has (--format nvfp4; with --format fp8
+the same matrices become FP8):
+
+                                        routed    shared    MLP       Mamba in/out
+  Super, Ultra: a latent MoE            NVFP4     FP8       NVFP4     FP8
+  Lightning: an MoE with MTP head       NVFP4     NVFP4     NVFP4     FP8
+  Nano, and models without MoE          NVFP4     NVFP4     NVFP4     NVFP4, but right before attention kept
+
+Attention, latent projections, router, convolutions, embeddings, lm_head and MTP head keep their dtype.
+Nothing is calibrated: NVFP4 is weight-only (W4A16_NVFP4), FP8 has no input_scale unless you give one.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
@@ -63,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="hybrid-ops", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"hybrid-ops {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="{info,check,demo,bench}", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="{info,check,demo,bench,quantize}", required=True)
 
     def add(name: str, run: object, summary: str, description: str | None = None) -> argparse.ArgumentParser:
         command = commands.add_parser(
@@ -91,7 +114,53 @@ def _parser() -> argparse.ArgumentParser:
         "families", nargs="+", metavar="FAMILY", help="conv1d, ssd, norm, moe_router, grouped_gemm, moe, quant, gemm"
     )
     bench.add_argument("--json", metavar="FILE", type=Path, help="write the rows, machine and ceilings as JSON")
+    _add_quantize(add("quantize", _quantize, "write an NVFP4 or FP8 copy of a checkpoint", _QUANTIZE))
     return parser
+
+
+def _add_quantize(quantize: argparse.ArgumentParser) -> None:
+    quantize.add_argument("folder", metavar="FOLDER", type=Path, help="config.json and safetensors")
+    quantize.add_argument("--format", choices=("nvfp4", "fp8"), default="nvfp4", help="see above (nvfp4)")
+    quantize.add_argument("--output", metavar="FOLDER", type=Path, help="where to (beside FOLDER, -NVFP4 or -FP8)")
+    quantize.add_argument("--force", action="store_true", help="replace the checkpoint that the output folder holds")
+    # one list, for the last rule that matches counts
+    quantize.add_argument(
+        "--keep", metavar="GLOB", dest="rules", action="append", type=_keep, help="keep these matrices as they are"
+    )
+    quantize.add_argument(
+        "--rule", metavar="GLOB=FORMAT", dest="rules", action="append", type=_rule, help="nvfp4, fp8 or keep for these"
+    )
+    quantize.add_argument(
+        "--four-over-six",
+        choices=("mse", "mae"),
+        help="NVFP4: scale a block to 6 or to 4, by the error that is left",
+    )
+    quantize.add_argument(
+        "--input-scale", metavar="SCALE", type=float, help="write this activation scale with every FP8 matrix (none)"
+    )
+    quantize.add_argument(
+        "--max-shard-size", metavar="SIZE", type=_size, default=5 * 10**9, help="of a file, as 500MB or 5GB (5GB)"
+    )
+    quantize.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (the GPU if there is one)")
+    quantize.add_argument("--json", metavar="FILE", type=Path, help="write the tables as JSON")
+
+
+def _keep(text: str) -> tuple[str, str]:
+    return text, "keep"
+
+
+def _rule(text: str) -> tuple[str, str]:
+    glob, equals, format = text.rpartition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected GLOB=FORMAT, got {text!r}")
+    return glob, format
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+)([KMG]?)B?", text.upper())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected a size as 500MB or 5GB, got {text!r}")
+    return int(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]]
 
 
 def _info(options: argparse.Namespace, console: Console) -> int:
@@ -143,4 +212,40 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
     except (RuntimeError, ValueError) as error:
         console.print(f"hybrid-ops bench: {error}", highlight=False, markup=False, soft_wrap=True)
         return 1
+    return 0
+
+
+def _quantize(options: argparse.Namespace, console: Console) -> int:
+    import dataclasses
+
+    import torch
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .models.quantize import quantize_checkpoint
+    from .models.quantize_tables import show
+
+    folder = Path(os.path.abspath(options.folder))
+    name = f"{folder.name.removesuffix('-BF16')}-{options.format.upper()}"
+    columns = TextColumn("quantising"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    try:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task("quantising", total=None)
+            report = quantize_checkpoint(
+                options.folder,
+                options.output or folder.parent / name,
+                format=options.format,
+                rules=options.rules or (),
+                four_over_six=options.four_over_six,
+                input_scale=options.input_scale,
+                max_shard_bytes=options.max_shard_size,
+                device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+                force=options.force,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        console.print(f"hybrid-ops quantize: {error}", highlight=False, markup=False, soft_wrap=True)
+        return 1
+    show(console, report)
+    if options.json is not None:
+        options.json.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
     return 0

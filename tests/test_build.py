@@ -75,10 +75,11 @@ def nvrtc_compile(header, expressions, architecture):
         call(nvrtc.nvrtcAddNameExpression, program, expression.encode())
     options = [f"--gpu-architecture=sm_{architecture}", "--std=c++20", f"-I{CSRC}", f"-I{include}"]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-    log = b" " * call(nvrtc.nvrtcGetProgramLogSize, program)
+    # buffers that may be written: b" " * 1 is Python's only b" ", and would be another byte for the rest of the process
+    log = bytearray(call(nvrtc.nvrtcGetProgramLogSize, program))
     call(nvrtc.nvrtcGetProgramLog, program, log)
     assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
-    cubin = b" " * call(nvrtc.nvrtcGetCUBINSize, program)
+    cubin = bytearray(call(nvrtc.nvrtcGetCUBINSize, program))
     call(nvrtc.nvrtcGetCUBIN, program, cubin)
     return cubin
 

@@ -7,6 +7,8 @@ from .generate import generate, sample, stream, warmup
 from .mtp import MTP
 from .nemotron_h import NemotronHForCausalLM
 from .presets import PRESETS
+from .quantize import quantize_checkpoint
+from .quantize_report import QuantizationReport
 from .speculative import Speculation, speculate
 
 __all__ = [
@@ -16,9 +18,11 @@ __all__ = [
     "HybridCache",
     "NemotronHConfig",
     "NemotronHForCausalLM",
+    "QuantizationReport",
     "Speculation",
     "generate",
     "load_checkpoint",
+    "quantize_checkpoint",
     "sample",
     "save_checkpoint",
     "speculate",
