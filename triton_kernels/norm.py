@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device, rows
+from .launch import cdiv, launch, next_power_of_2, on_device, rows
 
 
 class Config(NamedTuple):
@@ -20,7 +20,7 @@ class Config(NamedTuple):
 
 def config(group_size: int) -> Config:
     """About 4096 elements a program; a row of a group is never split."""
-    block = triton.next_power_of_2(max(group_size, 16))
+    block = next_power_of_2(max(group_size, 16))
     return Config(BLOCK_R=max(1, 4096 // block), BLOCK_S=block, num_warps=min(16, max(4, block // 512)))
 
 
@@ -94,27 +94,15 @@ def norm(
             h.copy_(dense_h)
         return
     x2, y2 = rows(x), rows(y)
-    z2 = x2 if z is None else rows(z)
-    r2 = x2 if residual is None else rows(residual)
-    h2 = y2 if h is None else rows(h)
+    z2, r2, h2 = (None if t is None else rows(t) for t in (z, residual, h))
+    strides = (0 if t is None else t.stride(0) for t in (x2, z2, r2, y2, h2))
     block_r, block_s, num_warps = config(group_size)
-    grid = (triton.cdiv(x2.shape[0], block_r), x2.shape[1] // group_size)
     with on_device(x):
-        norm_kernel[grid](
-            x2,
-            z2,
-            r2,
-            weight.contiguous(),
-            y2,
-            h2,
-            x2.shape[0],
-            group_size,
-            x2.stride(0),
-            z2.stride(0),
-            r2.stride(0),
-            y2.stride(0),
-            h2.stride(0),
-            eps,
+        launch(
+            norm_kernel,
+            (cdiv(x2.shape[0], block_r), x2.shape[1] // group_size),
+            (x2, z2, r2, weight.contiguous(), y2, h2),
+            (x2.shape[0], group_size, *strides, eps),
             HAS_Z=z is not None,
             HAS_RESIDUAL=residual is not None,
             NORM_BEFORE_GATE=norm_before_gate,
