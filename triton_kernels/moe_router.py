@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device, rows
+from .launch import cdiv, launch, next_power_of_2, on_device, rows
 from .moe_sort import MAX_ROWS, block_tokens, sort
 
 LEAST: tl.constexpr = tl.constexpr(-(2**31))  # below the order of every number and of NaN
@@ -47,13 +47,13 @@ def logits_config(tokens: int, hidden: int, num_experts: int, half: bool) -> Log
     each product before it overwrites them.
     """
     chunk = 512
-    block_e = min(128 if half else 64, max(16, triton.next_power_of_2(num_experts)))
-    large = half and triton.cdiv(tokens, 128) * triton.cdiv(num_experts, block_e) >= 128
+    block_e = min(128 if half else 64, max(16, next_power_of_2(num_experts)))
+    large = half and cdiv(tokens, 128) * cdiv(num_experts, block_e) >= 128
     block_t = 128 if large else 64
-    few = triton.cdiv(tokens, block_t) * triton.cdiv(num_experts, block_e) <= 32
+    few = cdiv(tokens, block_t) * cdiv(num_experts, block_e) <= 32
     if few:
         block_e = min(block_e, 32)
-    splits = max(1, triton.cdiv(hidden, chunk)) if few else 1
+    splits = max(1, cdiv(hidden, chunk)) if few else 1
     warps = 8 if large else 4
     return LogitsConfig(block_t, block_e, 64 if half else 32, chunk, splits, warps, 3 if half else 1)
 
@@ -67,7 +67,7 @@ def choice_config(tokens: int, num_experts: int, topk: int) -> ChoiceConfig:
     """
     count = tokens * topk > MAX_ROWS
     block_t = block_tokens(tokens, topk, num_experts) if count else 1
-    block_e = max(16, triton.next_power_of_2(num_experts))
+    block_e = max(16, next_power_of_2(num_experts))
     return ChoiceConfig(block_t, block_e, count, num_warps=min(8, max(1, block_t * block_e // 512)))
 
 
@@ -308,22 +308,16 @@ def moe_router_fwd(
         offs.zero_()
         return
     block_t, block_e, count, num_warps = choice_config(tokens, num_experts, topk)
-    blocks = triton.cdiv(tokens, block_t)
+    blocks = cdiv(tokens, block_t)
     block_counts = ids.new_empty(blocks, num_experts) if count else None
     with on_device(x):
         partial, splits = (rows(x), 1) if weight is None else _logits(x, weight, logits)
-        choice_kernel[(blocks,)](
-            partial,
-            logits,
-            correction_bias,
-            weights,
-            ids,
-            block_counts,
-            tokens,
-            num_experts,
-            partial.stride(-2),
-            0 if correction_bias is None else correction_bias.stride(0),
-            scaling_factor,
+        bias_stride = 0 if correction_bias is None else correction_bias.stride(0)
+        launch(
+            choice_kernel,
+            blocks,
+            (partial, logits, correction_bias, weights, ids, block_counts),
+            (tokens, num_experts, partial.stride(-2), bias_stride, scaling_factor),
             SPLITS=splits,
             HAS_BIAS=correction_bias is not None,
             SOFTMAX=score == "softmax",
@@ -335,8 +329,8 @@ def moe_router_fwd(
             COUNT=count,
             BLOCK_T=block_t,
             BLOCK_E=block_e,
-            BLOCK_G=triton.next_power_of_2(num_groups),
-            BLOCK_J=triton.next_power_of_2(topk),
+            BLOCK_G=next_power_of_2(num_groups),
+            BLOCK_J=next_power_of_2(topk),
             num_warps=num_warps,
         )
     sort(ids, weights, 0, counts, offs, token_index, sorted_weights, row_index, block_counts)
@@ -348,15 +342,11 @@ def _logits(x: Tensor, weight: Tensor, logits: Tensor) -> tuple[Tensor, int]:
     cfg = logits_config(tokens, hidden, num_experts, x.dtype == weight.dtype != torch.float32)
     partial = logits if cfg.SPLITS == 1 else logits.new_empty(cfg.SPLITS, tokens, num_experts)
     x, weight = rows(x), rows(weight)
-    logits_kernel[triton.cdiv(tokens, cfg.BLOCK_T) * triton.cdiv(num_experts, cfg.BLOCK_E), cfg.SPLITS](
-        x,
-        weight,
-        partial,
-        tokens,
-        hidden,
-        num_experts,
-        x.stride(0),
-        weight.stride(0),
+    launch(
+        logits_kernel,
+        (cdiv(tokens, cfg.BLOCK_T) * cdiv(num_experts, cfg.BLOCK_E), cfg.SPLITS),
+        (x, weight, partial),
+        (tokens, hidden, num_experts, x.stride(0), weight.stride(0)),
         SPLIT=cfg.SPLITS > 1,
         EVEN=hidden % cfg.BLOCK_K == 0,
         BLOCK_T=cfg.BLOCK_T,
