@@ -9,6 +9,7 @@ sequence's *edge* program. That one computes them and then writes the final stat
 its only writer, it may update a pool in place.
 """
 
+import functools
 from typing import NamedTuple
 
 import triton
@@ -24,6 +25,7 @@ class Config(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def config(itemsize: int, channel_last: bool) -> Config:
     """256 bytes along the dimension of stride 1, so that a warp's loads are whole lines; 32 elements a thread."""
     line = 256 // itemsize

@@ -29,6 +29,8 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
 
 def rows(tensor: Tensor) -> Tensor:
     """(..., n) as (rows, n) with unit last stride: a view where strides allow it (a slice of in_proj), else a copy."""
+    if tensor.dim() == 2 and tensor.stride(1) == 1:
+        return tensor
     flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, tensor.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 

@@ -3,6 +3,7 @@
 Letters: T tokens, D features; of the projections M tokens, N columns, K inner size of a tile.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -27,12 +28,14 @@ class ProjConfig(NamedTuple):
     num_stages: int
 
 
+@functools.cache
 def combine_config(features: int) -> CombineConfig:
     """16 bytes of a 16-bit row for each thread of a program."""
     block = min(next_power_of_2(max(features, 256)), 1024)
     return CombineConfig(BLOCK_D=block, num_warps=block // 256)
 
 
+@functools.cache
 def proj_config(itemsize: int) -> ProjConfig:
     """One for all numbers of tokens: what a token's bits are does not depend on the others."""
     return ProjConfig(32, 32, 32, 4, 2) if itemsize == 4 else ProjConfig(64, 128, 64, 4, 3)

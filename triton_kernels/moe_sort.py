@@ -7,6 +7,8 @@ ones before it. Few choices are one block and one launch.
 Letters: N choices of a block, E experts, B blocks.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,6 +18,7 @@ from .launch import cdiv, launch, next_power_of_2, on_device
 MAX_ROWS = 512  # choices of a block: each is compared with all
 
 
+@functools.cache
 def block_tokens(tokens: int, topk: int, num_experts: int) -> int:
     """Tokens of a block: a few hundred blocks, of at most MAX_ROWS choices, and 4096 scores where a router chooses."""
     most = min(MAX_ROWS // topk, max(1, 4096 // max(16, next_power_of_2(num_experts))))

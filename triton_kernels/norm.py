@@ -3,6 +3,7 @@
 Letters: R rows of a program, S padded group size. All arithmetic is float32; every result is cast once.
 """
 
+import functools
 from typing import NamedTuple
 
 import triton
@@ -18,6 +19,7 @@ class Config(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def config(group_size: int) -> Config:
     """About 4096 elements a program; a row of a group is never split."""
     block = next_power_of_2(max(group_size, 16))

@@ -6,6 +6,7 @@ a multiplication or `tl.div_rn`, and nothing is fused: launches say `enable_fp_f
 Letters: R rows and C columns of a program's tile, along M and K.
 """
 
+import functools
 from typing import NamedTuple
 
 import triton
@@ -27,6 +28,7 @@ class Config(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def config(scaling: str, K: int, transposed: bool = False) -> Config:
     """Some thousand elements a program, a scale's tile never split; wide in the direction that memory runs.
 

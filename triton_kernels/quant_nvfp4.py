@@ -6,6 +6,7 @@ rounds is an addition, a multiplication or `tl.div_rn`, and nothing is fused: la
 Letters: R rows and C columns of a program's tile, along M and K; S = C / 16 blocks in a row of it.
 """
 
+import functools
 from typing import NamedTuple
 
 import triton
@@ -25,6 +26,7 @@ class Config(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def config(transposed: bool = False, four_over_six: bool = False) -> Config:
     """4096 elements a program, wide in the direction that memory runs; two candidates need twice the registers."""
     num_warps = 8 if four_over_six else 4
