@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, launch, next_power_of_2, on_device, rows
+from .launch import Launch, cdiv, dense, next_power_of_2, on_device, plan, rows, traits
 
 
 class Config(NamedTuple):
@@ -88,27 +88,48 @@ def norm(
     """Fill y, and h = x + residual where there is a residual."""
     if x.numel() == 0:
         return
-    if not (y.is_contiguous() and (h is None or h.is_contiguous())):  # odd `out=` strides: one copy
-        dense_y, dense_h = y.new_empty(y.shape), None if h is None else h.new_empty(h.shape)
-        norm(x, z, residual, weight, dense_y, dense_h, eps, group_size, norm_before_gate)
-        y.copy_(dense_y)
-        if h is not None:
-            h.copy_(dense_h)
+    tensors = (x, z, residual, dense(weight), y, h)
+    options = (eps, group_size, norm_before_gate)
+    found = plan(("norm", options, traits(*tensors)), lambda: make_launch(*tensors, *options), x.device)
+    if found is not None:
+        with on_device(x):
+            found(*tensors)
         return
-    x2, y2 = rows(x), rows(y)
-    z2, r2, h2 = (None if t is None else rows(t) for t in (z, residual, h))
-    strides = (0 if t is None else t.stride(0) for t in (x2, z2, r2, y2, h2))
+    x, z, residual = (None if t is None else rows(t) for t in (x, z, residual))
+    dense_y, dense_h = (None if t is None else t.new_empty(t.shape) for t in (y, h))
+    norm(x, z, residual, weight, dense_y, dense_h, *options)
+    y.copy_(dense_y)
+    if h is not None:
+        h.copy_(dense_h)
+
+
+def make_launch(
+    x: Tensor,
+    z: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    y: Tensor,
+    h: Tensor | None,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> Launch | None:
+    """None where strides ask for a copy first."""
+    views = [None if t is None else rows(t) for t in (x, z, residual)]
+    moved = any(v is not None and v.data_ptr() != t.data_ptr() for v, t in zip(views, (x, z, residual), strict=True))
+    if moved or not (y.is_contiguous() and (h is None or h.is_contiguous())):
+        return None
+    num_rows, hidden = views[0].shape
+    strides = (0 if v is None else v.stride(0) for v in views)
     block_r, block_s, num_warps = config(group_size)
-    with on_device(x):
-        launch(
-            norm_kernel,
-            (cdiv(x2.shape[0], block_r), x2.shape[1] // group_size),
-            (x2, z2, r2, weight.contiguous(), y2, h2),
-            (x2.shape[0], group_size, *strides, eps),
-            HAS_Z=z is not None,
-            HAS_RESIDUAL=residual is not None,
-            NORM_BEFORE_GATE=norm_before_gate,
-            BLOCK_R=block_r,
-            BLOCK_S=block_s,
-            num_warps=num_warps,
-        )
+    return Launch(
+        norm_kernel,
+        (cdiv(num_rows, block_r), hidden // group_size),
+        (num_rows, group_size, *strides, hidden, hidden, eps),
+        HAS_Z=z is not None,
+        HAS_RESIDUAL=residual is not None,
+        NORM_BEFORE_GATE=norm_before_gate,
+        BLOCK_R=block_r,
+        BLOCK_S=block_s,
+        num_warps=num_warps,
+    )
