@@ -148,12 +148,14 @@ def plan(key: tuple[Any, ...], make: Callable[[], Plan], device: torch.device) -
     if device.type != "cuda":
         return make()
     key = (*key, device)
-    found = _PLANS.get(key)
-    if found is None:
-        if len(_PLANS) >= 4096:
-            _PLANS.clear()
-        found = _PLANS[key] = make()
-    return found
+    try:
+        return _PLANS[key]
+    except KeyError:
+        pass  # `make` is called outside: its errors are not consequences of this one
+    if len(_PLANS) >= 4096:
+        _PLANS.clear()
+    made = _PLANS[key] = make()
+    return made
 
 
 def launch(
