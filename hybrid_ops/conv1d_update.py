@@ -66,6 +66,27 @@ def causal_conv1d_update(
     tensor([0., 0., 1.])
     """
     _device.check_impl(impl)
+    _check(x, conv_state, weight, bias, activation, slots, rollback, cu_seqlens, null_slot, out)
+    _checks.no_gradient(x=x, conv_state=conv_state, weight=weight, bias=bias)
+    y = x.new_empty(x.shape) if out is None else out
+    silu = activation == "silu"
+    _conv1d_update_op(x, conv_state, weight, bias, slots, rollback, cu_seqlens, y, silu, null_slot, impl)
+    return y
+
+
+@_checks.remembered
+def _check(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    slots: Tensor | None,
+    rollback: Tensor | None,
+    cu_seqlens: Tensor | None,
+    null_slot: int,
+    out: Tensor | None,
+) -> None:
     if cu_seqlens is None:
         _checks.rank("x", x, (2, 3), "(batch, dim) or (batch, T, dim)")
     else:
@@ -95,12 +116,7 @@ def causal_conv1d_update(
         raise ValueError(f"conv_state must have a row for each of the {batch} sequences, got {tuple(conv_state.shape)}")
     if rollback is not None:
         _check_rollback(rollback, batch, state_len - (width - 1), x.device)
-    _checks.no_gradient(x=x, conv_state=conv_state, weight=weight, bias=bias)
     _checks.out(out, x, needs_grad=False)
-    y = x.new_empty(x.shape) if out is None else out
-    silu = activation == "silu"
-    _conv1d_update_op(x, conv_state, weight, bias, slots, rollback, cu_seqlens, y, silu, null_slot, impl)
-    return y
 
 
 def _check_rollback(rollback: Tensor, batch: int, most: int, device: torch.device) -> None:
@@ -136,16 +152,15 @@ def _conv1d_update(
     null_slot: int,
     impl: str,
 ) -> None:
-    if x.dim() == 2 and cu_seqlens is None:
-        x, y = x.unsqueeze(1), y.unsqueeze(1)
+    rest = (conv_state, weight, bias, slots, rollback, cu_seqlens)
     if _device.choose(impl, x.device)[0] == "triton":
         from .triton_kernels import conv1d_update as kernels
 
-        kernels.causal_conv1d_update(x, conv_state, weight, bias, slots, rollback, cu_seqlens, y, silu, null_slot)
-    else:
-        _torch_conv1d_update.causal_conv1d_update(
-            x, conv_state, weight, bias, slots, rollback, cu_seqlens, y, silu, null_slot
-        )
+        kernels.causal_conv1d_update(x, *rest, y, silu, null_slot)
+        return
+    if x.dim() == 2 and cu_seqlens is None:
+        x, y = x.unsqueeze(1), y.unsqueeze(1)
+    _torch_conv1d_update.causal_conv1d_update(x, *rest, y, silu, null_slot)
 
 
 _conv1d_update_op = define(

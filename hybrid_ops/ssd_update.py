@@ -102,6 +102,42 @@ def ssd_state_update(
     (tensor(16.), tensor(1.))
     """
     _device.check_impl(impl)
+    inputs = (dt, A, B, C, D, z, dt_bias)
+    slots = (read_slots, write_slots, num_accepted, cu_seqlens)
+    low, high = _check(
+        *(x, state, *inputs, *slots),
+        *(dt_limit, update_state, null_slot, state_scale, rounding, seed, out),
+    )
+    _checks.no_gradient(state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
+    y = x.new_empty(x.shape) if out is None else out
+    _ssd_state_update_op(state, x, *inputs, *slots, seed, y, dt_softplus, low, high, update_state, null_slot, impl)
+    return y
+
+
+@_checks.remembered
+def _check(
+    x: Tensor,
+    state: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    read_slots: Tensor | None,
+    write_slots: Tensor | None,
+    num_accepted: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dt_limit: tuple[float, float],
+    update_state: bool,
+    null_slot: int,
+    state_scale: Tensor | None,
+    rounding: str,
+    seed: Tensor | None,
+    out: Tensor | None,
+) -> tuple[float, float]:
+    """The bounds of dt'."""
     batch, steps = _check_inputs(state, x, dt, A, B, C, D, z, dt_bias, cu_seqlens)
     if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, got {dt_limit}")
@@ -109,14 +145,8 @@ def ssd_state_update(
     if state_scale is not None:
         raise ValueError("state_scale must be None, got a tensor: 8-bit states are not supported yet")
     _check_rounding(state, rounding, seed)
-    _checks.no_gradient(state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     _checks.out(out, x, needs_grad=False)
-    y = x.new_empty(x.shape) if out is None else out
-    _ssd_state_update_op(
-        *(state, x, dt, A, B, C, D, z, dt_bias, read_slots, write_slots, num_accepted, cu_seqlens, seed, y),
-        *(dt_softplus, float(dt_limit[0]), float(dt_limit[1]), update_state, null_slot, impl),
-    )
-    return y
+    return float(dt_limit[0]), float(dt_limit[1])
 
 
 def _check_inputs(
@@ -293,19 +323,17 @@ def _ssd_state_update(
     null_slot: int,
     impl: str,
 ) -> None:
-    if x.dim() == 3 and cu_seqlens is None:
-        x, dt, B, C, y = (t.unsqueeze(1) for t in (x, dt, B, C, y))
-        z = None if z is None else z.unsqueeze(1)
-    arguments = (
-        *(state, x, dt, A, B, C, D, z, dt_bias, read_slots, write_slots, num_accepted, cu_seqlens, seed, y),
-        *(dt_softplus, dt_min, dt_max, update_state, null_slot),
-    )
+    options = (dt_softplus, dt_min, dt_max, update_state, null_slot)
+    slots = (read_slots, write_slots, num_accepted, cu_seqlens, seed)
     if _device.choose(impl, x.device)[0] == "triton":
         from .triton_kernels import ssd_update as kernels
 
-        kernels.ssd_state_update(*arguments)
-    else:
-        _torch_ssd_update.ssd_state_update(*arguments)
+        kernels.ssd_state_update(state, x, dt, A, B, C, D, z, dt_bias, *slots, y, *options)
+        return
+    if x.dim() == 3 and cu_seqlens is None:
+        x, dt, B, C, y = (t.unsqueeze(1) for t in (x, dt, B, C, y))
+        z = None if z is None else z.unsqueeze(1)
+    _torch_ssd_update.ssd_state_update(state, x, dt, A, B, C, D, z, dt_bias, *slots, y, *options)
 
 
 _ssd_state_update_op = define(

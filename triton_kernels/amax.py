@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .launch import cdiv, launch, on_device
 from .minifloat import amax_bits, cast, widen
 
 # the fixed signs of the transform, bit i for element i: set where the sign is -1
@@ -79,10 +79,10 @@ def matrix_amax(x: Tensor, hadamard: bool = False) -> Tensor:
     if x.numel() == 0:
         return amax
     block_r, block_c = (64, 256) if x.stride(1) == 1 else (32, 512)
-    grid = E * triton.cdiv(M, block_r) * triton.cdiv(K, block_c)
+    grid = E * cdiv(M, block_r) * cdiv(K, block_c)
     with on_device(x):
-        amax_kernel[(grid,)](
-            x, amax, M, K, *x.stride(), HADAMARD=hadamard, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=8,
-            enable_fp_fusion=False,
+        launch(
+            amax_kernel, grid, (x, amax), (M, K, *x.stride()),
+            HADAMARD=hadamard, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
     return amax

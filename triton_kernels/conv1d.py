@@ -9,13 +9,14 @@ sequence's *edge* program. That one computes them and then writes the final stat
 its only writer, it may update a pool in place.
 """
 
+import functools
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .launch import cdiv, dense, launch, next_power_of_2, on_device
 
 
 class Config(NamedTuple):
@@ -24,6 +25,7 @@ class Config(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def config(itemsize: int, channel_last: bool) -> Config:
     """256 bytes along the dimension of stride 1, so that a warp's loads are whole lines; 32 elements a thread."""
     line = 256 // itemsize
@@ -419,48 +421,42 @@ def conv1d(
     if state_len == 0:
         history = state = None
     block_l, block_d, num_warps = config(x.element_size(), x.stride(2) == 1)
-    num_tiles = batch * triton.cdiv(seqlen, block_l)
+    num_tiles = batch * cdiv(seqlen, block_l)
     num_edges = 0 if history is None and state is None else num_seqs
-    grid = ((num_tiles + num_edges) * triton.cdiv(dim, block_d),)
-    if grid[0] == 0:
+    grid = (num_tiles + num_edges) * cdiv(dim, block_d)
+    if grid == 0:
         return
+    small = (dense(t) for t in (read_slots, write_slots, cu_seqlens))
+    tensors = (x, weight, dense(bias), y, history, state, *small, *((None, None, None) if order is None else order))
     no_strides = (0, 0, 0)
+    scalars = (
+        num_tiles,
+        num_edges,
+        seqlen,
+        dim,
+        num_seqs,
+        (num_seqs + 1).bit_length(),
+        0 if states is None else states.shape[0],
+        null_slot,
+        state_len,
+        *x.stride(),
+        *y.stride(),
+        *weight.stride(),
+        *(no_strides if history is None else history.stride()),
+        *(no_strides if state is None else state.stride()),
+    )
     with on_device(x):
-        conv1d_kernel[grid](
-            x,
-            weight,
-            _dense(bias),
-            y,
-            history,
-            state,
-            _dense(read_slots),
-            _dense(write_slots),
-            _dense(cu_seqlens),
-            *((None, None, None) if order is None else order),
-            num_tiles,
-            num_edges,
-            seqlen,
-            dim,
-            num_seqs,
-            (num_seqs + 1).bit_length(),
-            0 if states is None else states.shape[0],
-            null_slot,
-            state_len,
-            *x.stride(),
-            *y.stride(),
-            *weight.stride(),
-            *(no_strides if history is None else history.stride()),
-            *(no_strides if state is None else state.stride()),
+        launch(
+            conv1d_kernel,
+            grid,
+            tensors,
+            scalars,
             WIDTH=weight.shape[1],
             SILU=silu,
             CHANNEL_LAST=x.stride(2) == 1,
             BLOCK_L=block_l,
             BLOCK_D=block_d,
-            BLOCK_E=triton.next_power_of_2(max(weight.shape[1] - 1, 1)),
-            BLOCK_S=triton.next_power_of_2(max(state_len, 1)),
+            BLOCK_E=next_power_of_2(max(weight.shape[1] - 1, 1)),
+            BLOCK_S=next_power_of_2(max(state_len, 1)),
             num_warps=num_warps,
         )
-
-
-def _dense(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.contiguous()

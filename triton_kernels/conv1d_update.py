@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .launch import Launch, cdiv, next_power_of_2, on_device, plan, traits
 
 
 class Config(NamedTuple):
@@ -25,7 +25,7 @@ class Config(NamedTuple):
 def config(batch: int, dim: int) -> Config:
     """Small blocks fill the machine while there are few sequences, large ones save programs when there are many."""
     block = 128 if batch * dim < 2**19 else 512
-    return Config(BLOCK_D=min(block, triton.next_power_of_2(max(dim, 16))), num_warps=4)
+    return Config(BLOCK_D=min(block, next_power_of_2(max(dim, 16))), num_warps=4)
 
 
 @triton.jit(
@@ -152,45 +152,63 @@ def causal_conv1d_update(
     silu: bool,
     null_slot: int,
 ) -> None:
-    """Fill y and move the columns of conv_state on. x (batch, T, dim), or (total, dim) with cu_seqlens."""
-    nslots, dim, state_len = conv_state.shape
-    packed = cu_seqlens is not None
-    batch = cu_seqlens.shape[0] - 1 if packed else x.shape[0]
-    if batch == 0 or dim == 0:
+    """Fill y, move the columns of conv_state on. x (batch, dim), (batch, T, dim), or (total, dim) with cu_seqlens."""
+    batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if batch == 0 or conv_state.shape[1] == 0:
         y.zero_()
         return
-    block_d, num_warps = config(batch, dim)
+    tensors = (x, conv_state, weight, bias, slots, rollback, cu_seqlens, y)
+    key = ("causal_conv1d_update", silu, null_slot, traits(*tensors))
     with on_device(x):
-        conv1d_update_kernel[batch, triton.cdiv(dim, block_d)](
-            x,
-            conv_state,
-            weight,
-            weight if bias is None else bias,
-            weight if slots is None else slots,
-            weight if rollback is None else rollback,
-            weight if cu_seqlens is None else cu_seqlens,
-            y,
-            0 if packed else x.shape[1],
-            x.shape[0] if packed else 0,
-            dim,
-            nslots,
-            state_len,
-            null_slot,
-            *((0, *x.stride()) if packed else x.stride()),
-            *((0, *y.stride()) if packed else y.stride()),
-            *conv_state.stride(),
-            *weight.stride(),
-            0 if slots is None else slots.stride(0),
-            0 if rollback is None else rollback.stride(0),
-            0 if cu_seqlens is None else cu_seqlens.stride(0),
-            0 if bias is None else bias.stride(0),
-            WIDTH=weight.shape[1],
-            HAS_BIAS=bias is not None,
-            SILU=silu,
-            HAS_SLOTS=slots is not None,
-            HAS_ROLLBACK=rollback is not None,
-            PACKED=packed,
-            BLOCK_D=block_d,
-            BLOCK_L=triton.next_power_of_2(max(state_len, 1)),
-            num_warps=num_warps,
-        )
+        plan(key, lambda: make_launch(*tensors, silu, null_slot), x.device)(*tensors)
+
+
+def make_launch(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slots: Tensor | None,
+    rollback: Tensor | None,
+    cu_seqlens: Tensor | None,
+    y: Tensor,
+    silu: bool,
+    null_slot: int,
+) -> Launch:
+    nslots, dim, state_len = conv_state.shape
+    packed = cu_seqlens is not None
+    one_each = not packed and x.dim() == 2
+    batch = cu_seqlens.shape[0] - 1 if packed else x.shape[0]
+    block_d, num_warps = config(batch, dim)
+
+    def strides(tensor):  # sequence, token, channel
+        first, *rest = tensor.stride()
+        return (0, first, *rest) if packed else (first, 0, *rest) if one_each else (first, *rest)
+
+    scalars = (
+        0 if packed else 1 if one_each else x.shape[1],
+        x.shape[0] if packed else 0,
+        dim,
+        nslots,
+        state_len,
+        null_slot,
+        *strides(x),
+        *strides(y),
+        *conv_state.stride(),
+        *weight.stride(),
+        *(0 if t is None else t.stride(0) for t in (slots, rollback, cu_seqlens, bias)),
+    )
+    return Launch(
+        conv1d_update_kernel,
+        (batch, cdiv(dim, block_d)),
+        scalars,
+        WIDTH=weight.shape[1],
+        HAS_BIAS=bias is not None,
+        SILU=silu,
+        HAS_SLOTS=slots is not None,
+        HAS_ROLLBACK=rollback is not None,
+        PACKED=packed,
+        BLOCK_D=block_d,
+        BLOCK_L=next_power_of_2(max(state_len, 1)),
+        num_warps=num_warps,
+    )

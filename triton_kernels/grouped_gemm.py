@@ -64,8 +64,8 @@ def config(
 
 def narrowed(chosen: Config, rows: int, experts: int, n: int) -> Config:
     """Where weights are the traffic: narrower tiles if there are fewer than the machine has programs for."""
-    row_tiles = max(triton.cdiv(rows, chosen.BLOCK_M), min(experts, rows))
-    while chosen.BLOCK_N > 32 and row_tiles * triton.cdiv(n, chosen.BLOCK_N) < FEW_TILES:
+    row_tiles = max(cdiv(rows, chosen.BLOCK_M), min(experts, rows))
+    while chosen.BLOCK_N > 32 and row_tiles * cdiv(n, chosen.BLOCK_N) < FEW_TILES:
         chosen = chosen._replace(BLOCK_N=chosen.BLOCK_N // 2)
     return chosen
 

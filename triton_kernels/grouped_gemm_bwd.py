@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .grouped_gemm import add_product, precision
-from .launch import architecture, launch, on_device, rows
+from .launch import architecture, cdiv, dense, launch, on_device, rows
 
 BLOCK_D = 1024
 
@@ -58,9 +58,11 @@ def preact_grad_kernel(
     """A program makes one row of dh and what its row_scale gets."""
     row = tl.program_id(0).to(tl.int64)
     width = 2 * N if GATED else N
-    preact_ptr += row * width
     dh_ptr += row * width
-    dpreact_ptr += row * dpreact_stride_m
+    if RELU2 or GATED or HAS_DSCALE:
+        preact_ptr += row * width
+    if HAS_DPREACT:
+        dpreact_ptr += row * dpreact_stride_m
     scale = 1.0
     if HAS_SCALE:
         scale = tl.load(row_scale_ptr + row)
@@ -189,16 +191,11 @@ def preact_grad(
             dscale.zero_()
         return
     with on_device(dy):
-        preact_grad_kernel[(dy.shape[0],)](
-            dy,
-            dy if preact is None else preact,
-            dy if row_scale is None else row_scale.contiguous(),
-            dy if dpreact is None else dpreact,
-            dh,
-            dh if dscale is None else dscale,
-            dy.shape[1],
-            *dy.stride(),
-            *((0, 0) if dpreact is None else dpreact.stride()),
+        launch(
+            preact_grad_kernel,
+            dy.shape[0],
+            (dy, preact, dense(row_scale), dpreact, dh, dscale),
+            (dy.shape[1], *dy.stride(), *((0, 0) if dpreact is None else dpreact.stride())),
             RELU2=activation == "relu2",
             GATED=activation == "silu_gated",
             HAS_SCALE=row_scale is not None,
@@ -238,7 +235,7 @@ def grouped_gemm_wgrad(
         c.BLOCK_K,
         c.BLOCK_R,
     )
-    grid = experts * triton.cdiv(n, c.BLOCK_N) * triton.cdiv(k, c.BLOCK_K)
+    grid = experts * cdiv(n, c.BLOCK_N) * cdiv(k, c.BLOCK_K)
     with on_device(a):
         launch(grouped_gemm_wgrad_kernel, grid, tensors, scalars, num_warps=c.num_warps, num_stages=c.num_stages)
 
@@ -252,18 +249,12 @@ def index_sum(values: Tensor, index: Tensor, weights: Tensor | None, out: Tensor
     wanted = torch.arange(out.shape[0] + 1, dtype=index.dtype, device=index.device)
     starts = torch.searchsorted(in_order, wanted)
     values = rows(values)
-    grid = (out.shape[0] * triton.cdiv(out.shape[1], BLOCK_D),)
     with on_device(values):
-        index_sum_kernel[grid](
-            values,
-            order if weights is None else weights.contiguous(),
-            order,
-            starts,
-            out,
-            out.shape[1],
-            repeat,
-            values.stride(0),
-            factor,
+        launch(
+            index_sum_kernel,
+            out.shape[0] * cdiv(out.shape[1], BLOCK_D),
+            (values, dense(weights), order, starts, out),
+            (out.shape[1], repeat, values.stride(0), factor),
             HAS_WEIGHTS=weights is not None,
             BLOCK_D=BLOCK_D,
             num_warps=4,

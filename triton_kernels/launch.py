@@ -29,6 +29,8 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
 
 def rows(tensor: Tensor) -> Tensor:
     """(..., n) as (rows, n) with unit last stride: a view where strides allow it (a slice of in_proj), else a copy."""
+    if tensor.dim() == 2 and tensor.stride(1) == 1:
+        return tensor
     flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, tensor.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
@@ -146,12 +148,14 @@ def plan(key: tuple[Any, ...], make: Callable[[], Plan], device: torch.device) -
     if device.type != "cuda":
         return make()
     key = (*key, device)
-    found = _PLANS.get(key)
-    if found is None:
-        if len(_PLANS) >= 4096:
-            _PLANS.clear()
-        found = _PLANS[key] = make()
-    return found
+    try:
+        return _PLANS[key]
+    except KeyError:
+        pass  # `make` is called outside: its errors are not consequences of this one
+    if len(_PLANS) >= 4096:
+        _PLANS.clear()
+    made = _PLANS[key] = make()
+    return made
 
 
 def launch(

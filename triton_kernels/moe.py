@@ -3,6 +3,7 @@
 Letters: T tokens, D features; of the projections M tokens, N columns, K inner size of a tile.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .grouped_gemm import add_product
-from .launch import cdiv, launch, on_device, rows
+from .launch import cdiv, launch, next_power_of_2, on_device, rows
 
 
 class CombineConfig(NamedTuple):
@@ -27,12 +28,14 @@ class ProjConfig(NamedTuple):
     num_stages: int
 
 
+@functools.cache
 def combine_config(features: int) -> CombineConfig:
     """16 bytes of a 16-bit row for each thread of a program."""
-    block = min(triton.next_power_of_2(max(features, 256)), 1024)
+    block = min(next_power_of_2(max(features, 256)), 1024)
     return CombineConfig(BLOCK_D=block, num_warps=block // 256)
 
 
+@functools.cache
 def proj_config(itemsize: int) -> ProjConfig:
     """One for all numbers of tokens: what a token's bits are does not depend on the others."""
     return ProjConfig(32, 32, 32, 4, 2) if itemsize == 4 else ProjConfig(64, 128, 64, 4, 3)
@@ -243,16 +246,11 @@ def combine_weights_grad(dout: Tensor, y: Tensor, row_index: Tensor, dweights: T
     dout, y2 = rows(dout), rows(y)
     c = combine_config(y.shape[1])
     with on_device(y):
-        combine_weights_grad_kernel[tuple(row_index.shape)](
-            dout,
-            y2,
-            row_index.contiguous(),
-            dweights,
-            y.shape[0],
-            y.shape[1],
-            dout.stride(0),
-            y2.stride(0),
-            scaling_factor,
+        launch(
+            combine_weights_grad_kernel,
+            tuple(row_index.shape),
+            (dout, y2, row_index.contiguous(), dweights),
+            (*y.shape, dout.stride(0), y2.stride(0), scaling_factor),
             BLOCK_D=c.BLOCK_D,
             num_warps=c.num_warps,
         )

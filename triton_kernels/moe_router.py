@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device, rows
+from .launch import Launch, cdiv, next_power_of_2, on_device, plan, rows, traits
 from .moe_sort import MAX_ROWS, block_tokens, sort
 
 LEAST: tl.constexpr = tl.constexpr(-(2**31))  # below the order of every number and of NaN
@@ -47,13 +47,13 @@ def logits_config(tokens: int, hidden: int, num_experts: int, half: bool) -> Log
     each product before it overwrites them.
     """
     chunk = 512
-    block_e = min(128 if half else 64, max(16, triton.next_power_of_2(num_experts)))
-    large = half and triton.cdiv(tokens, 128) * triton.cdiv(num_experts, block_e) >= 128
+    block_e = min(128 if half else 64, max(16, next_power_of_2(num_experts)))
+    large = half and cdiv(tokens, 128) * cdiv(num_experts, block_e) >= 128
     block_t = 128 if large else 64
-    few = triton.cdiv(tokens, block_t) * triton.cdiv(num_experts, block_e) <= 32
+    few = cdiv(tokens, block_t) * cdiv(num_experts, block_e) <= 32
     if few:
         block_e = min(block_e, 32)
-    splits = max(1, triton.cdiv(hidden, chunk)) if few else 1
+    splits = max(1, cdiv(hidden, chunk)) if few else 1
     warps = 8 if large else 4
     return LogitsConfig(block_t, block_e, 64 if half else 32, chunk, splits, warps, 3 if half else 1)
 
@@ -67,7 +67,7 @@ def choice_config(tokens: int, num_experts: int, topk: int) -> ChoiceConfig:
     """
     count = tokens * topk > MAX_ROWS
     block_t = block_tokens(tokens, topk, num_experts) if count else 1
-    block_e = max(16, triton.next_power_of_2(num_experts))
+    block_e = max(16, next_power_of_2(num_experts))
     return ChoiceConfig(block_t, block_e, count, num_warps=min(8, max(1, block_t * block_e // 512)))
 
 
@@ -301,62 +301,88 @@ def moe_router_fwd(
     row_index: Tensor,
 ) -> None:
     """Fill everything from `logits` to row_index; without a weight x are the logits."""
-    tokens, topk = ids.shape
-    num_experts = len(counts)
+    tokens, num_experts = ids.shape[0], len(counts)
     if tokens == 0:
         counts.zero_()
         offs.zero_()
         return
-    block_t, block_e, count, num_warps = choice_config(tokens, num_experts, topk)
-    blocks = triton.cdiv(tokens, block_t)
-    block_counts = ids.new_empty(blocks, num_experts) if count else None
+    x, weight = rows(x), None if weight is None else rows(weight)
+    tensors = (x, weight, correction_bias, logits, weights, ids)
+    options = (num_experts, score, num_groups, topk_groups, renormalize, scaling_factor)
+    p = plan(("moe_router", options, traits(*tensors)), lambda: make_plan(*tensors, *options), x.device)
+    partial = x if weight is None else logits
+    if p.partial_shape is not None:
+        partial = logits.new_empty(p.partial_shape)
+    block_counts = None if p.block_counts_shape is None else ids.new_empty(p.block_counts_shape)
     with on_device(x):
-        partial, splits = (rows(x), 1) if weight is None else _logits(x, weight, logits)
-        choice_kernel[(blocks,)](
-            partial,
-            logits,
-            correction_bias,
-            weights,
-            ids,
-            block_counts,
-            tokens,
-            num_experts,
-            partial.stride(-2),
-            0 if correction_bias is None else correction_bias.stride(0),
-            scaling_factor,
-            SPLITS=splits,
-            HAS_BIAS=correction_bias is not None,
-            SOFTMAX=score == "softmax",
-            NUM_GROUPS=num_groups,
-            TOPK_GROUPS=topk_groups,
-            GROUP_SIZE=num_experts // num_groups,
-            RENORMALIZE=renormalize,
-            TOPK=topk,
-            COUNT=count,
-            BLOCK_T=block_t,
-            BLOCK_E=block_e,
-            BLOCK_G=triton.next_power_of_2(num_groups),
-            BLOCK_J=triton.next_power_of_2(topk),
-            num_warps=num_warps,
-        )
+        if p.logits is not None:
+            p.logits(x, weight, partial)
+        p.choice(partial, logits, correction_bias, weights, ids, block_counts)
     sort(ids, weights, 0, counts, offs, token_index, sorted_weights, row_index, block_counts)
 
 
-def _logits(x: Tensor, weight: Tensor, logits: Tensor) -> tuple[Tensor, int]:
-    """Fill logits and return them, or partial sums (splits, T, E), and how many."""
-    (tokens, hidden), num_experts = x.shape, weight.shape[0]
+class RouterPlan(NamedTuple):
+    logits: Launch | None  # x are the logits
+    partial_shape: tuple[int, ...] | None  # no partial sums: the first launch makes the logits
+    choice: Launch
+    block_counts_shape: tuple[int, ...] | None  # the sort takes one block
+
+
+def make_plan(
+    x: Tensor,
+    weight: Tensor | None,
+    correction_bias: Tensor | None,
+    logits: Tensor | None,
+    weights: Tensor,
+    ids: Tensor,
+    num_experts: int,
+    score: str,
+    num_groups: int,
+    topk_groups: int,
+    renormalize: bool,
+    scaling_factor: float,
+) -> RouterPlan:
+    tokens, topk = ids.shape
+    block_t, block_e, count, num_warps = choice_config(tokens, num_experts, topk)
+    blocks = cdiv(tokens, block_t)
+    first, splits = (None, 1) if weight is None else logits_launch(x, weight, tokens, num_experts)
+    choice = Launch(
+        choice_kernel,
+        blocks,
+        (
+            tokens,
+            num_experts,
+            x.stride(0) if weight is None else num_experts,
+            0 if correction_bias is None else correction_bias.stride(0),
+            scaling_factor,
+        ),
+        SPLITS=splits,
+        HAS_BIAS=correction_bias is not None,
+        SOFTMAX=score == "softmax",
+        NUM_GROUPS=num_groups,
+        TOPK_GROUPS=topk_groups,
+        GROUP_SIZE=num_experts // num_groups,
+        RENORMALIZE=renormalize,
+        TOPK=topk,
+        COUNT=count,
+        BLOCK_T=block_t,
+        BLOCK_E=block_e,
+        BLOCK_G=next_power_of_2(num_groups),
+        BLOCK_J=next_power_of_2(topk),
+        num_warps=num_warps,
+    )
+    partial_shape = None if splits == 1 else (splits, tokens, num_experts)
+    return RouterPlan(first, partial_shape, choice, (blocks, num_experts) if count else None)
+
+
+def logits_launch(x: Tensor, weight: Tensor, tokens: int, num_experts: int) -> tuple[Launch, int]:
+    """The launch that fills the logits, or partial sums of them (splits, T, E), and how many."""
+    hidden = x.shape[1]  # where it is 0, `rows` have no other sizes
     cfg = logits_config(tokens, hidden, num_experts, x.dtype == weight.dtype != torch.float32)
-    partial = logits if cfg.SPLITS == 1 else logits.new_empty(cfg.SPLITS, tokens, num_experts)
-    x, weight = rows(x), rows(weight)
-    logits_kernel[triton.cdiv(tokens, cfg.BLOCK_T) * triton.cdiv(num_experts, cfg.BLOCK_E), cfg.SPLITS](
-        x,
-        weight,
-        partial,
-        tokens,
-        hidden,
-        num_experts,
-        x.stride(0),
-        weight.stride(0),
+    launch = Launch(
+        logits_kernel,
+        (cdiv(tokens, cfg.BLOCK_T) * cdiv(num_experts, cfg.BLOCK_E), cfg.SPLITS),
+        (tokens, hidden, num_experts, x.stride(0), weight.stride(0)),
         SPLIT=cfg.SPLITS > 1,
         EVEN=hidden % cfg.BLOCK_K == 0,
         BLOCK_T=cfg.BLOCK_T,
@@ -366,4 +392,4 @@ def _logits(x: Tensor, weight: Tensor, logits: Tensor) -> tuple[Tensor, int]:
         num_warps=cfg.num_warps,
         num_stages=cfg.num_stages,
     )
-    return partial, cfg.SPLITS
+    return launch, cfg.SPLITS

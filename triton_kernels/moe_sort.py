@@ -7,19 +7,22 @@ ones before it. Few choices are one block and one launch.
 Letters: N choices of a block, E experts, B blocks.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .launch import cdiv, launch, next_power_of_2, on_device
 
 MAX_ROWS = 512  # choices of a block: each is compared with all
 
 
+@functools.cache
 def block_tokens(tokens: int, topk: int, num_experts: int) -> int:
     """Tokens of a block: a few hundred blocks, of at most MAX_ROWS choices, and 4096 scores where a router chooses."""
-    most = min(MAX_ROWS // topk, max(1, 4096 // max(16, triton.next_power_of_2(num_experts))))
-    block = max(4, triton.next_power_of_2(triton.cdiv(tokens, 256)))
+    most = min(MAX_ROWS // topk, max(1, 4096 // max(16, next_power_of_2(num_experts))))
+    block = max(4, next_power_of_2(cdiv(tokens, 256)))
     while block > most:
         block //= 2
     return block
@@ -143,34 +146,24 @@ def sort(
     one_block = num_rows <= MAX_ROWS
     per_block = topk * block_tokens(len(ids), topk, num_experts)
     if one_block:
-        per_block = max(16, triton.next_power_of_2(num_rows))
-    blocks = triton.cdiv(num_rows, per_block)
-    block_n, block_e = (max(16, triton.next_power_of_2(size)) for size in (per_block, num_experts))
+        per_block = max(16, next_power_of_2(num_rows))
+    blocks = cdiv(num_rows, per_block)
+    block_n, block_e = (max(16, next_power_of_2(size)) for size in (per_block, num_experts))
+    sizes = dict(ROWS=per_block, BLOCK_N=block_n, BLOCK_E=block_e)
     with on_device(ids):
         if not one_block:
             if block_counts is None:
                 block_counts = ids.new_empty(blocks, num_experts)
-                count_kernel[(blocks,)](
-                    ids, block_counts, num_rows, first_expert, num_experts, per_block, block_n, block_e
-                )
-            scan_kernel[(triton.cdiv(num_experts, 16),)](block_counts, counts, blocks, num_experts, 128, 16)
-        scatter_kernel[(blocks,)](
-            ids,
-            weights,
-            block_counts,
-            counts,
-            offs,
-            token_index,
-            sorted_weights,
-            row_index,
-            num_rows,
-            topk,
-            first_expert,
-            num_experts,
+                launch(count_kernel, blocks, (ids, block_counts), (num_rows, first_expert, num_experts), **sizes)
+            tensors = (block_counts, counts)
+            launch(scan_kernel, cdiv(num_experts, 16), tensors, (blocks, num_experts), BLOCK_B=128, BLOCK_E=16)
+        launch(
+            scatter_kernel,
+            blocks,
+            (ids, weights, block_counts, counts, offs, token_index, sorted_weights, row_index),
+            (num_rows, topk, first_expert, num_experts),
+            **sizes,
             ONE_BLOCK=one_block,
-            ROWS=per_block,
-            BLOCK_N=block_n,
-            BLOCK_E=block_e,
             BLOCK_M=16,
             num_warps=8 if block_n > 256 else 4,
         )

@@ -3,13 +3,14 @@
 Letters: R rows of a program, S padded group size. All arithmetic is float32; every result is cast once.
 """
 
+import functools
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device, rows
+from .launch import Launch, cdiv, dense, next_power_of_2, on_device, plan, rows, traits
 
 
 class Config(NamedTuple):
@@ -18,9 +19,10 @@ class Config(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def config(group_size: int) -> Config:
     """About 4096 elements a program; a row of a group is never split."""
-    block = triton.next_power_of_2(max(group_size, 16))
+    block = next_power_of_2(max(group_size, 16))
     return Config(BLOCK_R=max(1, 4096 // block), BLOCK_S=block, num_warps=min(16, max(4, block // 512)))
 
 
@@ -86,39 +88,48 @@ def norm(
     """Fill y, and h = x + residual where there is a residual."""
     if x.numel() == 0:
         return
-    if not (y.is_contiguous() and (h is None or h.is_contiguous())):  # odd `out=` strides: one copy
-        dense_y, dense_h = y.new_empty(y.shape), None if h is None else h.new_empty(h.shape)
-        norm(x, z, residual, weight, dense_y, dense_h, eps, group_size, norm_before_gate)
-        y.copy_(dense_y)
-        if h is not None:
-            h.copy_(dense_h)
+    tensors = (x, z, residual, dense(weight), y, h)
+    options = (eps, group_size, norm_before_gate)
+    found = plan(("norm", options, traits(*tensors)), lambda: make_launch(*tensors, *options), x.device)
+    if found is not None:
+        with on_device(x):
+            found(*tensors)
         return
-    x2, y2 = rows(x), rows(y)
-    z2 = x2 if z is None else rows(z)
-    r2 = x2 if residual is None else rows(residual)
-    h2 = y2 if h is None else rows(h)
+    x, z, residual = (None if t is None else rows(t) for t in (x, z, residual))
+    dense_y, dense_h = (None if t is None else t.new_empty(t.shape) for t in (y, h))
+    norm(x, z, residual, weight, dense_y, dense_h, *options)
+    y.copy_(dense_y)
+    if h is not None:
+        h.copy_(dense_h)
+
+
+def make_launch(
+    x: Tensor,
+    z: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    y: Tensor,
+    h: Tensor | None,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> Launch | None:
+    """None where strides ask for a copy first."""
+    views = [None if t is None else rows(t) for t in (x, z, residual)]
+    moved = any(v is not None and v.data_ptr() != t.data_ptr() for v, t in zip(views, (x, z, residual), strict=True))
+    if moved or not (y.is_contiguous() and (h is None or h.is_contiguous())):
+        return None
+    num_rows, hidden = views[0].shape
+    strides = (0 if v is None else v.stride(0) for v in views)
     block_r, block_s, num_warps = config(group_size)
-    grid = (triton.cdiv(x2.shape[0], block_r), x2.shape[1] // group_size)
-    with on_device(x):
-        norm_kernel[grid](
-            x2,
-            z2,
-            r2,
-            weight.contiguous(),
-            y2,
-            h2,
-            x2.shape[0],
-            group_size,
-            x2.stride(0),
-            z2.stride(0),
-            r2.stride(0),
-            y2.stride(0),
-            h2.stride(0),
-            eps,
-            HAS_Z=z is not None,
-            HAS_RESIDUAL=residual is not None,
-            NORM_BEFORE_GATE=norm_before_gate,
-            BLOCK_R=block_r,
-            BLOCK_S=block_s,
-            num_warps=num_warps,
-        )
+    return Launch(
+        norm_kernel,
+        (cdiv(num_rows, block_r), hidden // group_size),
+        (num_rows, group_size, *strides, hidden, hidden, eps),
+        HAS_Z=z is not None,
+        HAS_RESIDUAL=residual is not None,
+        NORM_BEFORE_GATE=norm_before_gate,
+        BLOCK_R=block_r,
+        BLOCK_S=block_s,
+        num_warps=num_warps,
+    )

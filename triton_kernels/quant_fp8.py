@@ -6,6 +6,7 @@ a multiplication or `tl.div_rn`, and nothing is fused: launches say `enable_fp_f
 Letters: R rows and C columns of a program's tile, along M and K.
 """
 
+import functools
 from typing import NamedTuple
 
 import triton
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .amax import load_tile, matrix_amax, program_tile
-from .launch import on_device
+from .launch import cdiv, launch, next_power_of_2, on_device
 from .minifloat import FLOAT_MAX, INFINITY, amax_bits, cast, decode, decode_e8m0, encode
 
 LARGEST = {"e4m3": 448.0, "e5m2": 57344.0}
@@ -27,6 +28,7 @@ class Config(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def config(scaling: str, K: int, transposed: bool = False) -> Config:
     """Some thousand elements a program, a scale's tile never split; wide in the direction that memory runs.
 
@@ -36,7 +38,7 @@ def config(scaling: str, K: int, transposed: bool = False) -> Config:
     if scaling == "128x128":
         return Config(128, 128, 8)
     if scaling == "row" and not transposed and K <= 16384:
-        block = triton.next_power_of_2(max(K, 16))
+        block = next_power_of_2(max(K, 16))
         return Config(max(1, 4096 // block), block, min(16, max(4, block // 512)))
     if transposed:
         return Config(64, 128, 8)
@@ -211,16 +213,14 @@ def fp8_quantize(
     block_r, block_c, num_warps = config(scaling, K, transposed=x.stride(1) == 1 and x.stride(2) != 1)
     sizes, options = (M, K, *x.stride()), dict(POW2=pow2_scale, TARGET=target, LARGEST=LARGEST[target])
     options |= dict(BLOCK_R=block_r, BLOCK_C=block_c, num_warps=num_warps, enable_fp_fusion=False)
-    rows = E * triton.cdiv(M, block_r)
+    rows = E * cdiv(M, block_r)
     with on_device(x):
         if scaling == "row":
-            fp8_row_kernel[(rows,)](x, data, scale, *sizes, WHOLE=block_c >= K, **options)
+            launch(fp8_row_kernel, rows, (x, data, scale), sizes, WHOLE=block_c >= K, **options)
             return
         known = given if given is not None else matrix_amax(x) if scaling == "tensor" else x
-        fp8_tile_kernel[(rows * triton.cdiv(K, block_c),)](
-            x, known, data, data if scale is None else scale, *sizes, SCALING=scaling, GIVEN=given is not None,
-            **options,
-        )  # fmt: skip
+        grid, tensors = rows * cdiv(K, block_c), (x, known, data, scale)
+        launch(fp8_tile_kernel, grid, tensors, sizes, SCALING=scaling, GIVEN=given is not None, **options)
 
 
 def fp8_dequantize(data: Tensor, scale: Tensor, y: Tensor, target: str, scaling: str) -> None:
@@ -230,10 +230,10 @@ def fp8_dequantize(data: Tensor, scale: Tensor, y: Tensor, target: str, scaling:
         return
     block_r, block_c, num_warps = 16, 256, 4
     tile_m, tile_k = TILES[scaling]
-    grid = E * triton.cdiv(M, block_r) * triton.cdiv(K, block_c)
+    grid = E * cdiv(M, block_r) * cdiv(K, block_c)
     with on_device(data):
-        fp8_dequantize_kernel[(grid,)](
-            data, scale, y, M, K, *data.stride(), *scale.stride(), TARGET=target, E8M0=scaling == "mx",
-            TILE_M=tile_m, TILE_K=tile_k, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=num_warps,
-            enable_fp_fusion=False,
+        launch(
+            fp8_dequantize_kernel, grid, (data, scale, y), (M, K, *data.stride(), *scale.stride()),
+            TARGET=target, E8M0=scaling == "mx", TILE_M=tile_m, TILE_K=tile_k, BLOCK_R=block_r, BLOCK_C=block_c,
+            num_warps=num_warps, enable_fp_fusion=False,
         )  # fmt: skip

@@ -6,6 +6,7 @@ rounds is an addition, a multiplication or `tl.div_rn`, and nothing is fused: la
 Letters: R rows and C columns of a program's tile, along M and K; S = C / 16 blocks in a row of it.
 """
 
+import functools
 from typing import NamedTuple
 
 import triton
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .amax import hadamard16, load_tile, matrix_amax, program_tile
-from .launch import on_device
+from .launch import cdiv, launch, on_device
 from .minifloat import FLOAT_MAX, amax_bits, cast, decode, encode, encode_e2m1_stochastic
 from .quant_fp8 import multiplier, reciprocal
 from .ssd_update import random_bits
@@ -25,6 +26,7 @@ class Config(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def config(transposed: bool = False, four_over_six: bool = False) -> Config:
     """4096 elements a program, wide in the direction that memory runs; two candidates need twice the registers."""
     num_warps = 8 if four_over_six else 4
@@ -252,23 +254,16 @@ def nvfp4_quantize(
             tensor_scale.fill_(1.0)
         return
     swizzle = scale_layout == "128x4"
-    rows, blocks = (triton.cdiv(M, 128) * 128, triton.cdiv(K, 64) * 4) if swizzle else (M, K // 16)
+    rows, blocks = (cdiv(M, 128) * 128, cdiv(K, 64) * 4) if swizzle else (M, K // 16)
     block_r, block_c, num_warps = config(x.stride(1) == 1 and x.stride(2) != 1, four_over_six is not None)
     value = matrix_amax(x, hadamard) if given is None else given
-    grid = E * triton.cdiv(rows, block_r) * triton.cdiv(blocks * 16, block_c)
+    grid = E * cdiv(rows, block_r) * cdiv(blocks * 16, block_c)
     with on_device(x):
-        nvfp4_kernel[(grid,)](
-            x,
-            value,
-            value if seed is None else seed,
-            data,
-            scale,
-            value if tensor_scale is None else tensor_scale,
-            M,
-            K,
-            rows,
-            blocks,
-            *x.stride(),
+        launch(
+            nvfp4_kernel,
+            grid,
+            (x, value, seed, data, scale, tensor_scale),
+            (M, K, rows, blocks, *x.stride()),
             GIVEN=given is not None,
             TE=mode == "te",
             SQUARE=block == "16x16",
@@ -291,9 +286,16 @@ def nvfp4_dequantize(data: Tensor, scale: Tensor, tensor_scale: Tensor, y: Tenso
     swizzle = scale_layout == "128x4"
     strides = (scale.stride(0), 0, scale.stride(1)) if swizzle else scale.stride()
     block_r, block_c, num_warps = config()
-    grid = E * triton.cdiv(M, block_r) * triton.cdiv(K, block_c)
+    grid = E * cdiv(M, block_r) * cdiv(K, block_c)
     with on_device(data):
-        nvfp4_dequantize_kernel[(grid,)](
-            data, scale, tensor_scale.contiguous(), y, M, K, *data.stride(), *strides, SWIZZLED=swizzle,
-            BLOCK_R=block_r, BLOCK_C=block_c, num_warps=num_warps, enable_fp_fusion=False,
-        )  # fmt: skip
+        launch(
+            nvfp4_dequantize_kernel,
+            grid,
+            (data, scale, tensor_scale.contiguous(), y),
+            (M, K, *data.stride(), *strides),
+            SWIZZLED=swizzle,
+            BLOCK_R=block_r,
+            BLOCK_C=block_c,
+            num_warps=num_warps,
+            enable_fp_fusion=False,
+        )

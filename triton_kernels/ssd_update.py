@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .launch import Launch, cdiv, dense, next_power_of_2, on_device, plan, traits
 from .ssd_kernels import softplus
 
 
@@ -27,11 +27,11 @@ class Config(NamedTuple):
 def config(headdim: int, dstate: int, itemsize: int, sequences_times_heads: int) -> Config:
     """The state is the traffic. 2 KiB of it for each warp keep enough loads in flight; a 16-bit state gets larger
     tiles once there are enough programs to fill the machine."""
-    block_n = triton.next_power_of_2(max(dstate, 16))
+    block_n = next_power_of_2(max(dstate, 16))
     elements, num_warps = 512, 1
     if itemsize == 2 and sequences_times_heads > 32:
         elements, num_warps = (1024, 2) if sequences_times_heads <= 2048 else (4096, 4)
-    block_p = min(max(elements // block_n, 1), triton.next_power_of_2(headdim))
+    block_p = min(max(elements // block_n, 1), next_power_of_2(headdim))
     return Config(BLOCK_P=block_p, BLOCK_N=block_n, num_warps=num_warps)
 
 
@@ -201,7 +201,8 @@ def ssd_update_kernel(
         last_sequence = b == tl.num_programs(0) // NUM_P_BLOCKS - 1
         rows = tl.where(last_sequence, total - first, length)  # rows behind the last sequence are 0
     x_ptr += b * x_seq_stride + first * x_token_stride + head * x_head_stride + p * x_p_stride
-    z_ptr += b * z_seq_stride + first * z_token_stride + head * z_head_stride + p * z_p_stride
+    if HAS_Z:
+        z_ptr += b * z_seq_stride + first * z_token_stride + head * z_head_stride + p * z_p_stride
     y_ptr += b * y_seq_stride + first * y_token_stride + head * y_head_stride + p * y_p_stride
     dt_ptr += b * dt_seq_stride + first * dt_token_stride + head * dt_head_stride
     B_ptr += b * B_seq_stride + first * B_token_stride + group * B_group_stride + n * B_n_stride
@@ -245,6 +246,7 @@ def ssd_update_kernel(
         if HAS_Z:
             z = tl.load(z_ptr, mask_p, other=0.0).to(tl.float32)
             y *= z * tl.sigmoid(z)
+            z_ptr += z_token_stride
         tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask_p)
         if STORE_EACH:
             place = tl.load(write_slots_ptr + b * write_width + t, t < write_width, other=-1).to(tl.int64)
@@ -254,7 +256,6 @@ def ssd_update_kernel(
                 STOCHASTIC, ALIGNED,
             )  # fmt: skip
         x_ptr += x_token_stride
-        z_ptr += z_token_stride
         y_ptr += y_token_stride
         dt_ptr += dt_token_stride
         B_ptr += B_token_stride
@@ -296,75 +297,95 @@ def ssd_state_update(
     update_state: bool,
     null_slot: int,
 ) -> None:
-    """Fill y, store states. Tokens are (batch, T, ..), or (total, ..) with cu_seqlens; rounding by `seed`, if any."""
-    nslots, nheads, headdim, dstate = state.shape
-    packed = cu_seqlens is not None
-    batch = cu_seqlens.shape[0] - 1 if packed else x.shape[0]
+    """Fill y, store states. Tokens are (batch, ..), (batch, T, ..), or (total, ..) with cu_seqlens; rounding by `seed`,
+    if any."""
+    batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if batch == 0:
         y.zero_()
         return
+    index = (dense(t) for t in (read_slots, write_slots, num_accepted, cu_seqlens))
+    tensors = (state, x, dt, dense(A), B, C, D, z, dense(dt_bias), *index, seed, y)
+    options = (dt_softplus, dt_min, dt_max, update_state, null_slot)
+    key = ("ssd_state_update", options, traits(*tensors))
+    with on_device(x):
+        plan(key, lambda: make_launch(*tensors, *options), x.device)(*tensors)
+
+
+def make_launch(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    read_slots: Tensor | None,
+    write_slots: Tensor | None,
+    num_accepted: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    y: Tensor,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    update_state: bool,
+    null_slot: int,
+) -> Launch:
+    nslots, nheads, headdim, dstate = state.shape
+    packed = cu_seqlens is not None
+    one_each = not packed and x.dim() == 3
+    batch = cu_seqlens.shape[0] - 1 if packed else x.shape[0]
     block_p, block_n, num_warps = config(headdim, dstate, state.element_size(), batch * nheads)
-    num_p_blocks = triton.cdiv(headdim, block_p)
+    num_p_blocks = cdiv(headdim, block_p)
+    each = write_slots is not None and write_slots.dim() == 2
 
     def strides(tensor):  # sequence, token, ..
-        return (0, *tensor.stride()) if packed else tensor.stride()
+        first, *rest = tensor.stride()
+        return (0, first, *rest) if packed else (first, 0, *rest) if one_each else (first, *rest)
 
-    def dense(tensor):  # small, and nearly always dense; `x` stands in for what is absent
-        return x if tensor is None else tensor.contiguous()
-
-    each = write_slots is not None and write_slots.dim() == 2
-    with on_device(x):
-        ssd_update_kernel[batch * num_p_blocks, nheads](
-            state,
-            x,
-            dt,
-            dense(A),
-            B,
-            C,
-            x if D is None else D,
-            x if z is None else z,
-            dense(dt_bias),
-            dense(read_slots),
-            dense(write_slots),
-            dense(num_accepted),
-            dense(cu_seqlens),
-            dense(seed),
-            y,
-            0 if packed else x.shape[1],
-            x.shape[0] if packed else 0,
-            nslots,
-            nheads,
-            headdim,
-            dstate,
-            nheads // B.shape[-2],
-            read_slots.shape[1] if num_accepted is not None else 1,
-            write_slots.shape[1] if each else 1,
-            null_slot,
-            dt_min,
-            dt_max,
-            *state.stride(),
-            *strides(x),
-            *strides(x if z is None else z),
-            *strides(y),
-            *strides(dt),
-            *strides(B),
-            *strides(C),
-            0 if D is None else D.stride(0),
-            D.stride(1) if D is not None and D.dim() == 2 else 0,
-            HAS_D=D is not None,
-            HAS_Z=z is not None,
-            HAS_DT_BIAS=dt_bias is not None,
-            DT_SOFTPLUS=dt_softplus,
-            HAS_READ_SLOTS=read_slots is not None,
-            HAS_WRITE_SLOTS=write_slots is not None,
-            HAS_NUM_ACCEPTED=num_accepted is not None,
-            PACKED=packed,
-            STORE_EACH=update_state and each,
-            STORE_LAST=update_state and not each,
-            STOCHASTIC=seed is not None,
-            ALIGNED=dstate % 8 == 0,
-            NUM_P_BLOCKS=num_p_blocks,
-            BLOCK_P=block_p,
-            BLOCK_N=block_n,
-            num_warps=num_warps,
-        )
+    scalars = (
+        0 if packed else 1 if one_each else x.shape[1],
+        x.shape[0] if packed else 0,
+        nslots,
+        nheads,
+        headdim,
+        dstate,
+        nheads // B.shape[-2],
+        read_slots.shape[1] if num_accepted is not None else 1,
+        write_slots.shape[1] if each else 1,
+        null_slot,
+        dt_min,
+        dt_max,
+        *state.stride(),
+        *strides(x),
+        *((0, 0, 0, 0) if z is None else strides(z)),
+        *strides(y),
+        *strides(dt),
+        *strides(B),
+        *strides(C),
+        0 if D is None else D.stride(0),
+        D.stride(1) if D is not None and D.dim() == 2 else 0,
+    )
+    return Launch(
+        ssd_update_kernel,
+        (batch * num_p_blocks, nheads),
+        scalars,
+        HAS_D=D is not None,
+        HAS_Z=z is not None,
+        HAS_DT_BIAS=dt_bias is not None,
+        DT_SOFTPLUS=dt_softplus,
+        HAS_READ_SLOTS=read_slots is not None,
+        HAS_WRITE_SLOTS=write_slots is not None,
+        HAS_NUM_ACCEPTED=num_accepted is not None,
+        PACKED=packed,
+        STORE_EACH=update_state and each,
+        STORE_LAST=update_state and not each,
+        STOCHASTIC=seed is not None,
+        ALIGNED=dstate % 8 == 0,
+        NUM_P_BLOCKS=num_p_blocks,
+        BLOCK_P=block_p,
+        BLOCK_N=block_n,
+        num_warps=num_warps,
+    )
