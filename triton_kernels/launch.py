@@ -80,13 +80,19 @@ _compiling: AsyncCompileMode | None = None  # inside `compile_only`
 
 @contextlib.contextmanager
 def compile_only() -> Iterator[None]:
-    """Launches compile their kernels, as many at once as there are cores, and run nothing: results are garbage."""
+    """Launches compile their kernels, as many at once as there are cores, and run nothing: results are zeros.
+
+    Zeros, and not whatever memory holds, for torch's own kernels do run, and may take a result for an index.
+    """
     global _compiling
+    new_empty = torch.Tensor.new_empty
     with ThreadPoolExecutor() as pool:
         with AsyncCompileMode(pool) as _compiling:
+            torch.Tensor.new_empty = torch.Tensor.new_zeros  # type: ignore[method-assign]
             try:
                 yield
             finally:
+                torch.Tensor.new_empty = new_empty  # type: ignore[method-assign]
                 kernels, _compiling = _compiling.future_kernels.values(), None
         device = torch.cuda.current_device()
 
