@@ -1,5 +1,7 @@
-"""Folders with quantised weights, written tensor by tensor, and what these weights are worth, without the loader."""
+"""Folders with quantised weights, without the loader: written tensor by tensor, what the weights are worth, and whether
+their metadata says what they are."""
 
+import fnmatch
 import json
 
 import torch
@@ -104,3 +106,61 @@ def declare(folder, quantization_config):
     """Set config.json's quantization_config."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(quantization_config=quantization_config)))
+
+
+def read(folder):
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def stored_format(tensors, module):
+    """By the tensors alone."""
+    if f"{module}.weight_scale_2" in tensors:
+        return "nvfp4"
+    return "fp8" if f"{module}.weight_scale" in tensors else "keep"
+
+
+def stored_algorithm(tensors, module):
+    """ModelOpt's name for it, None for a matrix that is not quantised."""
+    scaled = f"{module}.input_scale" in tensors
+    match stored_format(tensors, module):
+        case "nvfp4":
+            return "NVFP4" if scaled else "W4A16_NVFP4"
+        case "fp8":
+            return "FP8_PER_CHANNEL_PER_TOKEN" if tensors[f"{module}.weight_scale"].dim() else "FP8"
+
+
+def declared(folder):
+    """Check the metadata as a reader goes by it: for each matrix on disk, what is declared is what is stored."""
+    config = json.loads((folder / "config.json").read_text())
+    legacy = json.loads((folder / "hf_quant_config.json").read_text())
+    inline, said = config["quantization_config"], legacy["quantization"]
+    assert inline["quant_method"] == "modelopt"
+    assert inline["quant_algo"] == said["quant_algo"]
+    assert inline["ignore"] == said["exclude_modules"]
+    assert inline.get("quantized_layers") == said.get("quantized_layers")
+    assert inline["producer"] == legacy["producer"]
+    assert said["kv_cache_quant_algo"] is None
+    assert legacy["producer"]["name"] == "hybrid-ops"
+    mixed = said["quant_algo"] == "MIXED_PRECISION"
+    groups = inline["config_groups"].values()
+    assert mixed or [group["targets"] for group in groups] == [["Linear"]]
+    tensors = read(folder)
+    for name, tensor in tensors.items():
+        module = name.removesuffix(".weight")
+        if not name.endswith(".weight") or tensor.dim() < 2 or "embeddings" in name:
+            continue
+        if any(fnmatch.fnmatch(module, pattern) for pattern in said["exclude_modules"]):
+            says = None
+        else:  # vLLM excludes whatever has an excluded name in its own
+            assert not any(excluded in module for excluded in said["exclude_modules"])
+            layer = said["quantized_layers"][module] if mixed else said
+            assert layer.get("group_size") == (16 if "NVFP4" in layer["quant_algo"] else None)
+            says = layer["quant_algo"]
+        assert says == stored_algorithm(tensors, module), module
+        mine = [group for group in groups if not mixed or module in group["targets"]] if says or mixed else []
+        assert len(mine) == (says is not None), module
+        for group in mine:
+            assert group["weights"]["num_bits"] == (4 if "NVFP4" in says else 8)
+            assert ("strategy" in group["weights"]) == (says == "FP8_PER_CHANNEL_PER_TOKEN")
+            assert ("input_activations" in group) == (says != "W4A16_NVFP4")
+    return said

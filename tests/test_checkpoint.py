@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hybrid_ops.models import PRESETS, CheckpointError, NemotronHConfig, NemotronHForCausalLM, checkpoint
+from hybrid_ops.models.shard_writer import ShardWriter
 
 from .random_models import COMMON, CONFIGS, redraw
 
@@ -71,6 +72,23 @@ def test_saving_again_in_another_arrangement(model, tmp_path):
     assert_equal(NemotronHForCausalLM.from_pretrained(tmp_path), other)
     model.save_pretrained(tmp_path, max_shard_bytes=20_000)
     assert_equal(NemotronHForCausalLM.from_pretrained(tmp_path), model)
+
+
+def test_a_save_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="max_shard_bytes must be positive, got 0"):
+        model.save_pretrained(tmp_path / "out", max_shard_bytes=0)
+    assert not (tmp_path / "out").exists()
+    write, written = ShardWriter.write, []
+
+    def full(self, tensors):
+        if len(written) == 10:
+            raise OSError("no space left")
+        written.append(write(self, tensors))
+
+    monkeypatch.setattr(ShardWriter, "write", full)
+    with pytest.raises(OSError, match="no space left"):
+        model.save_pretrained(tmp_path / "out", max_shard_bytes=1)
+    assert os.listdir(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize(

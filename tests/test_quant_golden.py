@@ -7,7 +7,7 @@ import torch
 import hybrid_ops
 from hybrid_ops.reference import quant_nvfp4 as reference
 
-from .golden.make import CASES, FILE, MATRICES, inputs
+from .golden.nvfp4 import CASES, FILE, MATRICES, inputs
 from .quant_cases import rounded_to, same_bytes
 
 GOLDEN = np.load(FILE)

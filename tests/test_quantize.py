@@ -1,7 +1,6 @@
 """Quantised copies of checkpoints: bytes, rules, metadata, memory, errors, and the command."""
 
 import dataclasses
-import fnmatch
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from hybrid_ops.models import CheckpointError, NemotronHConfig, NemotronHForCaus
 from hybrid_ops.models.quantize_matrices import Quantizer, _Reader
 from hybrid_ops.models.quantize_rules import formats
 
+from .quantized_folders import declared, read, stored_format
 from .random_models import COMMON, CONFIGS, MTP_CONFIGS, redraw
 from .test_checkpoint import edit_config, rewrite
 from .test_moe_checkpoint import merge
@@ -53,22 +53,11 @@ def folder(tmp_path):
     return save(tmp_path / "in", SUPER)
 
 
-def read(folder):
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
 def assert_same(mine, theirs):
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
         assert tensor.dtype == theirs[name].dtype, name
         assert tensor.view(-1).view(torch.uint8).equal(theirs[name].view(-1).view(torch.uint8)), name
-
-
-def stored_format(tensors, module):
-    """By the tensors alone."""
-    if f"{module}.weight_scale_2" in tensors:
-        return "nvfp4"
-    return "fp8" if f"{module}.weight_scale" in tensors else "keep"
 
 
 def decode(tensors, module):
@@ -213,40 +202,6 @@ def test_input_scale(source, tmp_path):
     fp8 = {name for name, tensor in tensors.items() if name.endswith(".weight") and tensor.dtype == torch.float8_e4m3fn}
     assert scales.keys() == {name.replace(".weight", ".input_scale") for name in fp8}
     assert all(scale.equal(torch.tensor(1.5)) for scale in scales.values())
-
-
-def declared(folder):
-    """Check the metadata as a reader goes by it: for each matrix on disk, what is declared is what is stored."""
-    config = json.loads((folder / "config.json").read_text())
-    legacy = json.loads((folder / "hf_quant_config.json").read_text())
-    inline, said = config["quantization_config"], legacy["quantization"]
-    assert inline["quant_method"] == "modelopt"
-    assert inline["quant_algo"] == said["quant_algo"]
-    assert inline["ignore"] == said["exclude_modules"]
-    assert inline.get("quantized_layers") == said.get("quantized_layers")
-    assert inline["producer"] == legacy["producer"]
-    assert said["kv_cache_quant_algo"] is None
-    mixed = said["quant_algo"] == "MIXED_PRECISION"
-    for group in inline["config_groups"].values():
-        assert group["weights"]["num_bits"] in (4, 8)
-        assert ("input_activations" in group) == (group["weights"]["num_bits"] == 8)
-        assert mixed or group["targets"] == ["Linear"]
-    algorithms = {"W4A16_NVFP4": "nvfp4", "FP8": "fp8"}
-    tensors = read(folder)
-    for name, tensor in tensors.items():
-        module = name.removesuffix(".weight")
-        if not name.endswith(".weight") or tensor.dim() < 2 or "embeddings" in name:
-            continue
-        if any(fnmatch.fnmatch(module, pattern) for pattern in said["exclude_modules"]):
-            says = "keep"
-        else:  # vLLM excludes whatever has an excluded name in its own
-            assert not any(excluded in module for excluded in said["exclude_modules"])
-            says = algorithms[(said["quantized_layers"][module] if mixed else said)["quant_algo"]]
-        assert says == stored_format(tensors, module), module
-        if mixed:
-            in_groups = [g["weights"]["num_bits"] for g in inline["config_groups"].values() if module in g["targets"]]
-            assert in_groups == {"nvfp4": [4], "fp8": [8], "keep": []}[says]
-    return said
 
 
 def test_metadata_of_mixed_formats(source, tmp_path):
@@ -561,15 +516,24 @@ def test_the_loader_runs_it(source, tmp_path):
     assert not torch.allclose(got, before.float(), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("format", ["nvfp4", "fp8"])
-def test_the_loader_saves_it_again(source, tmp_path, format):
-    quantize_checkpoint(source, tmp_path / "out", format=format)
+@pytest.mark.parametrize(
+    ("values", "options"),
+    [
+        (SUPER, dict()),
+        (SUPER, dict(format="fp8", input_scale=0.5)),
+        (SUPER, dict(rules=[("*.experts.*", "keep"), ("mtp.*.[qkv]_proj", "fp8"), ("lm_head", "nvfp4")])),
+        (DENSE, dict()),
+    ],
+)
+def test_the_loader_saves_it_again(tmp_path, values, options):
+    """The same metadata to the byte, and the same tensors."""
+    quantize_checkpoint(save(tmp_path / "in", values), tmp_path / "out", **options)
     NemotronHForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
-    again, tensors = read(tmp_path / "again"), read(tmp_path / "out")
-    float32 = {name for name in tensors if name.endswith((".A_log", ".D", ".dt_bias"))}  # in every model of ours
-    assert_same({n: t for n, t in again.items() if n not in float32}, {n: tensors[n] for n in tensors.keys() - float32})
+    for file in ("config.json", "hf_quant_config.json"):
+        assert (tmp_path / "again" / file).read_text() == (tmp_path / "out" / file).read_text()
+    assert_same(read(tmp_path / "again"), read(tmp_path / "out"))
     plain = NemotronHForCausalLM.from_pretrained(tmp_path / "out", dequantize=True)
-    assert plain.get_parameter("backbone.layers.4.mixer.in_proj.weight").dtype == torch.bfloat16
+    assert plain.get_parameter("backbone.layers.0.mixer.in_proj.weight").dtype == torch.bfloat16
 
 
 def test_files_are_mapped_as_they_lie(source, tmp_path):

@@ -19,6 +19,7 @@ from .quantized_folders import (
     as_super,
     build,
     declare,
+    declared,
     dequantized,
     store,
     write,
@@ -214,50 +215,65 @@ def test_round_trip(model, form_of, shard_bytes, tmp_path):
     assert_state(again, tensors)
 
 
+CONV, GATE, HEAD_GATE = "backbone.layers.0.mixer.conv1d", f"{LAYER}gate", "mtp.layers.1.mixer.gate"
+
+
 @pytest.mark.parametrize(
-    ("form_of", "input_scale", "algorithm"),
+    ("form_of", "input_scale", "algorithm", "kept"),
     [
-        (all_nvfp4, 0.5, "NVFP4"),
-        (but_the_head, None, "W4A16_NVFP4"),
-        (all_nvfp4, None, "W4A16_NVFP4"),
-        (all_fp8, 0.5, "FP8"),
-        (as_super, 0.5, "MIXED_PRECISION"),
-        (lambda name: None, None, None),
+        (all_nvfp4, 0.5, "NVFP4", [CONV, GATE, HEAD_GATE]),
+        (all_nvfp4, None, "W4A16_NVFP4", [CONV, GATE, HEAD_GATE]),
+        (all_fp8, 0.5, "FP8", [CONV, GATE, HEAD_GATE]),
+        (lambda name: "fp8-row", None, "FP8_PER_CHANNEL_PER_TOKEN", [CONV, GATE, HEAD_GATE]),
+        (but_the_head, None, "W4A16_NVFP4", [CONV, GATE, "mtp*"]),
+        (
+            lambda name: None if f"{LAYER}experts" in name else "fp8",
+            None,
+            "FP8",
+            [CONV, f"{LAYER}experts*", GATE, HEAD_GATE],
+        ),
+        (
+            lambda name: None if f"{LAYER}experts" in name and "up" in name else "fp8",
+            None,
+            "FP8",
+            [CONV, *(f"{LAYER}experts.{expert}.up_proj" for expert in range(8)), GATE, HEAD_GATE],
+        ),
     ],
 )
-def test_metadata(model, form_of, input_scale, algorithm, tmp_path):
+def test_metadata_of_one_format(model, form_of, input_scale, algorithm, kept, tmp_path):
     """What is written says what ModelOpt says, and goes with the tensors."""
-    folder = tmp_path / "again"
-    build().save_pretrained(folder)
-    (folder / "hf_quant_config.json").write_text("{}")  # of an earlier save
     write(model, tmp_path, form_of, input_scale)
-    NemotronHForCausalLM.from_pretrained(tmp_path).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    if algorithm is None:
-        assert "quantization_config" not in config
-        assert not (folder / "hf_quant_config.json").exists()
-        return
-    said = json.loads((folder / "hf_quant_config.json").read_text())["quantization"]
-    also = config["quantization_config"]
-    assert also["quant_method"] == "modelopt"
-    assert said["quant_algo"] == also["quant_algo"] == algorithm
-    if algorithm != "MIXED_PRECISION":
-        assert (said.get("group_size") == 16) == ("NVFP4" in algorithm)
-        assert said["exclude_modules"] == also["ignore"]
-        kept = {f"{layer}.layers.1.mixer.gate" for layer in ("backbone", "mtp")} | {"backbone.layers.0.mixer.conv1d"}
-        if form_of is but_the_head:
-            head = ["0.eh_proj", *(f"0.mixer.{x}_proj" for x in "qkvo"), "1.mixer.experts*"]
-            head += [f"1.mixer.{x}" for x in ("fc1_latent_proj", "fc2_latent_proj")]
-            head += [f"1.mixer.shared_experts.{x}_proj" for x in ("up", "down")]
-            kept |= {f"mtp.layers.{name}" for name in head}
-        assert set(said["exclude_modules"]) == kept
-        return
+    NemotronHForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    said = declared(tmp_path / "again")
+    assert said["quant_algo"] == algorithm
+    assert said["exclude_modules"] == kept
+
+
+def test_metadata_of_mixed_formats(model, tmp_path):
+    def form_of(name):
+        return "fp8-row" if "o_proj" in name else as_super(name)
+
+    write(model, tmp_path, form_of, input_scale=0.5)
+    rewrite(tmp_path, lambda tensors: tensors | store("lm_head.weight", tensors["lm_head.weight"], "nvfp4"))
+    NemotronHForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    said = declared(tmp_path / "again")
+    assert said["quant_algo"] == "MIXED_PRECISION"
     layers = said["quantized_layers"]
-    assert layers == also["quantized_layers"]
     assert layers[f"{LAYER}experts.7.up_proj"] == dict(quant_algo="NVFP4", group_size=16)
+    assert layers["lm_head"] == dict(quant_algo="W4A16_NVFP4", group_size=16)
     assert layers[LINEAR[:-1]] == dict(quant_algo="FP8")
-    assert len(layers) == 2 + 2 * (2 * 8 + 2)
-    assert {"lm_head", f"{LAYER}fc1_latent_proj", "mtp.layers.0.eh_proj"} < set(said["exclude_modules"])
+    assert layers["mtp.layers.0.mixer.o_proj"] == dict(quant_algo="FP8_PER_CHANNEL_PER_TOKEN")
+    assert len(layers) == 2 + 1 + 2 * (2 * 8 + 2 + 1)
+    assert {f"{LAYER}fc1_latent_proj", "mtp.layers.0.eh_proj"} < set(said["exclude_modules"])
+
+
+def test_metadata_of_an_earlier_save(model, tmp_path):
+    write(model, tmp_path / "quantized", all_fp8)
+    NemotronHForCausalLM.from_pretrained(tmp_path / "quantized").save_pretrained(tmp_path / "out")
+    declared(tmp_path / "out")
+    model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out" / "hf_quant_config.json").exists()
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64])

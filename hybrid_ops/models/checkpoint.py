@@ -1,6 +1,5 @@
 """Reading and writing Hugging Face folders: `config.json` and safetensors, one file or sharded. Never pickle."""
 
-import json
 import os
 import re
 import sys
@@ -9,11 +8,12 @@ from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import NemotronHConfig
-from .quantization import check_metadata, dequantize_modules, quantize_modules, save_metadata
+from .quantization import algorithms, dequantize_modules, quantize_modules
+from .quantization_metadata import check_metadata, write_metadata
+from .shard_writer import ShardWriter, Spec
 from .shards import _INDEX, _SINGLE, CheckpointError, _entries, _Entry, _read
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -107,41 +107,31 @@ def save_checkpoint(model: nn.Module, folder: str | os.PathLike[str], *, max_sha
     """Write `config.json` and safetensors under Hugging Face's names, which transformers and `from_pretrained` read.
 
     Each expert has tensors of its own, as in the published checkpoints. A quantised model is written as ModelOpt's are,
-    with `hf_quant_config.json` and the `quantization_config` of `config.json`.
+    with `hf_quant_config.json` and the `quantization_config` of `config.json`. Tensors are written one by one and
+    `config.json` last; a save that fails removes its shards.
 
     Args:
         model: its `config`, parameters and quantised weights are written, in the dtypes they have.
         folder: made if it is not there; a file of the same name is overwritten.
         max_shard_bytes: above this size the tensors are spread over several files with an index.
     """
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
+    folder = os.fspath(folder)
     config: NemotronHConfig = model.config  # type: ignore[assignment]
-    config.save_pretrained(folder)
-    save_metadata(model, os.fspath(folder))
-    shards: list[dict[str, Tensor]] = [{}]
-    sizes = [0]
     stored = model.state_dict()
-    for name, place in _places(model).items():
-        tensor = _at(stored, place)
-        nbytes = tensor.numel() * tensor.element_size()
-        if shards[-1] and sizes[-1] + nbytes > max_shard_bytes:
-            shards.append({})
-            sizes.append(0)
-        shards[-1][name] = tensor
-        sizes[-1] += nbytes
-    single = len(shards) == 1
-    files = [_SINGLE if single else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    tensors = {name: _at(stored, place) for name, place in _places(model).items()}
+    writer = ShardWriter(folder, [{name: Spec.of(tensor)} for name, tensor in tensors.items()], max_shard_bytes)
+    os.makedirs(folder, exist_ok=True)
     for stale in (_SINGLE, _INDEX):  # of an earlier save: the reader would take either for the whole model
         if os.path.exists(path := os.path.join(folder, stale)):
             os.remove(path)
-    for file, shard in zip(files, shards, strict=True):
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in shard.items()}
-        save_file(tensors, os.path.join(folder, file), metadata={"format": "pt"})
-    if not single:
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        with open(os.path.join(folder, _INDEX), "w", encoding="utf-8") as index:
-            json.dump({"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}, index, indent=2)
+    try:
+        for name, tensor in tensors.items():
+            writer.write({name: tensor})
+        writer.finish()
+        write_metadata(folder, config.to_dict(), algorithms(model))
+    except BaseException:
+        writer.discard()
+        raise
 
 
 def _places(model: nn.Module, stored: Iterable[str] = ()) -> dict[str, _Place]:

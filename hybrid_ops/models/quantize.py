@@ -1,6 +1,5 @@
 """`quantize_checkpoint`: a bfloat16 Hugging Face folder to NVFP4 or FP8, as NVIDIA's ModelOpt writes it."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,8 +9,8 @@ import torch
 from .checkpoint import _by_expert, _compare, _places
 from .config import NemotronHConfig, _read_json
 from .nemotron_h import NemotronHForCausalLM
+from .quantization_metadata import CONFIG, FP8, NVFP4_WEIGHTS, QUANT_CONFIG, write_metadata
 from .quantize_matrices import BLOCK, Quantizer, Source
-from .quantize_metadata import hf_quant_config, quantization_config
 from .quantize_report import Errors, QuantizationReport
 from .quantize_rules import KEEP, family, formats
 from .shard_writer import ShardWriter
@@ -19,7 +18,8 @@ from .shards import CheckpointError, _entries, _Entry
 
 # What a tokenizer and a chat need. Never code, and not the model card, which describes another checkpoint.
 COPIED = (".json", ".txt", ".jinja", ".model")
-_CONFIG, _QUANT_CONFIG = "config.json", "hf_quant_config.json"
+# Nothing is calibrated, so activations have no scales: NVFP4 matrices are multiplied with bfloat16 activations.
+_ALGORITHMS = {"nvfp4": NVFP4_WEIGHTS, "fp8": FP8}
 _QUANTIZED_DTYPES = ("F8_E4M3", "F8_E5M2", "U8", "I8", "F4")
 
 
@@ -100,7 +100,9 @@ def quantize_checkpoint(
                 progress(done, total)
         writer.finish()
         copied = _copy_files(folder, output)
-        _write_metadata(folder, output, _declared(sources, chosen))
+        values = _read_json(os.path.join(folder, CONFIG))
+        values.pop("auto_map", None)  # names Python files, which are not copied
+        write_metadata(output, values, _algorithms(sources, chosen))
     except BaseException:
         writer.discard()
         raise
@@ -147,7 +149,7 @@ def _sources(folder: str, config: NemotronHConfig) -> list[Source]:
 
 
 def _refuse_quantized(folder: str, entries: Iterable[_Entry]) -> None:
-    for file in (_CONFIG, _QUANT_CONFIG):
+    for file in (CONFIG, QUANT_CONFIG):
         path = os.path.join(folder, file)
         values = _read_json(path) if os.path.exists(path) else {}
         for key in ("quantization", "quantization_config", "compression_config"):
@@ -193,7 +195,7 @@ def _make_way(output: str) -> None:
 
 
 def _written_anew(file: str) -> bool:
-    return file in (_CONFIG, _QUANT_CONFIG) or file.endswith(".index.json")
+    return file in (CONFIG, QUANT_CONFIG) or file.endswith(".index.json")
 
 
 def _copy_files(folder: str, output: str) -> tuple[str, ...]:
@@ -207,20 +209,7 @@ def _copy_files(folder: str, output: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _declared(sources: Sequence[Source], chosen: Mapping[str, str]) -> dict[str, str]:
-    """The format of every module that has a matrix, convolution or router, as readers ask for it."""
+def _algorithms(sources: Sequence[Source], chosen: Mapping[str, str]) -> dict[str, str | None]:
+    """Of every module that has a matrix, convolution or router, as readers ask for it."""
     matrices = (s for s in sources if s.name.endswith(".weight") and len(s.shape) > 1 and ".embeddings" not in s.name)
-    return {source.module: chosen.get(source.module, KEEP) for source in matrices}
-
-
-def _write_metadata(folder: str, output: str, declared: Mapping[str, str]) -> None:
-    """`config.json` last: a folder without it is no checkpoint."""
-    values = _read_json(os.path.join(folder, _CONFIG))
-    values.pop("auto_map", None)  # names Python files, which are not copied
-    for file, contents in (
-        (_QUANT_CONFIG, hf_quant_config(declared)),
-        (_CONFIG, values | {"quantization_config": quantization_config(declared)}),
-    ):
-        with open(os.path.join(output, file), "w", encoding="utf-8") as target:
-            json.dump(contents, target, indent=2)
-            target.write("\n")
+    return {source.module: _ALGORITHMS.get(chosen.get(source.module, KEEP)) for source in matrices}

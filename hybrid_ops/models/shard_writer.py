@@ -11,7 +11,15 @@ from torch import Tensor
 
 from .shards import _INDEX, _SINGLE
 
-_SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1}
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint8: "U8",
+}
+_SIZES = {name: dtype.itemsize for dtype, name in _NAMES.items()}
 
 
 class Spec(NamedTuple):
@@ -19,6 +27,10 @@ class Spec(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Spec":
+        return cls(_NAMES[tensor.dtype], tuple(tensor.shape))
 
     @property
     def nbytes(self) -> int:
