@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -359,10 +360,10 @@ def check(op: str, impl: str, device: str, dtypes: Iterable[torch.dtype]) -> Row
     return row
 
 
-def rows(device: str | None = None) -> Iterator[Row]:
-    """Every implementation of every op that runs on this machine, one after the other."""
+def rows(device: str | None = None, ops: Sequence[str] | None = None) -> Iterator[Row]:
+    """Every implementation of every op (or of those named) that runs on this machine, one after the other."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    names = tuple(problems(torch.float32))
+    names = tuple(ops or problems(torch.float32))
     for impl in ("torch", "triton", "cuda") if device == "cuda" else ("torch",):
         for op in names:
             try:
@@ -383,9 +384,11 @@ def _interpreter_rows(names: tuple[str, ...]) -> Iterator[Row]:
     yield from _rows_of_process(names, "interpreter", {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
 
 
-def in_background(device: str) -> Iterator[Row]:
-    """`rows(device)`, worked out by a process of its own that is started now."""
-    return _rows_of_process((f"--device={device}",), device, {})
+def in_background(device: str, processes: int = 4) -> Iterator[Row]:
+    """`rows(device)`, worked out by processes of their own that are started now: on a GPU most of it is compiling."""
+    ops = tuple(problems(torch.float32))
+    shares = (ops[first::processes] for first in range(processes))
+    return chain(*[_rows_of_process((f"--device={device}", *share), device, {}) for share in shares])
 
 
 def _rows_of_process(arguments: Sequence[str], where: str, environment: dict[str, str]) -> Iterator[Row]:
@@ -454,9 +457,12 @@ def _by_reason(rows: Iterable[Row]) -> dict[str, list[str]]:
 
 
 def _main(arguments: Sequence[str]) -> None:
-    """The rows as lines of JSON: of the ops named in Triton's interpreter, or with --device=.. all of a device."""
-    device = arguments[0].removeprefix("--device=") if arguments[0].startswith("--device=") else None
-    found = rows(device) if device else (check(op, "triton", "cpu", INTERPRETER_DTYPES) for op in arguments)
+    """The rows of the ops named, as lines of JSON: in Triton's interpreter, or with --device=.. all of a device."""
+    device, *ops = arguments
+    if device.startswith("--device="):
+        found = rows(device.removeprefix("--device="), ops)
+    else:
+        found = (check(op, "triton", "cpu", INTERPRETER_DTYPES) for op in arguments)
     for row in found:
         print(json.dumps(dataclasses.asdict(row)), flush=True)
 

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .. import info, selfcheck
+from .._library import IMPLS
 from ..models import NemotronHForCausalLM
 from . import prove, report
 from . import text as texts
@@ -77,6 +78,7 @@ def run(console: Console, *, steps: int | None = None, html: Path = Path("demo.h
         for row in selfcheck.rows(device.type) if checking is None else checking:
             results.ops.append(row)
             status.update(f"checking {row.op}, {row.impl}")
+    results.ops.sort(key=lambda row: IMPLS.index(row.impl), reverse=True)  # torch first
     selfcheck.show(console, results.ops)
 
     failed = failures(results)
@@ -248,7 +250,7 @@ def _bench(console: Console, results: Results) -> bool:
     from ..bench import harness
 
     try:
-        results.bench = harness.run(BENCHED_FAMILIES, only=BENCHED, console=console)
+        results.bench = harness.run(BENCHED_FAMILIES, only=BENCHED, peers=("torch",), console=console)
     except RuntimeError as error:
         console.print(str(error), style="red", markup=False)
         return False
