@@ -1,7 +1,8 @@
 """What a benchmark case is, and the layers of the models that cases are named after."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
@@ -95,6 +96,11 @@ MOE_LAYERS = {
     "ultra": MoELayer(8192, 512, 22, 5120, 10240, 2048, 5.0),
     "tiny": MoELayer(128, 16, 4, 64, 128, 64),  # of the demo; the only one measured without a GPU
 }
+
+
+def matches(name: str, patterns: Collection[str] | None) -> bool:
+    """Whether one of the patterns, with * and ?, is the whole name; without patterns every name will do."""
+    return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def prefill(model: str, seqlen: int, batch: int, *suffixes: str) -> str:

@@ -5,7 +5,6 @@ that together are larger than three times the L2 cache, and results never share 
 """
 
 import importlib
-import json
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -14,20 +13,21 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 import hybrid_ops
 from hybrid_ops.budget import measure
 
 from . import machine, peers
-from .cases import Case, Tensors
+from .cases import Case, Tensors, matches
+from .compare import Comparison
+from .report import show
+from .results import Report, Row, read_same_gpu, write
+from .table import print_head, wide
 from .timing import Graph, host_us, wall_us
 
 FAMILIES = ("conv1d", "ssd", "norm", "moe_router", "grouped_gemm", "moe", "quant", "gemm")
+TIMES = ("gpu_us", "gpu_us_p10", "gpu_us_p90", "gpu_us_warm", "host_us", "host_us_p10", "host_us_p90")
 SAMPLE = 2**22  # elements of a large result that are compared with the expected one
-
-Row = dict[str, Any]
 
 
 def run(
@@ -36,47 +36,54 @@ def run(
     device: str | torch.device | None = None,
     only: Collection[str] | None = None,
     console: Console | None = None,
+    html_path: str | Path | None = None,
+    compare_path: str | Path | None = None,
+    fail_above: float | None = None,
 ) -> list[Row]:
-    """Measure every case of `families`, or those whose name is in `only`, and print a table.
+    """Measure every case of `families`, or those whose name matches a pattern in `only`, and print a table.
 
-    With `json_path` the rows are merged into that file: it holds the newest row for each (op, case, dtype, impl).
+    With `json_path` the rows are merged into that file: it holds the newest row for each (op, case, dtype, impl). With
+    `html_path` a report of them is drawn. With `compare_path` each is compared with the row of an older file.
 
     Raises:
-        ValueError: an unknown family, or a file of another GPU's figures.
-        RuntimeError: a result was outside its error budget; the other rows have been printed and written by then.
+        ValueError: an unknown family, no such case, or a file that is missing or holds no rows or another GPU's.
+        RuntimeError: a result was outside its error budget, or one is slower than in the older file by more than its
+            spread and `fail_above` percent; all rows have been printed and written by then.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chosen = list(select(families, device, only))
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = 200  # a log has no edge to fold at
-    report: dict[str, Any] = {"machine": machine.describe(device)}
-    previous = _read(json_path, report["machine"]["gpu"])
+    if not chosen:
+        raise ValueError(f"only must name a case of {', '.join(families)}, with * and ?, got {', '.join(only or ())}")
+    console = wide(console or Console())
+    report: Report = {"machine": machine.describe(device)}
+    gpu = report["machine"]["gpu"]
+    previous = []
+    if json_path is not None and Path(json_path).exists():
+        previous = read_same_gpu("json_path", json_path, gpu)["rows"]
+    comparison = None if compare_path is None else Comparison(read_same_gpu("compare_path", compare_path, gpu))
     report |= {"ceilings": machine.ceilings(device), "commit": machine.commit(), "date": machine.now()}
-    _print_head(console, report)
+    print_head(console, report)
+    if missing := peers.missing():
+        console.print(f"not installed, so not compared: {', '.join(missing)}", highlight=False)
 
     rows: list[Row] = []
     for family, case in chosen:
         with console.status(f"{case.op} {case.name}"):
             rows += measure_case(family, case, device, report)
-    console.print(_table(rows, device))
     if json_path is not None:
-        _write(Path(json_path), report, previous, rows)
-    failed = [row for row in rows if row["check"] != "passed"]
-    if failed:
-        lines = [f"{row['op']} {row['case']} {row['impl']}: {row['check']}" for row in failed]
-        raise RuntimeError("\n".join([f"{len(failed)} of {len(rows)} were not timed, for they are wrong:", *lines]))
+        write(json_path, report, previous, rows)
+    show({**report, "rows": rows}, console, html_path, comparison, fail_above)
     return rows
 
 
 def select(families: Sequence[str], device: torch.device, only: Collection[str] | None) -> Iterator[tuple[str, Case]]:
-    """Each family's cases, or those of them whose name is in `only`."""
+    """Each family's cases, or those of them whose name matches a pattern in `only`, with * and ?."""
     for family in families:
         if family not in FAMILIES:
             raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
     for family in families:
         for case in importlib.import_module(f"{__package__}.{family}").cases(on_gpu=device.type == "cuda"):
-            if only is None or case.name in only:
+            if matches(case.name, only):
                 yield family, case
 
 
@@ -95,7 +102,7 @@ def measure_case(family: str, case: Case, device: torch.device, report: Mapping[
     rows = []
     for impl in _impls(case, device):
         row: Row = {"family": family, "op": case.op, "case": case.name, "dtype": _name(case.dtype), "impl": impl}
-        row |= dict.fromkeys(("gpu_us", "gpu_us_p10", "gpu_us_p90", "gpu_us_warm", "host_us", "error_ratio"))
+        row |= dict.fromkeys((*TIMES, "error_ratio"))
         row |= {"bytes": case.bytes, "flops": case.flops, "floor_us": floor_us(case, report["ceilings"])}
         row |= {"peers": {}, "commit": report["commit"], "date": report["date"]}
         try:
@@ -146,7 +153,7 @@ def _measure(case: Case, impl: str, sets: Sequence[Tensors], row: Row, device: t
     if row["check"] != "passed":
         return
     if device.type != "cuda":
-        row["host_us"] = wall_us(lambda: case.call(sets[0], impl)).median
+        row["host_us"], row["host_us_p10"], row["host_us_p90"] = wall_us(lambda: case.call(sets[0], impl))
         return
     cold = Graph([lambda tensors=tensors: case.call(tensors, impl) for tensors in sets])
     for results in cold.results:
@@ -218,59 +225,3 @@ def _check(case: Case, expected: Tensors, baseline: Tensors, results: Tensors) -
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _print_head(console: Console, report: Mapping[str, Any]) -> None:
-    facts, ceilings = report["machine"], report["ceilings"]
-    versions = f"torch {facts['torch']}, Triton {facts['triton'] or 'not installed'}"
-    if facts["gpu"] is None:
-        console.print(f"no GPU here: small shapes on the CPU, by the wall clock; {versions}", highlight=False)
-    else:
-        fp8 = "" if ceilings["fp8_tflops"] is None else f", fp8 {ceilings['fp8_tflops']:.0f} TFLOP/s"
-        console.print(
-            f"{facts['gpu']}, driver {facts['driver']}, {versions}\nceilings measured now: copy "
-            f"{ceilings['copy_tbs']:.2f} TB/s, bf16 {ceilings['bf16_tflops']:.0f} TFLOP/s{fp8}",
-            highlight=False,
-        )
-    if missing := peers.missing():
-        console.print(f"not installed, so not compared: {', '.join(missing)}", highlight=False)
-
-
-def _table(rows: Sequence[Row], device: torch.device) -> Table:
-    table = Table(header_style="bold", box=None)
-    gpu = device.type == "cuda"
-    columns = ["µs", "p10-p90", "warm", "host", "floor", "of floor"] if gpu else ["µs, wall clock"]
-    for column in ("op", "case", "dtype", "impl", *columns, "error/budget", "peers, µs"):
-        text = column in ("op", "case", "dtype", "impl", "peers, µs")
-        table.add_column(column, justify="left" if text else "right", no_wrap=column != "peers, µs")
-    for row in rows:
-        name = (row["op"], row["case"], row["dtype"], row["impl"])
-        if row["check"] != "passed":
-            ratio = "" if row["error_ratio"] is None else f"{row['error_ratio']:.2f}"
-            table.add_row(*name, *[""] * len(columns), f"[red]{ratio}[/]", escape(row["check"]))
-            continue
-        us = row["gpu_us"] if gpu else row["host_us"]
-        figures = [f"{us:.1f}"]
-        if gpu:
-            figures += [f"{row['gpu_us_p10']:.1f}-{row['gpu_us_p90']:.1f}", f"{row['gpu_us_warm']:.1f}"]
-            figures += [f"{row['host_us']:.0f}", f"{row['floor_us']:.1f}", f"{row['floor_us'] / us:.0%}"]
-        theirs = ", ".join(
-            f"{peer} failed" if t is None else f"{peer} {t:.1f} (x{t / us:.2f})" for peer, t in row["peers"].items()
-        )
-        table.add_row(*name, *figures, f"{row['error_ratio']:.2f}", theirs)
-    return table
-
-
-def _read(json_path: str | Path | None, gpu: str | None) -> list[Row]:
-    if json_path is None or not Path(json_path).exists():
-        return []
-    report = json.loads(Path(json_path).read_text())
-    if report["machine"]["gpu"] != gpu:
-        raise ValueError(f"json_path must hold figures of this GPU, {gpu}, got {report['machine']['gpu']}: {json_path}")
-    return report["rows"]
-
-
-def _write(path: Path, report: Mapping[str, Any], previous: Sequence[Row], rows: Sequence[Row]) -> None:
-    merged = {tuple(row[key] for key in ("op", "case", "dtype", "impl")): row for row in (*previous, *rows)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**report, "rows": list(merged.values())}, indent=1) + "\n")

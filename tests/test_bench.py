@@ -22,7 +22,8 @@ FAMILIES = {
     "gemm": gemm,
 }
 ROW = {
-    *("family", "op", "case", "dtype", "impl", "gpu_us", "gpu_us_p10", "gpu_us_p90", "gpu_us_warm", "host_us"),
+    *("family", "op", "case", "dtype", "impl", "gpu_us", "gpu_us_p10", "gpu_us_p90", "gpu_us_warm"),
+    *("host_us", "host_us_p10", "host_us_p90"),
     *("bytes", "flops", "floor_us", "peers", "error_ratio", "check", "commit", "date"),
 }
 
