@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 import hybrid_ops
-from hybrid_ops.budget import measure
+from hybrid_ops import budget
 
 from . import machine, peers
 from .cases import Case, Tensors, matches
@@ -23,7 +23,7 @@ from .compare import Comparison
 from .report import show
 from .results import Report, Row, read_same_gpu, write
 from .table import print_head, wide
-from .timing import Graph, host_us, wall_us
+from .timing import Graph, host_us, summary, wall_samples, wall_us
 
 FAMILIES = ("conv1d", "ssd", "norm", "moe_router", "grouped_gemm", "moe", "quant", "gemm")
 TIMES = ("gpu_us", "gpu_us_p10", "gpu_us_p90", "gpu_us_warm", "host_us", "host_us_p10", "host_us_p90")
@@ -61,6 +61,7 @@ def run(
     if json_path is not None and Path(json_path).exists():
         previous = read_same_gpu("json_path", json_path, gpu)["rows"]
     comparison = None if compare_path is None else Comparison(read_same_gpu("compare_path", compare_path, gpu))
+    before = machine.clocks(device)
     report |= {"ceilings": machine.ceilings(device), "commit": machine.commit(), "date": machine.now()}
     print_head(console, report)
     if missing := peers.missing():
@@ -70,6 +71,8 @@ def run(
     for family, case in chosen:
         with console.status(f"{case.op} {case.name}"):
             rows += measure_case(family, case, device, report)
+    if before is not None:
+        report["machine"]["clocks"] = {"before": before, "after": machine.clocks(device)}
     if json_path is not None:
         write(json_path, report, previous, rows)
     show({**report, "rows": rows}, console, html_path, comparison, fail_above)
@@ -90,23 +93,22 @@ def select(families: Sequence[str], device: torch.device, only: Collection[str] 
 def visit(case: Case, device: torch.device) -> None:
     """Call every implementation once, so that its kernels are compiled."""
     tensors = case.make(device, torch.Generator(device).manual_seed(0))
-    for impl in _impls(case, device):
+    for impl in impls(case, device):
         case.call(tensors, impl)
 
 
 def measure_case(family: str, case: Case, device: torch.device, report: Mapping[str, Any]) -> list[Row]:
     """A row for each implementation of the case that this machine has."""
-    generator = torch.Generator(device).manual_seed(0)
-    sets = [case.make(device, generator) for _ in range(_num_sets(case, device))]
+    sets = input_sets(case, device)
     peer_us: dict[str, float | None] | None = None
     rows = []
-    for impl in _impls(case, device):
-        row: Row = {"family": family, "op": case.op, "case": case.name, "dtype": _name(case.dtype), "impl": impl}
+    for impl in impls(case, device):
+        row: Row = {"family": family, "op": case.op, "case": case.name, "dtype": dtype_name(case.dtype), "impl": impl}
         row |= dict.fromkeys((*TIMES, "error_ratio"))
         row |= {"bytes": case.bytes, "flops": case.flops, "floor_us": floor_us(case, report["ceilings"])}
         row |= {"peers": {}, "commit": report["commit"], "date": report["date"]}
         try:
-            _measure(case, impl, sets, row, device)
+            measure(case, impl, sets, row, device)
         except Exception as error:  # one broken case must not cost the figures of all others
             row["check"] = f"{type(error).__name__}: {error}"
         if row["check"] == "passed":
@@ -125,14 +127,17 @@ def floor_us(case: Case, ceilings: Mapping[str, float | None]) -> float | None:
     return max(case.bytes / copy_tbs, case.flops / tflops) / 1e6
 
 
-def _num_sets(case: Case, device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, min(200, math.ceil(3 * cache / max(case.bytes, 1)) + 1))
+def input_sets(case: Case, device: torch.device) -> list[Tensors]:
+    """So many sets of inputs that together they are larger than three times the L2 cache."""
+    count = 1
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        count = max(2, min(200, math.ceil(3 * cache / max(case.bytes, 1)) + 1))
+    generator = torch.Generator(device).manual_seed(0)
+    return [case.make(device, generator) for _ in range(count)]
 
 
-def _impls(case: Case, device: torch.device) -> list[str]:
+def impls(case: Case, device: torch.device) -> list[str]:
     """The kernels that take the case on this machine; without a GPU, torch."""
     if device.type != "cuda":
         return ["torch"]
@@ -146,33 +151,38 @@ def _impls(case: Case, device: torch.device) -> list[str]:
     return found
 
 
-def _measure(case: Case, impl: str, sets: Sequence[Tensors], row: Row, device: torch.device) -> None:
-    """Check one call, time it, and check what the timed replays left."""
+def measure(case: Case, impl: str, sets: Sequence[Tensors], row: Row, device: torch.device) -> list[float]:
+    """Check one call, time it, check what the timed replays left, and fill the row.
+
+    Returns the samples of the time that is the figure, in microseconds; none where a check failed.
+    """
     right = _right(case, sets[0])  # before the call, which may update a state in place
     row["error_ratio"], row["check"] = _check(case, *right, case.call(sets[0], impl))
     if row["check"] != "passed":
-        return
+        return []
     if device.type != "cuda":
-        row["host_us"], row["host_us_p10"], row["host_us_p90"] = wall_us(lambda: case.call(sets[0], impl))
-        return
+        samples = wall_samples(lambda: case.call(sets[0], impl))
+        row["host_us"], row["host_us_p10"], row["host_us_p90"] = summary(samples)
+        return samples
     cold = Graph([lambda tensors=tensors: case.call(tensors, impl) for tensors in sets])
     for results in cold.results:
         for name, result in results.items():
             if name not in case.in_place:
                 result.fill_(math.nan if result.is_floating_point() else 255)
-    timing = cold.time()
+    samples = cold.samples()
     for index in (0, len(sets) - 1):
         error, row["check"] = _check(case, *_right(case, sets[index]), cold.results[index])
         row["error_ratio"] = max(row["error_ratio"], error)
         if row["check"] != "passed":
-            return
+            return []
     if not all(bool(result.isfinite().all()) for results in cold.results for result in results.values()):
         row["check"] = "a replay left values that are not finite"
-        return
+        return []
     del cold
-    row["gpu_us"], row["gpu_us_p10"], row["gpu_us_p90"] = timing
+    row["gpu_us"], row["gpu_us_p10"], row["gpu_us_p90"] = summary(samples)
     row["gpu_us_warm"] = Graph([lambda: case.call(sets[0], impl)], keep_results=False).time().median
     row["host_us"] = host_us(lambda: case.call(sets[0], impl))
+    return samples
 
 
 def _time_peer(
@@ -216,12 +226,12 @@ def _check(case: Case, expected: Tensors, baseline: Tensors, results: Tensors) -
             sample = torch.cat([edge, spread, length - 1 - edge])
             got, want, base = (t.index_select(case.tokens, sample) for t in (got, want, base))
         ref, base = (t.double().cpu().numpy() for t in (want, base))
-        ratio, complaint = measure(name, got, ref, base, case.budget_dtype, axis=case.axis[name])
+        ratio, complaint = budget.measure(name, got, ref, base, case.budget_dtype, axis=case.axis[name])
         worst = max(worst, ratio)
         if complaint is not None:
             return worst, complaint
     return worst, "passed"
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -10,7 +10,7 @@ from rich.console import Console
 from .cases import matches
 from .compare import Comparison
 from .results import Report, finite, read, read_same_gpu
-from .table import print_head, rows_table, wide
+from .table import print_clocks, print_head, rows_table, wide
 
 
 def show(
@@ -26,6 +26,7 @@ def show(
         RuntimeError: a result was wrong, or a row is slower by more than its spread and `fail_above` percent.
     """
     console.print(rows_table(report, comparison))
+    print_clocks(console, report)
     if html_path is not None:
         Path(html_path).parent.mkdir(parents=True, exist_ok=True)
         Path(html_path).write_text(page(report, comparison), encoding="utf-8")

@@ -31,6 +31,18 @@ def print_head(console: Console, report: Report) -> None:
     )
 
 
+def print_clocks(console: Console, report: Report) -> None:
+    clocks = report["machine"].get("clocks")
+    if not clocks or not clocks.get("after"):  # without a GPU, or without nvidia-smi
+        return
+    before, after = clocks["before"], clocks["after"]
+    console.print(
+        f"SM clock {before['sm']} before, {after['sm']} after, at most {after['sm_max']}; "
+        f"{before['celsius']} °C before, {after['celsius']} °C after",
+        highlight=False,
+    )
+
+
 def rows_table(report: Report, comparison: Comparison | None) -> Table:
     table = Table(header_style="bold", box=None)
     gpu = report["machine"]["gpu"] is not None

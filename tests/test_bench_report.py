@@ -1,9 +1,11 @@
 """What becomes of benchmark rows: files, comparisons, the HTML report, the command line around them."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -14,14 +16,9 @@ from hybrid_ops.bench import harness, report, results
 from hybrid_ops.bench.compare import Change, Comparison
 
 CEILINGS = {"copy_tbs": 4.2, "bf16_tflops": 700.0, "fp8_tflops": 1300.0}
-MACHINE = {
-    "gpu": "A GPU",
-    "driver": "580",
-    "torch": "2.11",
-    "triton": "3.6",
-    "cuda": "13.0",
-    "clocks": {"sm": "1980 MHz"},
-}
+CLOCKS = {"sm": "1980 MHz", "sm_max": "1980 MHz", "memory": "3201 MHz", "celsius": "41"}
+MACHINE = {"gpu": "A GPU", "driver": "580", "torch": "2.11", "triton": "3.6", "cuda": "13.0"}
+MACHINE["clocks"] = {"before": CLOCKS | {"sm": "345 MHz", "celsius": "29"}, "after": CLOCKS}
 
 
 def row(case="super-L8192-b1", us=100.0, spread=0.02, **changes):
@@ -116,6 +113,7 @@ def test_the_script_draws(rows, gpu, tmp_path):
     assert ("A GPU" if gpu else "There was no GPU") in text
     assert not re.search("NaN|undefined|Infinity", text)
     if len(rows) == 3 and gpu:
+        assert "SM clock 345 MHz before, 1980 MHz after" in text
         for figure in ("100", "7.50", "98.0-102", "mamba_ssm 300 (×3.00), torch failed", "+11.1% slower", "4.20 TB/s"):
             assert figure in text
 
@@ -218,3 +216,32 @@ def test_no_case_of_that_name():
 def test_only_takes_patterns(capsys):
     rows = harness.run(["norm", "conv1d"], device="cpu", only=["*-gated", "tiny-b?"])
     assert [r["case"] for r in rows] == ["tiny-L256-b2-gated", "tiny-b4"]
+
+
+def test_pytest_benchmark_stores_what_the_harness_measured(tmp_path):
+    """Not the wall time of the test's calls: the stored figures are those of the rows, in seconds."""
+    pytest.importorskip("pytest_benchmark", reason="pip install 'hybrid-ops[bench]'")
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import pytest, sys\n"
+        "from hybrid_ops.bench import harness\n"
+        "def measure(case, impl, sets, row, device):\n"
+        "    row |= {'error_ratio': 0.5, 'check': 'passed'}\n"
+        "    return [3e6, 1e6, 2e6]\n"
+        "harness.measure = measure\n"
+        "sys.exit(pytest.main(['--pyargs', 'hybrid_ops.bench.pytest_cases', '-q', *sys.argv[1:]]))\n"
+    )
+    stored = tmp_path / "stored.json"
+    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-k", "tiny-b4", f"--benchmark-json={stored}"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, script, *options], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {entry["name"]: entry["stats"] for entry in json.loads(stored.read_text())["benchmarks"]}
+    assert set(found) == {
+        "test_case[causal_conv1d_update-tiny-b4-bfloat16-torch]",
+        "test_case[ssd_state_update-tiny-b4-float32-torch]",
+    }
+    for stats in found.values():
+        assert [stats[name] for name in ("min", "median", "max")] == pytest.approx([1.0, 2.0, 3.0])
