@@ -5,6 +5,7 @@ that together are larger than three times the L2 cache, and results never share 
 """
 
 import importlib
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -15,19 +16,22 @@ import torch
 from rich.console import Console
 
 import hybrid_ops
-from hybrid_ops import budget
 
 from . import machine, peers
-from .cases import Case, Tensors, matches
+from .cases import Case, Tensors, dtype_name, matches
+from .check import check, right_results
 from .compare import Comparison
 from .report import show
 from .results import Report, Row, read_same_gpu, write
-from .table import print_head, wide
+from .table import list_cases, print_head, wide
 from .timing import Graph, host_us, summary, wall_samples, wall_us
 
 FAMILIES = ("conv1d", "ssd", "norm", "moe_router", "grouped_gemm", "moe", "quant", "gemm")
 TIMES = ("gpu_us", "gpu_us_p10", "gpu_us_p90", "gpu_us_warm", "host_us", "host_us_p10", "host_us_p90")
-SAMPLE = 2**22  # elements of a large result that are compared with the expected one
+
+
+class Skipped(Exception):
+    """Why a case is not measured here, which is no failure."""
 
 
 def run(
@@ -36,11 +40,14 @@ def run(
     device: str | torch.device | None = None,
     only: Collection[str] | None = None,
     console: Console | None = None,
+    every: bool = False,
     html_path: str | Path | None = None,
     compare_path: str | Path | None = None,
     fail_above: float | None = None,
 ) -> list[Row]:
-    """Measure every case of `families`, or those whose name matches a pattern in `only`, and print a table.
+    """Measure the cases of `families`, or those whose name matches a pattern in `only`, and print a table.
+
+    With `every` the cases are all shapes of the real models, which takes hours; without a GPU they stay small.
 
     With `json_path` the rows are merged into that file: it holds the newest row for each (op, case, dtype, impl). With
     `html_path` a report of them is drawn. With `compare_path` each is compared with the row of an older file.
@@ -51,7 +58,7 @@ def run(
             spread and `fail_above` percent; all rows have been printed and written by then.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chosen = list(select(families, device, only))
+    chosen = list(select(families, device, only, every and device.type == "cuda"))
     if not chosen:
         raise ValueError(f"only must name a case of {', '.join(families)}, with * and ?, got {', '.join(only or ())}")
     console = wide(console or Console())
@@ -68,26 +75,47 @@ def run(
         console.print(f"not installed, so not compared: {', '.join(missing)}", highlight=False)
 
     rows: list[Row] = []
-    for family, case in chosen:
-        with console.status(f"{case.op} {case.name}"):
-            rows += measure_case(family, case, device, report)
+    skipped: list[str] = []
+    for number, (family, case) in enumerate(chosen, 1):
+        with console.status(f"{number} of {len(chosen)}: {case.op} {case.name}"):
+            try:
+                rows += measure_case(family, case, device, report)
+            except Skipped as reason:
+                skipped.append(f"{case.op} {case.name} {dtype_name(case.dtype)}: {reason}")
+                torch.cuda.empty_cache()  # what did not fit is in pieces
     if before is not None:
         report["machine"]["clocks"] = {"before": before, "after": machine.clocks(device)}
     if json_path is not None:
         write(json_path, report, previous, rows)
+    for line in skipped:
+        console.print(f"skipped: {line}", highlight=False, markup=False)
     show({**report, "rows": rows}, console, html_path, comparison, fail_above)
     return rows
 
 
-def select(families: Sequence[str], device: torch.device, only: Collection[str] | None) -> Iterator[tuple[str, Case]]:
-    """Each family's cases, or those of them whose name matches a pattern in `only`, with * and ?."""
+def select(
+    families: Sequence[str], device: torch.device, only: Collection[str] | None, every: bool = False
+) -> Iterator[tuple[str, Case]]:
+    """Each family's cases, or those of them whose name matches a pattern in `only`, with * and ?.
+
+    With `every` the sweep over the models' shapes too, which is for GPUs.
+    """
     for family in families:
         if family not in FAMILIES:
             raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
     for family in families:
-        for case in importlib.import_module(f"{__package__}.{family}").cases(on_gpu=device.type == "cuda"):
-            if matches(case.name, only):
-                yield family, case
+        module = importlib.import_module(f"{__package__}.{family}")
+        cases = itertools.chain(module.cases(on_gpu=device.type == "cuda"), module.sweep() if every else ())
+        named = {(case.op, case.name, case.dtype): case for case in cases}  # the sweep repeats some of the others
+        yield from ((family, case) for case in named.values() if matches(case.name, only))
+
+
+def show_list(
+    families: Sequence[str], only: Collection[str] | None = None, every: bool = False, console: Console | None = None
+) -> None:
+    """Print the cases with their bytes and FLOPs: those of this machine or, with `every`, of any GPU."""
+    device = torch.device("cuda" if every or torch.cuda.is_available() else "cpu")
+    list_cases(console or Console(), select(families, device, only, every))
 
 
 def visit(case: Case, device: torch.device) -> None:
@@ -98,25 +126,39 @@ def visit(case: Case, device: torch.device) -> None:
 
 
 def measure_case(family: str, case: Case, device: torch.device, report: Mapping[str, Any]) -> list[Row]:
-    """A row for each implementation of the case that this machine has."""
-    sets = input_sets(case, device)
-    peer_us: dict[str, float | None] | None = None
-    rows = []
-    for impl in impls(case, device):
-        row: Row = {"family": family, "op": case.op, "case": case.name, "dtype": dtype_name(case.dtype), "impl": impl}
-        row |= dict.fromkeys((*TIMES, "error_ratio"))
-        row |= {"bytes": case.bytes, "flops": case.flops, "floor_us": floor_us(case, report["ceilings"])}
-        row |= {"peers": {}, "commit": report["commit"], "date": report["date"]}
-        try:
-            measure(case, impl, sets, row, device)
-        except Exception as error:  # one broken case must not cost the figures of all others
-            row["check"] = f"{type(error).__name__}: {error}"
-        if row["check"] == "passed":
-            if peer_us is None:
-                peer_us = {name: _time_peer(name, call, sets, device) for name, call in case.peers.items()}
-            row["peers"] = peer_us
-        rows.append(row)
+    """A row for each implementation of the case that this machine has.
+
+    Raises:
+        Skipped: no implementation takes it, or it needs more memory than there is.
+    """
+    found = impls(case, device)
+    if not found:
+        raise Skipped("no kernel here takes it")
+    try:
+        sets = input_sets(case, device)
+        rows = [_row(family, case, impl, sets, device, report) for impl in found]
+    except torch.OutOfMemoryError as error:
+        raise Skipped(f"needs more memory than this GPU has: {error}") from None
+    if any(row["check"] == "passed" for row in rows):
+        peer_us = {name: _time_peer(name, call, sets, device) for name, call in case.peers.items()}
+        rows = [{**row, "peers": peer_us} if row["check"] == "passed" else row for row in rows]
     return rows
+
+
+def _row(
+    family: str, case: Case, impl: str, sets: Sequence[Tensors], device: torch.device, report: Mapping[str, Any]
+) -> Row:
+    row: Row = {"family": family, "op": case.op, "case": case.name, "dtype": dtype_name(case.dtype), "impl": impl}
+    row |= dict.fromkeys((*TIMES, "error_ratio"))
+    row |= {"bytes": case.bytes, "flops": case.flops, "floor_us": floor_us(case, report["ceilings"])}
+    row |= {"peers": {}, "commit": report["commit"], "date": report["date"]}
+    try:
+        measure(case, impl, sets, row, device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # one broken case must not cost the figures of all others
+        row["check"] = f"{type(error).__name__}: {error}"
+    return row
 
 
 def floor_us(case: Case, ceilings: Mapping[str, float | None]) -> float | None:
@@ -128,11 +170,18 @@ def floor_us(case: Case, ceilings: Mapping[str, float | None]) -> float | None:
 
 
 def input_sets(case: Case, device: torch.device) -> list[Tensors]:
-    """So many sets of inputs that together they are larger than three times the L2 cache."""
+    """So many sets of inputs that together they are larger than three times the L2 cache.
+
+    Raises:
+        Skipped: with the float32 copies that the check makes of one set they do not fit into the GPU's memory.
+    """
     count = 1
     if device.type == "cuda":
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        count = max(2, min(200, math.ceil(3 * cache / max(case.bytes, 1)) + 1))
+        gpu = torch.cuda.get_device_properties(device)
+        count = max(2, min(200, math.ceil(3 * gpu.L2_cache_size / max(case.bytes, 1)) + 1))
+        needed = (count + 2) * case.bytes
+        if needed > gpu.total_memory:
+            raise Skipped(f"needs {needed / 1e9:.0f} GB at least, this GPU has {gpu.total_memory / 1e9:.0f}")
     generator = torch.Generator(device).manual_seed(0)
     return [case.make(device, generator) for _ in range(count)]
 
@@ -156,8 +205,8 @@ def measure(case: Case, impl: str, sets: Sequence[Tensors], row: Row, device: to
 
     Returns the samples of the time that is the figure, in microseconds; none where a check failed.
     """
-    right = _right(case, sets[0])  # before the call, which may update a state in place
-    row["error_ratio"], row["check"] = _check(case, *right, case.call(sets[0], impl))
+    right = right_results(case, sets[0])  # before the call, which may update a state in place
+    row["error_ratio"], row["check"] = check(case, *right, case.call(sets[0], impl))
     if row["check"] != "passed":
         return []
     if device.type != "cuda":
@@ -171,7 +220,7 @@ def measure(case: Case, impl: str, sets: Sequence[Tensors], row: Row, device: to
                 result.fill_(math.nan if result.is_floating_point() else 255)
     samples = cold.samples()
     for index in (0, len(sets) - 1):
-        error, row["check"] = _check(case, *_right(case, sets[index]), cold.results[index])
+        error, row["check"] = check(case, *right_results(case, sets[index]), cold.results[index])
         row["error_ratio"] = max(row["error_ratio"], error)
         if row["check"] != "passed":
             return []
@@ -196,42 +245,3 @@ def _time_peer(
     except Exception as error:  # another library's limits are not ours
         warnings.warn(f"{name} failed: {type(error).__name__}: {error}", stacklevel=2)
         return None
-
-
-def _right(case: Case, tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """The expected results, and those of the computation whose error is the budget's measure."""
-    expected = case.expected(tensors)
-    return expected, expected if case.baseline is None else case.baseline(tensors)
-
-
-def _check(case: Case, expected: Tensors, baseline: Tensors, results: Tensors) -> tuple[float, str]:
-    """Error / budget of the worst result, and "passed" or what is wrong.
-
-    The reference is the float32 torch implementation, itself held to float64 by the tests. Of large results SAMPLE
-    elements are compared, of the first tokens, the last and evenly spread ones.
-    """
-    worst = 0.0
-    for name, want in expected.items():
-        got, base = results[name], baseline[name]
-        if not want.is_floating_point():  # bytes, each of which is specified
-            wrong = int((got != want).sum())
-            if wrong:
-                return math.inf, f"{name}: {wrong} of {want.numel()} bytes differ"
-            continue
-        if got.shape == want.shape and got.numel() > SAMPLE:
-            length = got.shape[case.tokens]
-            quarter = max(2, SAMPLE * length // got.numel() // 4)
-            spread = torch.linspace(0, length - 1, 2 * quarter, device=got.device).long()
-            edge = torch.arange(quarter, device=got.device)
-            sample = torch.cat([edge, spread, length - 1 - edge])
-            got, want, base = (t.index_select(case.tokens, sample) for t in (got, want, base))
-        ref, base = (t.double().cpu().numpy() for t in (want, base))
-        ratio, complaint = budget.measure(name, got, ref, base, case.budget_dtype, axis=case.axis[name])
-        worst = max(worst, ratio)
-        if complaint is not None:
-            return worst, complaint
-    return worst, "passed"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

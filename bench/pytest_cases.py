@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hybrid_ops.bench import harness
-from hybrid_ops.bench.cases import Case
+from hybrid_ops.bench.cases import Case, dtype_name
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -31,7 +31,7 @@ def _advance(microseconds: float) -> None:
 def _parameters() -> Iterator[object]:
     for family, case in harness.select(harness.FAMILIES, DEVICE, only=None):
         for impl in harness.impls(case, DEVICE):
-            name = f"{case.op}-{case.name}-{harness.dtype_name(case.dtype)}-{impl}"
+            name = f"{case.op}-{case.name}-{dtype_name(case.dtype)}-{impl}"
             yield pytest.param(family, case, impl, id=name)
 
 

@@ -1,9 +1,12 @@
 """What `hybrid-ops bench` prints: the machine, and a line for every row."""
 
+from collections.abc import Iterable
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .cases import Case, dtype_name
 from .compare import Change, Comparison
 from .results import Report, Row
 
@@ -29,6 +32,18 @@ def print_head(console: Console, report: Report) -> None:
         f"{ceilings['copy_tbs']:.2f} TB/s, bf16 {ceilings['bf16_tflops']:.0f} TFLOP/s{fp8}",
         highlight=False,
     )
+
+
+def list_cases(console: Console, chosen: Iterable[tuple[str, Case]]) -> None:
+    """What would be measured, without measuring it."""
+    table = Table(header_style="bold", box=None)
+    for column in ("family", "op", "case", "dtype", "MB", "GFLOP", "peers"):
+        table.add_column(column, justify="right" if column in ("MB", "GFLOP") else "left", no_wrap=True)
+    for family, case in chosen:
+        work = (f"{case.bytes / 1e6:,.1f}", f"{case.flops / 1e9:,.1f}" if case.flops else "")
+        table.add_row(family, case.op, case.name, dtype_name(case.dtype), *work, ", ".join(case.peers))
+    wide(console).print(table)
+    console.print(f"{table.row_count} cases", highlight=False)
 
 
 def print_clocks(console: Console, report: Report) -> None:

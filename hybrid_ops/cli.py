@@ -96,6 +96,10 @@ def _parser() -> argparse.ArgumentParser:
         help="conv1d, ssd, norm, moe_router, grouped_gemm, moe, quant, gemm; all of them if none is named",
     )
     bench.add_argument("--only", metavar="NAME", action="append", help="cases of this name, with * and ?; repeatable")
+    bench.add_argument("--all", action="store_true", help="every shape of the real models, on a GPU: hours")
+    bench.add_argument(
+        "--list", action="store_true", help="print the cases with their bytes and FLOPs, measure nothing"
+    )
     bench.add_argument("--json", metavar="FILE", type=Path, help="merge rows, machine and ceilings into FILE")
     bench.add_argument("--html", metavar="FILE", type=Path, help="draw a report that any browser opens, offline")
     bench.add_argument("--compare", metavar="FILE", type=Path, help="say what changed against these older rows")
@@ -156,11 +160,14 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
         "compare_path": options.compare,
         "fail_above": options.fail_above,
     }
+    families = options.families or harness.FAMILIES
     try:
-        if options.stored is not None:
+        if options.list:
+            harness.show_list(families, options.only, options.all, console)
+        elif options.stored is not None:
             report.show_stored(options.stored, console, options.families, **shared)
         else:
-            harness.run(options.families or harness.FAMILIES, options.json, **shared)
+            harness.run(families, options.json, every=options.all, **shared)
     except (OSError, RuntimeError, ValueError) as error:
         console.print(f"hybrid-ops bench: {error}", highlight=False, markup=False, soft_wrap=True)
         return 1

@@ -218,6 +218,15 @@ def test_only_takes_patterns(capsys):
     assert [r["case"] for r in rows] == ["tiny-L256-b2-gated", "tiny-b4"]
 
 
+def test_cases_are_listed_not_measured(capsys):
+    assert cli.main(["bench", "ssd", "--list", "--all", "--only", "ultra-L131072-*"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"ssd_chunk_scan_fwd +ultra-L131072-b1 +bfloat16 +9,193\.9 +1,391\.6", printed)
+    assert "2 cases" in printed
+    assert cli.main(["bench", "norm", "--list"]) == 0
+    assert "tiny-L256-b2-gated" in capsys.readouterr().out
+
+
 def test_pytest_benchmark_stores_what_the_harness_measured(tmp_path):
     """Not the wall time of the test's calls: the stored figures are those of the rows, in seconds."""
     pytest.importorskip("pytest_benchmark", reason="pip install 'hybrid-ops[bench]'")
