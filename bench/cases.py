@@ -1,7 +1,8 @@
 """What a benchmark case is, and the layers of the models that cases are named after."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,10 @@ class Mixer(NamedTuple):
     ngroups: int = 8
     width: int = 4
 
+    def shard(self, ways: int) -> "Mixer":
+        """What one GPU has of it under tensor parallelism: its part of the heads and groups, all of the features."""
+        return self._replace(nheads=self.nheads // ways, ngroups=self.ngroups // ways)
+
     @property
     def inner(self) -> int:
         return self.nheads * self.headdim
@@ -66,9 +71,11 @@ class Mixer(NamedTuple):
 
 
 MODELS = {
+    "h4b": Mixer(3072, 112, 64, 128),
     "h8b": Mixer(4096, 128, 64, 128),
     "h56b": Mixer(8192, 256, 64, 256),
     "nano2": Mixer(4480, 128, 80, 128),
+    "nano12b": Mixer(5120, 128, 80, 128),
     "nano4b": Mixer(3136, 96, 80, 128),
     "nano3": Mixer(2688, 64, 64, 128),
     "super": Mixer(4096, 128, 64, 128),
@@ -88,6 +95,10 @@ class MoELayer(NamedTuple):
     latent: int | None = None
     scaling_factor: float = 2.5
 
+    def shard(self, ways: int) -> "MoELayer":
+        """What one GPU has of it under tensor parallelism: its part of every expert's rows, all of the features."""
+        return self._replace(expert=self.expert // ways, shared=self.shared // ways)
+
 
 MOE_LAYERS = {
     "nano3": MoELayer(2688, 128, 6, 1856, 3712),
@@ -95,6 +106,39 @@ MOE_LAYERS = {
     "ultra": MoELayer(8192, 512, 22, 5120, 10240, 2048, 5.0),
     "tiny": MoELayer(128, 16, 4, 64, 128, 64),  # of the demo; the only one measured without a GPU
 }
+
+
+# The shapes of `--all`, each once: h8b's mixer is super's, nano12b's is nano2's, H-47B's is h56b's; h56b's features are
+# as many as ultra's, h8b's as super's.
+MIXERS = ("nano3", "super", "ultra", "nano2", "nano4b", "h4b", "h56b")
+WIDTHS = ("nano3", "super", "ultra", "nano2", "nano12b", "nano4b", "h4b")
+MOES = ("nano3", "super", "ultra")
+SHARDS = (1, 8)
+PREFILL = (512, 2048, 8192, 32768, 131072)
+DECODE = (1, 8, 32, 128, 512)
+TOKENS = (1, 8, 64, 512, 2048, 8192, 32768, 131072)
+
+
+def mixer_of(model: str, tp: int = 1) -> Mixer:
+    return MODELS[model].shard(tp)
+
+
+def moe_of(model: str, tp: int = 1) -> MoELayer:
+    return MOE_LAYERS[model].shard(tp)
+
+
+def sharded(tp: int) -> list[str]:
+    """The suffix of a name."""
+    return [f"tp{tp}"] if tp > 1 else []
+
+
+def matches(name: str, patterns: Collection[str] | None) -> bool:
+    """Whether one of the patterns, with * and ?, is the whole name; without patterns every name will do."""
+    return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def prefill(model: str, seqlen: int, batch: int, *suffixes: str) -> str:
@@ -105,8 +149,8 @@ def layer(model: str, tokens: int, *suffixes: str) -> str:
     return "-".join([f"{model}-T{tokens}", *suffixes])
 
 
-def decode(model: str, batch: int) -> str:
-    return f"{model}-b{batch}"
+def decode(model: str, batch: int, *suffixes: str) -> str:
+    return "-".join([f"{model}-b{batch}", *suffixes])
 
 
 def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -1,5 +1,6 @@
 """The short convolution: whole sequences, and one token of each sequence."""
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 import hybrid_ops
 
 from . import peers
-from .cases import MODELS, Case, Tensors, decode, float32, prefill, randn
+from .cases import DECODE, MIXERS, PREFILL, SHARDS, Case, Tensors, decode, float32, mixer_of, prefill, randn, sharded
 
 WIDTH = 4
 
@@ -29,9 +30,17 @@ def cases(on_gpu: bool) -> Iterator[Case]:
         yield conv1d_update("super", batch)
 
 
-def conv1d(model: str, seqlen: int, batch: int, *, strided: bool = False, sequences: int = 0) -> Case:
+def sweep() -> Iterator[Case]:
+    for model, tp in itertools.product(MIXERS, SHARDS):
+        for seqlen in PREFILL:
+            yield conv1d(model, seqlen, 1, strided=True, tp=tp)
+        for batch in DECODE:
+            yield conv1d_update(model, batch, tp)
+
+
+def conv1d(model: str, seqlen: int, batch: int, *, strided: bool = False, sequences: int = 0, tp: int = 1) -> Case:
     """`strided`: x is a slice of in_proj's output. `sequences`: so many of equal length, packed into the one row."""
-    mixer, dtype = MODELS[model], torch.bfloat16
+    mixer, dtype = mixer_of(model, tp), torch.bfloat16
     dim = mixer.conv_dim
 
     def make(device: torch.device, generator: torch.Generator) -> Tensors:
@@ -55,7 +64,7 @@ def conv1d(model: str, seqlen: int, batch: int, *, strided: bool = False, sequen
         x = F.pad(t["x"].transpose(1, 2), (WIDTH - 1, 0))
         return F.silu(F.conv1d(x, t["weight"][:, None], t["bias"], groups=dim))
 
-    suffixes = [*(["strided"] if strided else []), *([f"packed{sequences}"] if sequences else [])]
+    suffixes = [*(["strided"] if strided else []), *([f"packed{sequences}"] if sequences else []), *sharded(tp)]
     element = torch.finfo(dtype).bits // 8
     return Case(
         op="conv1d_fwd",
@@ -74,9 +83,8 @@ def conv1d(model: str, seqlen: int, batch: int, *, strided: bool = False, sequen
     )
 
 
-def conv1d_update(model: str, batch: int) -> Case:
-    mixer, dtype = MODELS[model], torch.bfloat16
-    dim = mixer.conv_dim
+def conv1d_update(model: str, batch: int, tp: int = 1) -> Case:
+    dim, dtype = mixer_of(model, tp).conv_dim, torch.bfloat16
 
     def make(device: torch.device, generator: torch.Generator) -> Tensors:
         return {
@@ -101,7 +109,7 @@ def conv1d_update(model: str, batch: int) -> Case:
     return Case(
         op="causal_conv1d_update",
         public="causal_conv1d_update",
-        name=decode(model, batch),
+        name=decode(model, batch, *sharded(tp)),
         dtype=dtype,
         make=make,
         call=call,

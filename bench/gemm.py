@@ -1,12 +1,13 @@
 """Products of FP8 and NVFP4 matrices: a dense layer's, and the first one of the routed experts."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
 import hybrid_ops
 
-from .cases import MOE_LAYERS, Case, Tensors, layer, randn
+from .cases import MOES, SHARDS, TOKENS, Case, Tensors, layer, mixer_of, moe_of, randn, sharded
 from .grouped_gemm import choices, touched, weight
 
 Format = tuple[str, str]  # of a and of b: "plain", a scaling of FP8, or a scale layout of NVFP4
@@ -32,6 +33,18 @@ def cases(on_gpu: bool) -> Iterator[Case]:
         for tokens in (8192, 64, 1):
             yield grouped(model, tokens, FP8_TENSOR)
             yield grouped(model, tokens, W4A16)
+
+
+def sweep() -> Iterator[Case]:
+    """The Mamba-2 layer's and the shared expert's products, and the first of the routed experts."""
+    for model, tp in itertools.product(MOES, SHARDS):
+        mixer, moe = mixer_of(model, tp), moe_of(model, tp)
+        layers = ((mixer.in_proj, mixer.hidden), (mixer.hidden, mixer.inner), (moe.shared, moe.hidden))
+        for rows, (n, k) in itertools.product((1, 64, 512, 8192), layers):
+            for form in (FP8_ROW, FP8_BLOCK, W4A16):
+                yield dense(rows, n, k, form)
+        for tokens, form in itertools.product(TOKENS, (FP8_TENSOR, W4A16)):
+            yield grouped(model, tokens, form, tp)
 
 
 def dense(rows: int, n: int, k: int, form: Format) -> Case:
@@ -60,9 +73,9 @@ def dense(rows: int, n: int, k: int, form: Format) -> Case:
     )
 
 
-def grouped(model: str, tokens: int, form: Format) -> Case:
+def grouped(model: str, tokens: int, form: Format, tp: int = 1) -> Case:
     """Rows gathered from the tokens, squared ReLU behind."""
-    moe = MOE_LAYERS[model]
+    moe = moe_of(model, tp)
     k, n, rows = moe.latent or moe.hidden, moe.expert, tokens * moe.topk
 
     def make(device: torch.device, generator: torch.Generator) -> Tensors:
@@ -81,7 +94,7 @@ def grouped(model: str, tokens: int, form: Format) -> Case:
     return Case(
         op=op,
         public=op,
-        name=layer(model, tokens, "up", NAMES[form]),
+        name=layer(model, tokens, "up", NAMES[form], *sharded(tp)),
         dtype=torch.bfloat16,
         make=make,
         call=call,

@@ -1,5 +1,6 @@
 """The two products of the routed experts, and their gradients."""
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 
 import hybrid_ops
 
-from .cases import MOE_LAYERS, Case, MoELayer, Tensors, float32, layer, randn
+from .cases import MOES, SHARDS, TOKENS, Case, MoELayer, Tensors, float32, layer, moe_of, randn, sharded
 
 
 def cases(on_gpu: bool) -> Iterator[Case]:
@@ -20,6 +21,14 @@ def cases(on_gpu: bool) -> Iterator[Case]:
             yield up(model, tokens)
             yield down(model, tokens)
         yield backward(model, 8192)
+
+
+def sweep() -> Iterator[Case]:
+    for model, tp in itertools.product(MOES, SHARDS):
+        for tokens in TOKENS:
+            yield up(model, tokens, tp)
+            yield down(model, tokens, tp)
+        yield backward(model, 8192, tp)
 
 
 def choices(generator: torch.Generator, tokens: int, moe: MoELayer) -> hybrid_ops.MoERouting:
@@ -39,9 +48,9 @@ def weight(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return randn(generator, *shape) / shape[-1] ** 0.5
 
 
-def up(model: str, tokens: int) -> Case:
+def up(model: str, tokens: int, tp: int = 1) -> Case:
     """Rows gathered from the tokens, squared ReLU behind."""
-    moe = MOE_LAYERS[model]
+    moe = moe_of(model, tp)
     width, rows = moe.latent or moe.hidden, tokens * moe.topk
 
     def make(device: torch.device, generator: torch.Generator) -> Tensors:
@@ -63,7 +72,7 @@ def up(model: str, tokens: int) -> Case:
     return Case(
         op="grouped_gemm_fwd",
         public="grouped_gemm",
-        name=layer(model, tokens, "up"),
+        name=layer(model, tokens, "up", *sharded(tp)),
         dtype=torch.bfloat16,
         make=make,
         call=call,
@@ -77,8 +86,8 @@ def up(model: str, tokens: int) -> Case:
     )
 
 
-def down(model: str, tokens: int) -> Case:
-    moe = MOE_LAYERS[model]
+def down(model: str, tokens: int, tp: int = 1) -> Case:
+    moe = moe_of(model, tp)
     width, rows = moe.latent or moe.hidden, tokens * moe.topk
 
     def make(device: torch.device, generator: torch.Generator) -> Tensors:
@@ -94,7 +103,7 @@ def down(model: str, tokens: int) -> Case:
     return Case(
         op="grouped_gemm_fwd",
         public="grouped_gemm",
-        name=layer(model, tokens, "down"),
+        name=layer(model, tokens, "down", *sharded(tp)),
         dtype=torch.bfloat16,
         make=make,
         call=call,
@@ -108,9 +117,9 @@ def down(model: str, tokens: int) -> Case:
     )
 
 
-def backward(model: str, tokens: int) -> Case:
+def backward(model: str, tokens: int, tp: int = 1) -> Case:
     """Both gradients of the down product, which has neither gather nor activation."""
-    moe = MOE_LAYERS[model]
+    moe = moe_of(model, tp)
     width, rows = moe.latent or moe.hidden, tokens * moe.topk
 
     def make(device: torch.device, generator: torch.Generator) -> Tensors:
@@ -137,7 +146,7 @@ def backward(model: str, tokens: int) -> Case:
     return Case(
         op="grouped_gemm_fwd_bwd",
         public="grouped_gemm",
-        name=layer(model, tokens, "down"),
+        name=layer(model, tokens, "down", *sharded(tp)),
         dtype=torch.bfloat16,
         make=make,
         call=lambda t, impl: ours(impl)(t),

@@ -23,14 +23,27 @@ def describe(device: torch.device) -> dict[str, Any]:
     facts |= {"cuda": torch.version.cuda, "clocks": None}
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
-        smi = shutil.which("nvidia-smi")
-        if smi is not None:
-            query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm"
-            command = [smi, f"--query-gpu={query}", "--format=csv,noheader", "-i", str(device.index or 0)]
-            answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-            driver, sm, memory, sm_max = ([part.strip() for part in answer.split(",")] + [""] * 4)[:4]
-            facts |= {"driver": driver, "clocks": {"sm": sm, "memory": memory, "sm_max": sm_max}}
+        facts["driver"] = _nvidia_smi(device, "driver_version").get("driver_version")
     return facts
+
+
+def clocks(device: torch.device) -> dict[str, str] | None:
+    """What the GPU runs at now, and how hot it is, with units; None where nvidia-smi does not say."""
+    names = {"sm": "clocks.sm", "sm_max": "clocks.max.sm", "memory": "clocks.mem", "celsius": "temperature.gpu"}
+    answer = _nvidia_smi(device, *names.values())
+    return {name: answer[field] for name, field in names.items()} if answer else None
+
+
+def _nvidia_smi(device: torch.device, *fields: str) -> dict[str, str]:
+    """Its answers; nothing where it is missing or knows no such GPU. By UUID, for torch may number only some GPUs."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None or device.type != "cuda":
+        return {}
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = [smi, f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", uuid]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    parts = [part.strip() for part in answer.stdout.split(",")]
+    return dict(zip(fields, parts, strict=True)) if answer.returncode == 0 and len(parts) == len(fields) else {}
 
 
 def ceilings(device: torch.device) -> dict[str, float | None]:

@@ -1,6 +1,7 @@
 """The weighted sum, LatentMoE's projections, the routed experts as a whole, and whole layers."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 import hybrid_ops
 
-from .cases import MOE_LAYERS, Case, MoELayer, Tensors, float32, layer, randn
+from .cases import MOE_LAYERS, MOES, SHARDS, TOKENS, Case, MoELayer, Tensors, float32, layer, moe_of, randn, sharded
 from .grouped_gemm import choices, touched, weight
 
 Store = Callable[[torch.Tensor], torch.Tensor]  # how a layer keeps what passes from one product to the next
@@ -38,6 +39,17 @@ def cases(on_gpu: bool) -> Iterator[Case]:
     for tokens in (8192, 64):
         yield down_projection("super", tokens)
         yield up_projection("super", tokens)
+
+
+def sweep() -> Iterator[Case]:
+    for model, tokens in itertools.product(MOES, TOKENS):
+        for tp in SHARDS:
+            yield routed(model, tokens, tp)
+            yield whole(model, tokens, tp)
+        yield combine(model, tokens)
+        if MOE_LAYERS[model].latent is not None:
+            yield down_projection(model, tokens)
+            yield up_projection(model, tokens)
 
 
 def combine(model: str, tokens: int) -> Case:
@@ -133,9 +145,9 @@ def up_projection(model: str, tokens: int) -> Case:
     )
 
 
-def routed(model: str, tokens: int) -> Case:
+def routed(model: str, tokens: int, tp: int = 1) -> Case:
     """From the choice of experts to the sum of their results: sort, two products, combine."""
-    moe = MOE_LAYERS[model]
+    moe = moe_of(model, tp)
     width = moe.latent or moe.hidden
 
     def make(device: torch.device, generator: torch.Generator) -> Tensors:
@@ -164,7 +176,7 @@ def routed(model: str, tokens: int) -> Case:
     return Case(
         op="moe_mlp",
         public="moe_mlp",
-        name=layer(model, tokens),
+        name=layer(model, tokens, *sharded(tp)),
         dtype=torch.bfloat16,
         make=make,
         call=call,
@@ -178,10 +190,10 @@ def routed(model: str, tokens: int) -> Case:
     )
 
 
-def whole(model: str, tokens: int) -> Case:
+def whole(model: str, tokens: int, tp: int = 1) -> Case:
     """Router, projections, routed and shared experts. The gate's weights are small integers over 32, so that every
     order of summation makes the same choice."""
-    moe = MOE_LAYERS[model]
+    moe = moe_of(model, tp)
     width = moe.latent or moe.hidden
 
     def make(device: torch.device, generator: torch.Generator) -> Tensors:
@@ -227,7 +239,7 @@ def whole(model: str, tokens: int) -> Case:
     return Case(
         op="latent_moe",
         public="latent_moe",
-        name=layer(model, tokens),
+        name=layer(model, tokens, *sharded(tp)),
         dtype=torch.bfloat16,
         make=make,
         call=call,

@@ -1,12 +1,13 @@
 """The router, and the sort of choices that were made elsewhere."""
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 
 import hybrid_ops
 
-from .cases import MOE_LAYERS, Case, Tensors, float32, layer
+from .cases import MOE_LAYERS, MOES, TOKENS, Case, Tensors, float32, layer
 
 
 def cases(on_gpu: bool) -> Iterator[Case]:
@@ -18,6 +19,12 @@ def cases(on_gpu: bool) -> Iterator[Case]:
         for tokens in (8192, 1024, 64, 1):
             yield router(model, tokens)
         yield sort(model, 8192)
+
+
+def sweep() -> Iterator[Case]:
+    for model, tokens in itertools.product(MOES, TOKENS):
+        yield router(model, tokens)
+        yield sort(model, tokens)
 
 
 def router(model: str, tokens: int) -> Case:

@@ -1,5 +1,6 @@
 """RMSNorm with the residual add, and the gated norm of Mamba-2."""
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -8,7 +9,21 @@ import torch.nn.functional as F
 import hybrid_ops
 
 from . import peers
-from .cases import MODELS, Case, Tensors, float32, prefill, randn
+from .cases import (
+    DECODE,
+    MIXERS,
+    MODELS,
+    PREFILL,
+    SHARDS,
+    WIDTHS,
+    Case,
+    Tensors,
+    float32,
+    mixer_of,
+    prefill,
+    randn,
+    sharded,
+)
 
 
 def cases(on_gpu: bool) -> Iterator[Case]:
@@ -20,6 +35,15 @@ def cases(on_gpu: bool) -> Iterator[Case]:
         yield residual_norm(model, 8192, 1)
         yield gated_norm(model, 8192, 1)
     yield residual_norm("super", 1, 64)
+
+
+def sweep() -> Iterator[Case]:
+    shapes = [*((seqlen, 1) for seqlen in PREFILL), *((1, batch) for batch in DECODE)]
+    for seqlen, batch in shapes:
+        for model in WIDTHS:
+            yield residual_norm(model, seqlen, batch)
+        for model, tp in itertools.product(MIXERS, SHARDS):
+            yield gated_norm(model, seqlen, batch, tp)
 
 
 def residual_norm(model: str, seqlen: int, batch: int) -> Case:
@@ -65,9 +89,9 @@ def residual_norm(model: str, seqlen: int, batch: int) -> Case:
     )
 
 
-def gated_norm(model: str, seqlen: int, batch: int) -> Case:
+def gated_norm(model: str, seqlen: int, batch: int, tp: int = 1) -> Case:
     """z is a slice of in_proj's output."""
-    mixer = MODELS[model]
+    mixer = mixer_of(model, tp)
     group_size = mixer.inner // mixer.ngroups
 
     def make(device: torch.device, generator: torch.Generator) -> Tensors:
@@ -87,7 +111,7 @@ def gated_norm(model: str, seqlen: int, batch: int) -> Case:
     return Case(
         op="norm_fwd",
         public="gated_rms_norm",
-        name=prefill(model, seqlen, batch, "gated"),
+        name=prefill(model, seqlen, batch, "gated", *sharded(tp)),
         dtype=torch.bfloat16,
         make=make,
         call=call,

@@ -1,12 +1,13 @@
 """Quantisers, of a layer's activations. Their results are bytes, compared with the torch implementation's."""
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 
 import hybrid_ops
 
-from .cases import MODELS, Case, Tensors, randn
+from .cases import MODELS, WIDTHS, Case, Tensors, randn
 
 TOKENS = 8192
 
@@ -23,6 +24,13 @@ def cases(on_gpu: bool) -> Iterator[Case]:
     yield nvfp4(model, rows, "modelopt-4over6", mode="modelopt", four_over_six="mse")
     yield dequantized(model, rows, "fp8")
     yield dequantized(model, rows, "nvfp4")
+
+
+def sweep() -> Iterator[Case]:
+    for model, rows in itertools.product(WIDTHS, (64, 512, 8192, 131072)):
+        for scaling in ("row", "1x128", "mx"):
+            yield fp8(model, rows, scaling)
+        yield nvfp4(model, rows)
 
 
 def quantizer(public: str, model: str, rows: int, suffix: str, read: int, scale_bytes: int, **options: object) -> Case:

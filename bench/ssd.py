@@ -1,5 +1,6 @@
 """The state-space scan: whole sequences (chunked), and one token of each sequence."""
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -7,7 +8,22 @@ import torch
 import hybrid_ops
 
 from . import peers
-from .cases import MODELS, Case, Mixer, Tensors, decode, float32, prefill, randn, time_steps
+from .cases import (
+    DECODE,
+    MIXERS,
+    PREFILL,
+    SHARDS,
+    Case,
+    Mixer,
+    Tensors,
+    decode,
+    float32,
+    mixer_of,
+    prefill,
+    randn,
+    sharded,
+    time_steps,
+)
 
 CHUNK = 128
 SCAN_INPUTS = ("x", "dt", "A", "B", "C", "D", "dt_bias")
@@ -31,6 +47,15 @@ def cases(on_gpu: bool) -> Iterator[Case]:
         yield ssd_update("super", 64, dtype)
 
 
+def sweep() -> Iterator[Case]:
+    for model, tp in itertools.product(MIXERS, SHARDS):
+        for seqlen in PREFILL:
+            yield ssd(model, seqlen, 1, tp)
+        for batch in DECODE:
+            yield ssd_update(model, batch, torch.float32, tp)
+            yield ssd_update(model, batch, torch.bfloat16, tp)
+
+
 def inputs(mixer: Mixer, generator: torch.Generator, *shape: int) -> Tensors:
     """x, B and C as slices of the convolution's output, as in the model."""
     conv = randn(generator, *shape, mixer.conv_dim)
@@ -47,8 +72,8 @@ def inputs(mixer: Mixer, generator: torch.Generator, *shape: int) -> Tensors:
     }
 
 
-def ssd(model: str, seqlen: int, batch: int) -> Case:
-    mixer = MODELS[model]
+def ssd(model: str, seqlen: int, batch: int, tp: int = 1) -> Case:
+    mixer = mixer_of(model, tp)
 
     def call(t: Tensors, impl: str) -> Tensors:
         return {"y": hybrid_ops.ssd_chunk_scan(**t, dt_softplus=True, chunk_size=CHUNK, impl=impl)}
@@ -58,7 +83,7 @@ def ssd(model: str, seqlen: int, batch: int) -> Case:
     return Case(
         op="ssd_chunk_scan_fwd",
         public="ssd_chunk_scan",
-        name=prefill(model, seqlen, batch),
+        name=prefill(model, seqlen, batch, *sharded(tp)),
         dtype=torch.bfloat16,
         make=lambda device, generator: inputs(mixer, generator, batch, seqlen),
         call=call,
@@ -73,9 +98,9 @@ def ssd(model: str, seqlen: int, batch: int) -> Case:
     )
 
 
-def ssd_update(model: str, batch: int, state_dtype: torch.dtype) -> Case:
+def ssd_update(model: str, batch: int, state_dtype: torch.dtype, tp: int = 1) -> Case:
     """From one half of a pool into the other, so that every replay does and leaves the same."""
-    mixer = MODELS[model]
+    mixer = mixer_of(model, tp)
 
     def make(device: torch.device, generator: torch.Generator) -> Tensors:
         state = randn(generator, 2 * batch, mixer.nheads, mixer.headdim, mixer.dstate, dtype=state_dtype)
@@ -97,7 +122,7 @@ def ssd_update(model: str, batch: int, state_dtype: torch.dtype) -> Case:
     return Case(
         op="ssd_state_update",
         public="ssd_state_update",
-        name=decode(model, batch),
+        name=decode(model, batch, *sharded(tp)),
         dtype=state_dtype,
         make=make,
         call=call,

@@ -57,6 +57,10 @@ class Graph:
         self._graph.replay()
 
     def time(self) -> Timing:
+        return summary(self.samples())
+
+    def samples(self) -> list[float]:
+        """Microseconds per call of each replay."""
         end_of_warm_up = time.perf_counter() + WARM_UP_S
         while time.perf_counter() < end_of_warm_up:
             self.replay()
@@ -69,7 +73,7 @@ class Graph:
             end.record()
             end.synchronize()
             microseconds.append(start.elapsed_time(end) * 1000 / self.length)
-        return summary(microseconds)
+        return microseconds
 
 
 def summary(microseconds: Sequence[float]) -> Timing:
@@ -91,12 +95,16 @@ def host_us(call: Callable[[], Any], calls: int = 50, repeats: int = 7) -> float
     return statistics.median(per_call)
 
 
-def wall_us(call: Callable[[], Any], repeats: int = 7) -> Timing:
+def wall_us(call: Callable[[], Any]) -> Timing:
     """By the clock, for calls that return when they are done."""
+    return summary(wall_samples(call))
+
+
+def wall_samples(call: Callable[[], Any], repeats: int = 7) -> list[float]:
     call()
     per_call = []
     for _ in range(repeats):
         start = time.perf_counter()
         call()
         per_call.append((time.perf_counter() - start) * 1e6)
-    return summary(per_call)
+    return per_call

@@ -43,7 +43,9 @@ _BENCH = """\
 Measure operator families on the GPU: time per call from CUDA-graph replay with cold L2, the floor that this GPU's copy
 bandwidth and matrix rate set (measured in the same run), and other libraries where they are installed.
 
-  hybrid-ops bench conv1d --json conv1d.json
+  hybrid-ops bench conv1d --json conv1d.json --html conv1d.html
+  hybrid-ops bench conv1d --compare conv1d.json             what has changed since, by more than the spread
+  hybrid-ops bench --from conv1d.json --html conv1d.html    draw stored rows, without measuring
 """
 
 _QUANTIZE = """\
@@ -111,9 +113,23 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = add("bench", _bench, "measure operator families on the GPU", _BENCH)
     bench.add_argument(
-        "families", nargs="+", metavar="FAMILY", help="conv1d, ssd, norm, moe_router, grouped_gemm, moe, quant, gemm"
+        "families",
+        nargs="*",
+        metavar="FAMILY",
+        help="conv1d, ssd, norm, moe_router, grouped_gemm, moe, quant, gemm; all of them if none is named",
     )
-    bench.add_argument("--json", metavar="FILE", type=Path, help="write the rows, machine and ceilings as JSON")
+    bench.add_argument("--only", metavar="NAME", action="append", help="cases of this name, with * and ?; repeatable")
+    bench.add_argument("--all", action="store_true", help="every shape of the real models, on a GPU: hours")
+    bench.add_argument(
+        "--list", action="store_true", help="print the cases with their bytes and FLOPs, measure nothing"
+    )
+    bench.add_argument("--json", metavar="FILE", type=Path, help="merge rows, machine and ceilings into FILE")
+    bench.add_argument("--html", metavar="FILE", type=Path, help="draw a report that any browser opens, offline")
+    bench.add_argument("--compare", metavar="FILE", type=Path, help="say what changed against these older rows")
+    bench.add_argument(
+        "--fail-above", metavar="PERCENT", type=float, help="with --compare: exit status 1 if a row is slower by more"
+    )
+    bench.add_argument("--from", metavar="FILE", dest="stored", type=Path, help="measure nothing, show these rows")
     _add_quantize(add("quantize", _quantize, "write an NVFP4 or FP8 copy of a checkpoint", _QUANTIZE))
     return parser
 
@@ -200,16 +216,28 @@ def _demo(options: argparse.Namespace, console: Console) -> int:
 
 def _bench(options: argparse.Namespace, console: Console) -> int:
     try:
-        harness = importlib.import_module("hybrid_ops.bench.harness")
+        harness, report = (importlib.import_module(f"hybrid_ops.bench.{name}") for name in ("harness", "report"))
     except ImportError as error:
         missing = error.name or str(error)
         console.print(
             f"hybrid-ops bench needs {missing}: pip install 'hybrid-ops[bench]'", highlight=False, markup=False
         )
         return 1
+    shared = {
+        "only": options.only,
+        "html_path": options.html,
+        "compare_path": options.compare,
+        "fail_above": options.fail_above,
+    }
+    families = options.families or harness.FAMILIES
     try:
-        harness.run(options.families, json_path=options.json)
-    except (RuntimeError, ValueError) as error:
+        if options.list:
+            harness.show_list(families, options.only, options.all, console)
+        elif options.stored is not None:
+            report.show_stored(options.stored, console, options.families, **shared)
+        else:
+            harness.run(families, options.json, every=options.all, **shared)
+    except (OSError, RuntimeError, ValueError) as error:
         console.print(f"hybrid-ops bench: {error}", highlight=False, markup=False, soft_wrap=True)
         return 1
     return 0

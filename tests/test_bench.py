@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import re
 import sys
@@ -8,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hybrid_ops.bench import conv1d, gemm, grouped_gemm, harness, moe, moe_router, norm, quant, ssd, timing
-from hybrid_ops.bench.cases import MODELS
+from hybrid_ops.bench import check, conv1d, gemm, grouped_gemm, harness, moe, moe_router, norm, quant, ssd, timing
+from hybrid_ops.bench.cases import MIXERS, MODELS, WIDTHS
 
 FAMILIES = {
     "conv1d": conv1d,
@@ -22,13 +23,76 @@ FAMILIES = {
     "gemm": gemm,
 }
 ROW = {
-    *("family", "op", "case", "dtype", "impl", "gpu_us", "gpu_us_p10", "gpu_us_p90", "gpu_us_warm", "host_us"),
+    *("family", "op", "case", "dtype", "impl", "gpu_us", "gpu_us_p10", "gpu_us_p90", "gpu_us_warm"),
+    *("host_us", "host_us_p10", "host_us_p90"),
     *("bytes", "flops", "floor_us", "peers", "error_ratio", "check", "commit", "date"),
 }
+UNMEASURED = {"ceilings": dict.fromkeys(("copy_tbs", "bf16_tflops", "fp8_tflops")), "commit": None, "date": ""}
 
 
 def gpu_cases():
     return [case for family in FAMILIES.values() for case in family.cases(on_gpu=True)]
+
+
+def swept_cases():
+    return [case for family in FAMILIES.values() for case in family.sweep()]
+
+
+def test_the_sweep_has_every_model_and_size():
+    cases = swept_cases()
+    assert all(case.bytes > 0 and case.flops >= 0 for case in cases)
+    names = {case.name for case in cases}
+    assert {name.split("-")[0] for name in names if not name[0].isdigit()} == {*MIXERS, *WIDTHS}
+    for model, length in itertools.product(MIXERS, (512, 131072)):
+        assert {f"{model}-L{length}-b1", f"{model}-L{length}-b1-tp8"} <= names
+    assert {"ultra-b1", "ultra-b512-tp8", "super-T1", "nano3-T131072-up-tp8"} <= names
+
+
+def test_a_sweep_repeats_no_other_case():
+    chosen = list(harness.select(list(FAMILIES), torch.device("cuda"), only=None, every=True))
+    assert len(chosen) == len({(case.op, case.name, case.dtype) for _, case in chosen})
+    assert len(chosen) > len(gpu_cases())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        conv1d.conv1d("tiny", 64, 1, strided=True, tp=2),
+        conv1d.conv1d_update("tiny", 2, tp=2),
+        ssd.ssd("tiny", 64, 1, tp=2),
+        ssd.ssd_update("tiny", 2, torch.float32, tp=2),
+        norm.gated_norm("tiny", 64, 1, tp=2),
+        grouped_gemm.up("tiny", 64, tp=2),
+        grouped_gemm.down("tiny", 64, tp=2),
+        moe.routed("tiny", 64, tp=2),
+        moe.whole("tiny", 64, tp=2),
+        gemm.grouped("tiny", 64, gemm.W4A16, tp=2),
+    ],
+    ids=lambda case: f"{case.op}-{case.name}",
+)
+def test_a_part_of_a_layer_is_right_too(case):
+    (row,) = harness.measure_case("any", case, torch.device("cpu"), UNMEASURED)
+    assert row["check"] == "passed"
+    assert row["case"].endswith("-tp2")
+
+
+def test_what_does_not_fit_is_skipped_with_its_reason(monkeypatch, capsys):
+    def full(device, generator):
+        raise torch.OutOfMemoryError("tried to allocate 96 GiB")
+
+    large, other = conv1d.conv1d("tiny", 64, 1), conv1d.conv1d("tiny", 32, 1)
+    monkeypatch.setattr(conv1d, "cases", lambda on_gpu: [dataclasses.replace(large, make=full), other])
+    rows = harness.run(["conv1d"], device="cpu")
+    assert [row["case"] for row in rows] == ["tiny-L32-b1"]
+    printed = capsys.readouterr().out
+    assert "skipped: conv1d_fwd tiny-L64-b1 bfloat16: needs more memory than this GPU has: tried to allocate" in printed
+
+
+def test_a_case_larger_than_the_gpu_is_not_tried(monkeypatch):
+    gpu = types.SimpleNamespace(L2_cache_size=50 * 2**20, total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    with pytest.raises(harness.Skipped, match="needs 86 GB at least, this GPU has 80"):
+        harness.input_sets(moe.routed("ultra", 8192), torch.device("cuda"))
 
 
 def test_every_family_without_a_gpu(tmp_path, capsys):
@@ -98,8 +162,7 @@ def test_an_exception_costs_one_row():
         raise RuntimeError("out of memory")
 
     broken = dataclasses.replace(conv1d.conv1d("tiny", 64, 1), call=raises)
-    report = {"ceilings": dict.fromkeys(("copy_tbs", "bf16_tflops", "fp8_tflops")), "commit": None, "date": ""}
-    (row,) = harness.measure_case("conv1d", broken, torch.device("cpu"), report)
+    (row,) = harness.measure_case("conv1d", broken, torch.device("cpu"), UNMEASURED)
     assert row["check"] == "RuntimeError: out of memory"
 
 
@@ -108,9 +171,8 @@ def test_a_peer_that_fails_costs_nothing_else():
         raise RuntimeError("not on this machine")
 
     case = dataclasses.replace(conv1d.conv1d("tiny", 64, 1), peers={"other": raises, "quick": lambda t: t["x"] + 1})
-    report = {"ceilings": dict.fromkeys(("copy_tbs", "bf16_tflops", "fp8_tflops")), "commit": None, "date": ""}
     with pytest.warns(UserWarning, match="other failed: RuntimeError: not on this machine"):
-        (row,) = harness.measure_case("conv1d", case, torch.device("cpu"), report)
+        (row,) = harness.measure_case("conv1d", case, torch.device("cpu"), UNMEASURED)
     assert row["peers"]["other"] is None
     assert row["peers"]["quick"] > 0
     assert row["host_us"] > 0
@@ -119,22 +181,25 @@ def test_a_peer_that_fails_costs_nothing_else():
 @pytest.mark.parametrize("tokens", [3, 1000])
 def test_a_sample_has_both_ends(tokens, monkeypatch):
     """Of large results a sample is compared: an error in the first or the last token is found all the same."""
-    monkeypatch.setattr(harness, "SAMPLE", 256)
+    monkeypatch.setattr(check, "SAMPLE", 256)
     case = conv1d.conv1d("tiny", tokens, 1)
     tensors = case.make(torch.device("cpu"), torch.Generator().manual_seed(0))
     expected = case.expected(tensors)
-    assert harness._check(case, expected, expected, case.call(tensors, "torch"))[1] == "passed"
+    assert check.check(case, expected, expected, case.call(tensors, "torch"))[1] == "passed"
     for token in (0, -1):
         results = case.call(tensors, "torch")
         results["y"][:, token] = 0
-        assert harness._check(case, expected, expected, results)[1] != "passed"
+        assert check.check(case, expected, expected, results)[1] != "passed"
 
 
-def test_cases_have_unique_agreed_names():
-    names = [(case.op, case.name, case.dtype) for case in gpu_cases()]
+@pytest.mark.parametrize("cases", [gpu_cases, swept_cases])
+def test_cases_have_unique_agreed_names(cases):
+    names = [(case.op, case.name, case.dtype) for case in cases()]
     assert len(set(names)) == len(names)
-    sequences = r"(-L\d+)?-b\d+(-(strided|packed\d+|residual|gated))*"
-    tokens = r"-T\d+(-(up|down|tensor|row|1x128|128x128|mx|column|1x16|16x16|swizzled|hadamard|modelopt|4over6|w4a16))*"
+    sequences = r"(-L\d+)?-b\d+(-(strided|packed\d+|residual|gated|tp8))*"
+    tokens = (
+        r"-T\d+(-(up|down|tensor|row|1x128|128x128|mx|column|1x16|16x16|swizzled|hadamard|modelopt|4over6|w4a16|tp8))*"
+    )
     dense = r"\d+x\d+x\d+-(row|1x128|mx|w4a16|w4a8|w4a4)"
     pattern = re.compile(rf"({'|'.join(MODELS)})({sequences}|{tokens})|{dense}")
     assert all(pattern.fullmatch(name) for _, name, _ in names)

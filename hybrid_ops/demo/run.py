@@ -250,7 +250,7 @@ def _bench(console: Console, results: Results) -> bool:
     from ..bench import harness
 
     try:
-        results.bench = harness.run(BENCHED_FAMILIES, only=BENCHED, peers=("torch",), console=console)
+        results.bench = harness.run(BENCHED_FAMILIES, only=BENCHED, against=("torch",), console=console)
     except RuntimeError as error:
         console.print(str(error), style="red", markup=False)
         return False
