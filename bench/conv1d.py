@@ -79,7 +79,7 @@ def conv1d(model: str, seqlen: int, batch: int, *, strided: bool = False, sequen
         flops=0,  # not on the matrix units
         tokens=1,
         problem={"seqlen": seqlen, "dim": dim, "width": WIDTH},
-        peers={} if sequences else {**peers.conv1d(), "torch": torch_conv},
+        peers={} if sequences else {**peers.conv1d(), **peers.eager_and_compiled(torch_conv, model)},
     )
 
 
@@ -119,5 +119,5 @@ def conv1d_update(model: str, batch: int, tp: int = 1) -> Case:
         flops=0,
         in_place=("conv_state",),
         problem={"dim": dim},
-        peers=peers.conv1d_update(),
+        peers={**peers.conv1d_update(), **peers.own_torch(call, model)},
     )

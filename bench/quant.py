@@ -7,6 +7,7 @@ import torch
 
 import hybrid_ops
 
+from . import peers
 from .cases import MODELS, WIDTHS, Case, Tensors, randn
 
 TOKENS = 8192
@@ -59,6 +60,7 @@ def quantizer(public: str, model: str, rows: int, suffix: str, read: int, scale_
         flops=0,
         impls=("triton",),
         problem={"scaling": options.get("scaling", "row"), "K": hidden},
+        peers=peers.own_torch(call, model),
     )
 
 
@@ -105,4 +107,5 @@ def dequantized(model: str, rows: int, kind: str) -> Case:
         flops=0,
         impls=("triton",),
         problem={"K": hidden},
+        peers=peers.own_torch(call, model),
     )

@@ -94,7 +94,7 @@ def ssd(model: str, seqlen: int, batch: int, tp: int = 1) -> Case:
         flops=tokens * (4 * inner * state + CHUNK * (inner + groups)),
         tokens=1,
         problem={"headdim": mixer.headdim, "dstate": mixer.dstate},
-        peers={**peers.ssd(CHUNK), "torch": lambda t: call(t, "torch")},
+        peers={**peers.ssd(CHUNK), **peers.own_torch(call, model)},
     )
 
 
@@ -131,5 +131,5 @@ def ssd_update(model: str, batch: int, state_dtype: torch.dtype, tp: int = 1) ->
         bytes=batch * (2 * element * inner * mixer.dstate + 2 * (2 * inner + 2 * groups + mixer.nheads)),
         flops=0,
         problem={"headdim": mixer.headdim, "dstate": mixer.dstate},
-        peers={**peers.ssd_update()},
+        peers={**peers.ssd_update(), **peers.own_torch(call, model)},
     )
