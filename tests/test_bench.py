@@ -124,7 +124,9 @@ def test_a_file_keeps_the_newest_row_of_each_case(tmp_path):
 
 def test_a_file_of_another_gpu_is_refused(tmp_path):
     path = tmp_path / "figures.json"
-    path.write_text(json.dumps({"machine": {"gpu": "another"}, "rows": []}))
+    path.write_text(
+        json.dumps({"machine": {"gpu": "another"}, "ceilings": {"copy_tbs": 4.2, "bf16_tflops": 700.0}, "rows": []})
+    )
     with pytest.raises(ValueError, match="got another"):
         harness.run(["norm"], json_path=path, device="cpu")
 
@@ -231,8 +233,16 @@ def test_summary():
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path):
     path = tmp_path / "figures.json"
-    rows = harness.run(["conv1d", "ssd"], json_path=path, only=("super-b1",))
+    page = tmp_path / "report.html"
+    rows = harness.run(["conv1d", "ssd"], json_path=path, only=("super-b1",), html_path=page)
     assert rows
     assert all(0 < row["gpu_us_p10"] <= row["gpu_us"] <= row["gpu_us_p90"] for row in rows)
     assert all(row["floor_us"] > 0 and row["host_us"] > 0 and row["gpu_us_warm"] > 0 for row in rows)
-    assert json.loads(path.read_text())["ceilings"]["copy_tbs"] > 0
+    report = json.loads(path.read_text())
+    assert report["ceilings"]["copy_tbs"] > 0
+    assert {when: clocks["sm"].split()[1] for when, clocks in report["machine"]["clocks"].items()} == {
+        "before": "MHz",
+        "after": "MHz",
+    }
+    assert torch.cuda.get_device_name() in page.read_text()
+    harness.run(["conv1d", "ssd"], only=("super-b1",), compare_path=path)
