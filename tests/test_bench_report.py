@@ -258,7 +258,8 @@ def test_pytest_benchmark_stores_what_the_harness_measured(tmp_path):
     )
     stored = tmp_path / "stored.json"
     options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-k", "tiny-b4", f"--benchmark-json={stored}"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = outside | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, script, *options], capture_output=True, text=True, env=environment, check=False
     )
