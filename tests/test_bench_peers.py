@@ -84,7 +84,7 @@ def test_conv1d_update(null_slot, library):
     case = conv1d.conv1d_update("tiny", 4)
     tensors = tensors_of(case)
     ours = case.call(copies(tensors), "torch")
-    for name in ("causal_conv1d", "vllm"):
+    for name in ("causal_conv1d", "vllm", "torch"):
         theirs = copies(tensors)
         close(case.peers[name](theirs), ours["y"])
         close(theirs["conv_state"], ours["conv_state"])
@@ -169,7 +169,7 @@ def test_ssd_update(library):
     case = ssd.ssd_update("tiny", 4, torch.float32)
     tensors = tensors_of(case)
     ours = case.call(copies(tensors), "torch")
-    for name in ("vllm", "flashinfer"):
+    for name in ("vllm", "flashinfer", "torch"):
         theirs = copies(tensors)
         close(case.peers[name](theirs), ours["y"])
         close(theirs["state"][4:], ours["state"])
