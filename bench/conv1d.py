@@ -79,7 +79,7 @@ def conv1d(model: str, seqlen: int, batch: int, *, strided: bool = False, sequen
         flops=0,  # not on the matrix units
         tokens=1,
         problem={"seqlen": seqlen, "dim": dim, "width": WIDTH},
-        peers={} if sequences else {**peers.conv1d(), "torch": torch_conv},
+        peers={} if sequences else {**peers.conv1d(), **peers.eager_and_compiled(torch_conv, model)},
     )
 
 
@@ -105,6 +105,11 @@ def conv1d_update(model: str, batch: int, tp: int = 1) -> Case:
         y = hybrid_ops.causal_conv1d_update(**exact, activation="silu", impl="torch")
         return {"y": y, "conv_state": exact["conv_state"]}
 
+    def torch_update(t: Tensors) -> object:
+        window = torch.cat([t["conv_state"].index_select(0, t["slots"]), t["x"][..., None]], dim=-1)
+        t["conv_state"].index_copy_(0, t["slots"].long(), window[..., 1:])
+        return F.silu((window * t["weight"]).sum(-1) + t["bias"])
+
     element = torch.finfo(dtype).bits // 8
     return Case(
         op="causal_conv1d_update",
@@ -119,5 +124,5 @@ def conv1d_update(model: str, batch: int, tp: int = 1) -> Case:
         flops=0,
         in_place=("conv_state",),
         problem={"dim": dim},
-        peers=peers.conv1d_update(),
+        peers={**peers.conv1d_update(), **peers.eager_and_compiled(torch_update, model)},
     )

@@ -1,12 +1,13 @@
 """Products of FP8 and NVFP4 matrices: a dense layer's, and the first one of the routed experts."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
 import hybrid_ops
 
+from . import peers
 from .cases import MOES, SHARDS, TOKENS, Case, Tensors, layer, mixer_of, moe_of, randn, sharded
 from .grouped_gemm import choices, touched, weight
 
@@ -69,8 +70,14 @@ def dense(rows: int, n: int, k: int, form: Format) -> Case:
         rate=rate(form),
         impls=("triton",),
         problem={"rows": rows, "n": n, "k": k} | scaling(form),
-        peers=scaled_mm() if form == FP8_ROW and rows > 256 else {},
+        peers=others(form, rows),
     )
+
+
+def others(form: Format, rows: int) -> peers.Peers:
+    if form == FP8_BLOCK:
+        return peers.fp8_block()
+    return peers.fp8_row() if form == FP8_ROW and rows > 256 else {}
 
 
 def grouped(model: str, tokens: int, form: Format, tp: int = 1) -> Case:
@@ -133,11 +140,3 @@ def rate(form: Format) -> str:
 
 def scaling(form: Format) -> Mapping[str, str]:
     return {} if "linear" in form else {"scaling": form[0]}
-
-
-def scaled_mm() -> Mapping[str, Callable[[Tensors], object]]:
-    def call(t: Tensors) -> object:
-        scales = dict(scale_a=t["a.scale"], scale_b=t["b.scale"].T)
-        return torch._scaled_mm(t["a.data"], t["b.data"].T, **scales, out_dtype=torch.bfloat16)
-
-    return {"torch": call}

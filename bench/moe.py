@@ -1,14 +1,14 @@
 """The weighted sum, LatentMoE's projections, the routed experts as a whole, and whole layers."""
 
-import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 
 import hybrid_ops
 
+from . import peers
 from .cases import MOE_LAYERS, MOES, SHARDS, TOKENS, Case, MoELayer, Tensors, float32, layer, moe_of, randn, sharded
 from .grouped_gemm import choices, touched, weight
 
@@ -80,7 +80,7 @@ def combine(model: str, tokens: int) -> Case:
         flops=0,
         impls=("triton",),
         problem={"tokens": tokens, "features": width},
-        peers=_eager_and_compiled(torch_combine, model),
+        peers=peers.eager_and_compiled(torch_combine, model),
     )
 
 
@@ -186,7 +186,7 @@ def routed(model: str, tokens: int, tp: int = 1) -> Case:
         bytes=_routed_bytes(tokens, moe),
         flops=4 * tokens * moe.topk * moe.expert * width,
         impls=("triton",),
-        peers=_eager_and_compiled(torch_routed, model),
+        peers=peers.eager_and_compiled(torch_routed, model),
     )
 
 
@@ -249,18 +249,8 @@ def whole(model: str, tokens: int, tp: int = 1) -> Case:
         bytes=_routed_bytes(tokens, moe) + 2 * moe.hidden * (dense + 2 * tokens),
         flops=2 * tokens * (2 * moe.topk * moe.expert * width + dense * moe.hidden),
         impls=("triton",),
-        peers=_eager_and_compiled(torch_whole, model),
+        peers=peers.eager_and_compiled(torch_whole, model),
     )
-
-
-def _eager_and_compiled(call: Callable[[Tensors], object], model: str) -> Mapping[str, Callable[[Tensors], object]]:
-    """Compiled for GPUs only: without one it would take longer than all that is measured."""
-    return {"torch": call} if model == "tiny" else {"torch": call, "torch.compile": lambda t: _compiled(call)(t)}
-
-
-@functools.cache
-def _compiled(call: Callable[[Tensors], object]) -> Callable[[Tensors], object]:
-    return torch.compile(call)
 
 
 def _latent(moe: MoELayer) -> int:

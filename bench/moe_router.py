@@ -7,6 +7,7 @@ import torch
 
 import hybrid_ops
 
+from . import peers
 from .cases import MOE_LAYERS, MOES, TOKENS, Case, Tensors, float32, layer
 
 
@@ -69,7 +70,7 @@ def router(model: str, tokens: int) -> Case:
         budget_dtype=torch.float32,  # of logits and weights
         impls=("triton",),
         problem={"tokens": tokens, "hidden": moe.hidden, "num_experts": moe.num_experts, "topk": moe.topk},
-        peers={"torch": torch_router},
+        peers=peers.eager_and_compiled(torch_router, model),
     )
 
 

@@ -85,7 +85,7 @@ def residual_norm(model: str, seqlen: int, batch: int) -> Case:
         tokens=1,
         impls=("triton",),
         problem={"group_size": hidden},
-        peers={**peers.residual_norm(), "torch": torch_norm},
+        peers={**peers.residual_norm(), **peers.eager_and_compiled(torch_norm, model)},
     )
 
 
@@ -122,5 +122,5 @@ def gated_norm(model: str, seqlen: int, batch: int, tp: int = 1) -> Case:
         tokens=1,
         impls=("triton",),
         problem={"group_size": group_size},
-        peers={**peers.gated_norm(group_size), "torch": torch_norm},
+        peers={**peers.gated_norm(group_size), **peers.eager_and_compiled(torch_norm, model)},
     )

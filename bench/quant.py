@@ -7,6 +7,7 @@ import torch
 
 import hybrid_ops
 
+from . import peers
 from .cases import MODELS, WIDTHS, Case, Tensors, randn
 
 TOKENS = 8192
@@ -59,6 +60,8 @@ def quantizer(public: str, model: str, rows: int, suffix: str, read: int, scale_
         flops=0,
         impls=("triton",),
         problem={"scaling": options.get("scaling", "row"), "K": hidden},
+        # the signs of the Hadamard transform come from the host, which a CUDA graph does not allow
+        peers={} if "hadamard" in options else peers.own_torch(call, model),
     )
 
 
@@ -105,4 +108,5 @@ def dequantized(model: str, rows: int, kind: str) -> Case:
         flops=0,
         impls=("triton",),
         problem={"K": hidden},
+        peers=peers.own_torch(call, model),
     )

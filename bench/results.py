@@ -39,8 +39,23 @@ def read(path: str | Path) -> Report:
         missing = NEEDED - set(row) if isinstance(row, dict) else NEEDED
         if missing:
             raise ValueError(f"rows[{index}] must have {', '.join(sorted(missing))}, got none: {path}")
+    gpu = report["machine"]["gpu"] is not None
+    _check_figures(report, gpu, path)
+    machine = {**dict.fromkeys(("driver", "torch", "triton", "cuda", "clocks")), **report["machine"]}
     unmeasured = dict.fromkeys(("copy_tbs", "bf16_tflops", "fp8_tflops"))
-    return {"ceilings": unmeasured, "commit": None, "date": None, **report}
+    return {"ceilings": unmeasured, "commit": None, "date": None, **report, "machine": machine}
+
+
+def _check_figures(report: Report, gpu: bool, path: str | Path) -> None:
+    """What is drawn must be there: ceilings and floors on a GPU, and the time of every row that is right."""
+    ceilings = report.get("ceilings") or {}
+    if gpu and not all(isinstance(ceilings.get(name), float | int) for name in ("copy_tbs", "bf16_tflops")):
+        raise ValueError(f"ceilings must have copy_tbs and bf16_tflops for a GPU, got {ceilings}: {path}")
+    names = ("gpu_us", "gpu_us_p10", "gpu_us_p90", "gpu_us_warm", "host_us", "floor_us") if gpu else ("host_us",)
+    for index, row in enumerate(report["rows"]):
+        unknown = [name for name in (*names, "error_ratio") if not isinstance(row.get(name), float | int)]
+        if row["check"] == "passed" and unknown:
+            raise ValueError(f"rows[{index}] passed and must have numbers for {', '.join(unknown)}, got none: {path}")
 
 
 def read_same_gpu(name: str, path: str | Path, gpu: str | None) -> Report:

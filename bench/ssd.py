@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 
 import hybrid_ops
 
@@ -94,7 +95,7 @@ def ssd(model: str, seqlen: int, batch: int, tp: int = 1) -> Case:
         flops=tokens * (4 * inner * state + CHUNK * (inner + groups)),
         tokens=1,
         problem={"headdim": mixer.headdim, "dstate": mixer.dstate},
-        peers={**peers.ssd(CHUNK), "torch": lambda t: call(t, "torch")},
+        peers={**peers.ssd(CHUNK), **peers.own_torch(call, model)},
     )
 
 
@@ -116,6 +117,14 @@ def ssd_update(model: str, batch: int, state_dtype: torch.dtype, tp: int = 1) ->
         y = hybrid_ops.ssd_state_update(**t, dt_softplus=True, impl=impl)
         return {"y": y, "state": t["state"][batch:]}
 
+    def torch_update(t: Tensors) -> torch.Tensor:
+        B, C = (t[name].float().repeat_interleave(mixer.nheads // mixer.ngroups, dim=1)[:, :, None] for name in "BC")
+        dt, x = F.softplus(t["dt"].float() + t["dt_bias"]), t["x"].float()
+        state = t["state"].index_select(0, t["read_slots"]).float()
+        state = state * (dt * t["A"]).exp()[..., None, None] + (dt[..., None] * x)[..., None] * B
+        t["state"].index_copy_(0, t["write_slots"].long(), state.to(state_dtype))
+        return ((state * C).sum(-1) + t["D"][:, None] * x).to(t["x"].dtype)
+
     slots = ("read_slots", "write_slots")
     inner, groups = mixer.inner, mixer.ngroups * mixer.dstate
     element = torch.finfo(state_dtype).bits // 8
@@ -131,5 +140,5 @@ def ssd_update(model: str, batch: int, state_dtype: torch.dtype, tp: int = 1) ->
         bytes=batch * (2 * element * inner * mixer.dstate + 2 * (2 * inner + 2 * groups + mixer.nheads)),
         flops=0,
         problem={"headdim": mixer.headdim, "dstate": mixer.dstate},
-        peers={**peers.ssd_update()},
+        peers={**peers.ssd_update(), **peers.eager_and_compiled(torch_update, model)},
     )

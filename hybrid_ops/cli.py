@@ -231,6 +231,10 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
     }
     families = options.families or harness.FAMILIES
     try:
+        if options.fail_above is not None and options.compare is None:
+            raise ValueError("--fail-above needs --compare FILE")
+        if options.stored is not None and options.json is not None:
+            raise ValueError("--from measures nothing, so that --json has nothing to write")
         if options.list:
             harness.show_list(families, options.only, options.all, console)
         elif options.stored is not None:

@@ -188,6 +188,8 @@ def test_wrong_rows_stay_wrong_when_drawn_again(tmp_path, capsys):
         ("[]", "without a list 'rows'"),
         ('{"rows": []}', "without machine and gpu"),
         (json.dumps({"machine": MACHINE, "rows": [{"op": "x"}]}), r"rows\[0\] must have .*gpu_us"),
+        (json.dumps(stored(row(), ceilings={})), "ceilings must have copy_tbs and bf16_tflops for a GPU, got {}"),
+        (json.dumps(stored(row(), row(floor_us=None))), r"rows\[1\] passed and must have numbers for floor_us"),
         (json.dumps(stored(row(), machine=MACHINE | {"gpu": "another"})), "figures of this GPU, None, got another"),
     ],
 )
@@ -216,6 +218,20 @@ def test_no_case_of_that_name():
 def test_only_takes_patterns(capsys):
     rows = harness.run(["norm", "conv1d"], device="cpu", only=["*-gated", "tiny-b?"])
     assert [r["case"] for r in rows] == ["tiny-L256-b2-gated", "tiny-b4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--fail-above", "5"], "--fail-above needs --compare"),
+        (["--from", "a.json", "--json", "b.json"], "--from measures nothing"),
+        (["--from", "missing.json"], "No such file or directory: missing.json"),
+        (["--only", "nothing"], "only must name a case"),
+    ],
+)
+def test_options_that_make_no_sense(options, complaint, capsys):
+    assert cli.main(["bench", "norm", *options]) == 1
+    assert complaint in capsys.readouterr().out
 
 
 def test_cases_are_listed_not_measured(capsys):

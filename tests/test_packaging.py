@@ -139,9 +139,11 @@ def test_check(installed):
 
 def test_bench(installed):
     python, empty = installed
-    printed = run(python.parent / "hybrid-ops", "bench", "conv1d", "--json", "figures.json", cwd=empty)
+    files = ("--json", "figures.json", "--html", "report.html")
+    printed = run(python.parent / "hybrid-ops", "bench", "conv1d", *files, cwd=empty)
     assert "conv1d_fwd" in printed
     assert (empty / "figures.json").exists()
+    assert "conv1d_fwd" in (empty / "report.html").read_text()
 
 
 def test_a_missing_package_is_named(wheel, tmp_path):

@@ -93,14 +93,7 @@ def compile_only() -> Iterator[None]:
                 yield
             finally:
                 torch.Tensor.new_empty = new_empty  # type: ignore[method-assign]
-                kernels, _compiling = _compiling.future_kernels.values(), None
-        device = torch.cuda.current_device()
-
-        def load(kernel: Any) -> None:  # Triton 3.6 compiles a launcher in C for it, too
-            with torch.cuda.device(device):
-                _ = kernel.result().run
-
-        list(pool.map(load, kernels))
+                _compiling = None
 
 
 class Launch:
