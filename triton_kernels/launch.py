@@ -86,14 +86,13 @@ def compile_only() -> Iterator[None]:
     """
     global _compiling
     new_empty = torch.Tensor.new_empty
-    with ThreadPoolExecutor() as pool:
-        with AsyncCompileMode(pool) as _compiling:
-            torch.Tensor.new_empty = torch.Tensor.new_zeros  # type: ignore[method-assign]
-            try:
-                yield
-            finally:
-                torch.Tensor.new_empty = new_empty  # type: ignore[method-assign]
-                _compiling = None
+    with ThreadPoolExecutor() as pool, AsyncCompileMode(pool) as _compiling:
+        torch.Tensor.new_empty = torch.Tensor.new_zeros  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            torch.Tensor.new_empty = new_empty  # type: ignore[method-assign]
+            _compiling = None
 
 
 class Launch:
