@@ -182,7 +182,8 @@ def make_plan(
         num_intervals = interval_slots.shape[1]
     elif interval_states is not None:
         num_intervals = interval_states.shape[-4]
-    exact_operand = x.element_size() == 2 and any(t is not None and t.element_size() == 2 for t in (final, interval))
+    stored = [x] if x.dtype == torch.float16 else [t for t in (final, interval) if t is not None]
+    exact_operand = x.element_size() == 2 and any(t.element_size() == 2 for t in stored)
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     x_strides, B_strides = x.stride()[:3], B.stride()[:3]
     D_strides = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
