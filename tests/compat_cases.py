@@ -1,0 +1,78 @@
+"""Plain PyTorch for the tests of `hybrid_ops.compat`: what the other libraries document, token by token, in float64."""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+
+DOUBLE = dict(dtype=torch.float64)
+
+
+def signature(function):
+    """Names, order and defaults as they stand in a `def`, without annotations."""
+    parameters = inspect.signature(function).parameters.values()
+    bare = [p.replace(annotation=p.empty) for p in parameters if p.name != "self"]
+    return str(inspect.Signature(bare))[1:-1]
+
+
+def randn(*shape, seed=0, **options):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), **(DOUBLE | options))
+
+
+def scan(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    dt_bias=None,
+    dt_softplus=False,
+    dt_limit=(0.0, float("inf")),
+    initial=None,
+    idx=None,
+):
+    """(y, the state after every token) of (batch, seqlen, ...) tensors; where idx changes the state starts from 0."""
+    heads = x.shape[2] // B.shape[2]
+    B, C = B.repeat_interleave(heads, 2), C.repeat_interleave(heads, 2)
+    dt = dt if dt_bias is None else dt + dt_bias
+    dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
+    state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3]) if initial is None else initial
+    states, ys = [], []
+    for t in range(x.shape[1]):
+        if idx is not None and t:
+            state = state * (idx[:, t] == idx[:, t - 1])[:, None, None, None]
+        decay = torch.exp(dt[:, t] * A)[..., None, None]
+        state = state * decay + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+        states.append(state)
+        ys.append((state * C[:, t, :, None]).sum(-1))
+    y = torch.stack(ys, 1)
+    if D is not None:
+        y = y + x * (D if D.dim() == 2 else D[:, None])
+    return y if z is None else y * F.silu(z), torch.stack(states, 1)
+
+
+def conv(x, weight, bias=None, silu=False, history=None):
+    """(batch, dim, seqlen) behind a history (batch, dim, width - 1), by default zeros."""
+    history = x.new_zeros(*x.shape[:2], weight.shape[1] - 1) if history is None else history
+    y = F.conv1d(torch.cat([history, x], -1), weight[:, None], bias, groups=len(weight))
+    return F.silu(y) if silu else y
+
+
+def norm(x, weight, bias=None, z=None, eps=1e-6, group_size=None, norm_before_gate=True, rms=True):
+    gate = 1.0 if z is None else F.silu(z)
+    u = (x if norm_before_gate else x * gate).unflatten(-1, (-1, group_size or x.shape[-1]))
+    u = u if rms else u - u.mean(-1, keepdim=True)
+    y = (u / torch.sqrt(u.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight
+    y = y if bias is None else y + bias
+    return y * gate if norm_before_gate else y
+
+
+def same(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+def differ(a, b):
+    """The argument under test matters: who ignored it would not pass."""
+    assert (a - b).abs().max() > 1e-3
