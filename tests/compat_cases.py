@@ -56,6 +56,8 @@ def scan(
 def conv(x, weight, bias=None, silu=False, history=None):
     """(batch, dim, seqlen) behind a history (batch, dim, width - 1), by default zeros."""
     history = x.new_zeros(*x.shape[:2], weight.shape[1] - 1) if history is None else history
+    if x.shape[2] == 0:
+        return x
     y = F.conv1d(torch.cat([history, x], -1), weight[:, None], bias, groups=len(weight))
     return F.silu(y) if silu else y
 

@@ -27,8 +27,3 @@ def activation_name(activation: str | bool | None) -> str | None:
 
 def int32(indices: Tensor | None) -> Tensor | None:
     return None if indices is None else indices.to(torch.int32)
-
-
-def slots(indices: Tensor | None, null_slot: int = -1) -> Tensor | None:
-    """Rows of a pool; every negative one is padding, and so becomes `null_slot`."""
-    return None if indices is None else torch.where(indices < 0, null_slot, indices).to(torch.int32)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import conv1d, conv1d_update
-from ._arguments import activation_name, int32, must_be_none, slots
+from ._arguments import activation_name, int32, must_be_none
+from ._slots import slots
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_varlen_states"]
 
@@ -98,7 +99,7 @@ def causal_conv1d_update(
     tokens = x if x.dim() == 2 else x.transpose(1, 2)
     activation = activation_name(activation)
     if cache_seqlens is None:
-        rows = slots(conv_state_indices)
+        rows = None if conv_state_indices is None else slots(conv_state_indices)
         y = conv1d_update.causal_conv1d_update(tokens, conv_state, weight, bias, activation=activation, slots=rows)
     else:
         why = "hybrid_ops.causal_conv1d_update takes slots, with the newest input in the last column instead of a ring"

@@ -15,8 +15,9 @@ from torch import Tensor
 from ..conv1d import causal_conv1d
 from ..norm import gated_rms_norm
 from ..ssd import ssd_chunk_scan
-from ._arguments import activation_name, int32, slots
+from ._arguments import activation_name, int32
 from ._gated_norm import RMSNorm, layernorm_fn, rmsnorm_fn
+from ._slots import slots
 from ._state_update import update
 
 __all__ = [
@@ -249,7 +250,7 @@ def selective_state_update(
     >>> selective_state_update(state, x, dt, A, B, B)[0, 0, 0]
     tensor(16.)
     """
-    rows = slots(state_batch_indices)
+    rows = None if state_batch_indices is None else slots(state_batch_indices)
     return update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus=dt_softplus, read_slots=rows)
 
 
