@@ -18,7 +18,7 @@ def test_links(page):
 
 @pytest.mark.parametrize(
     "page",
-    [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("norm", "quant_fp8", "quant_nvfp4"))],
+    [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("compat", "norm", "quant_fp8", "quant_nvfp4"))],
     ids=lambda page: page.name,
 )
 def test_python(page):
