@@ -7,10 +7,28 @@ import torch.nn.functional as F
 from hybrid_ops.compat import mamba_ssm as compat
 
 from .budget import assert_within, to_numpy
-from .compat_cases import conv, differ, norm, randn, same, scan, signature
+from .compat_cases import (
+    BATCH,
+    DSTATE,
+    HEADDIM,
+    NGROUPS,
+    NHEADS,
+    SEQLEN,
+    STEP_ARGUMENTS,
+    conv,
+    differ,
+    norm,
+    packed,
+    randn,
+    same,
+    scan,
+    scan_inputs,
+    signature,
+    step,
+    step_inputs,
+)
 from .tensors import int32
 
-BATCH, SEQLEN, NHEADS, HEADDIM, NGROUPS, DSTATE = 2, 9, 4, 3, 2, 5
 SCAN = {"dt_softplus": True}
 
 
@@ -35,12 +53,6 @@ def test_signatures():
         "hidden_size, eps=1e-05, group_size=None, norm_before_gate=True, device=None, dtype=None"
     )
     assert signature(compat.RMSNorm.forward) == "x, z=None"
-
-
-def scan_inputs(batch=BATCH, seqlen=SEQLEN):
-    x, dt = randn(batch, seqlen, NHEADS, HEADDIM, seed=1), randn(batch, seqlen, NHEADS, seed=2)
-    B, C = randn(2, batch, seqlen, NGROUPS, DSTATE, seed=3)
-    return x, dt, -randn(NHEADS, seed=4).exp(), B, C
 
 
 SCAN_ARGUMENTS = {
@@ -71,12 +83,6 @@ def test_chunk_scan_argument(name):
 def test_chunk_size_has_no_meaning(chunk_size):
     inputs = scan_inputs()
     same(compat.mamba_chunk_scan_combined(*inputs, chunk_size), scan(*inputs)[0])
-
-
-def packed(lengths):
-    """Inputs of one row with those sequences, boundaries, seq_idx."""
-    idx = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).int()[None]
-    return scan_inputs(1, sum(lengths)), int32(0, *lengths).cumsum(0), idx
 
 
 def test_cu_seqlens_keep_sequences_apart():
@@ -302,45 +308,6 @@ def test_mixer_bad_input(wrong, message):
 
 
 # decoding
-
-
-def step_inputs(rows=BATCH):
-    """As Mamba-2 calls it: what a head has is expanded to its channels."""
-    x, dt, A, B, C = (t[:, 0] if t.dim() > 1 else t for t in scan_inputs())
-    return dict(
-        state=randn(rows, NHEADS, HEADDIM, DSTATE, seed=5),
-        x=x,
-        dt=dt[..., None].expand(-1, -1, HEADDIM),
-        A=A[:, None, None].expand(-1, HEADDIM, DSTATE),
-        B=B,
-        C=C,
-    )
-
-
-def step(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False):
-    """(y, the next state), each channel for itself."""
-    heads = x.shape[1] // B.shape[1]
-    B, C = (t.repeat_interleave(heads, 1)[:, :, None] for t in (B, C))
-    dt = dt if dt_bias is None else dt + dt_bias
-    dt = (F.softplus(dt) if dt_softplus else dt.clamp(min=0))[..., None]
-    state = state * torch.exp(dt * A) + dt * B * x[..., None]
-    y = (state * C).sum(-1) + (0 if D is None else D * x)
-    return y if z is None else y * F.silu(z), state
-
-
-STEP_ARGUMENTS = {
-    "D": dict(D=randn(NHEADS)[:, None].expand(-1, HEADDIM)),
-    "D by feature": dict(D=randn(NHEADS, HEADDIM)),
-    "z": dict(z=randn(BATCH, NHEADS, HEADDIM)),
-    "dt_bias": dict(dt_bias=randn(NHEADS)[:, None].expand(-1, HEADDIM)),
-    "dt_bias by feature": dict(dt_bias=randn(NHEADS, HEADDIM)),
-    "dt by feature": dict(dt=randn(BATCH, NHEADS, HEADDIM)),
-    "A by feature": dict(A=(-randn(NHEADS, HEADDIM).exp())[..., None].expand(-1, -1, DSTATE)),
-    "all by feature": dict(
-        dt=randn(BATCH, NHEADS, HEADDIM), D=randn(NHEADS, HEADDIM), z=randn(BATCH, NHEADS, HEADDIM), dt_softplus=True
-    ),
-    "dt_softplus": dict(dt_softplus=True),
-}
 
 
 @pytest.mark.parametrize("name", STEP_ARGUMENTS)

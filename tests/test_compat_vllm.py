@@ -5,9 +5,22 @@ import torch
 
 from hybrid_ops.compat import vllm as compat
 
-from .compat_cases import conv, differ, randn, same, scan, signature
+from .compat_cases import (
+    DSTATE,
+    HEADDIM,
+    NHEADS,
+    STEP_ARGUMENTS,
+    conv,
+    differ,
+    packed,
+    randn,
+    same,
+    scan,
+    signature,
+    step,
+    step_inputs,
+)
 from .tensors import int32
-from .test_compat_mamba_ssm import DSTATE, HEADDIM, NHEADS, STEP_ARGUMENTS, packed, step, step_inputs
 
 STATE = (NHEADS, HEADDIM, DSTATE)
 

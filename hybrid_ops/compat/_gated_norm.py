@@ -17,7 +17,11 @@ def rmsnorm_fn(
     group_size: int | None = None,
     norm_before_gate: bool = True,
 ) -> Tensor:
-    """`hybrid_ops.gated_rms_norm` for mamba_ssm's function of this name; as `layernorm_fn` with `is_rms_norm`."""
+    """`hybrid_ops.gated_rms_norm` for mamba_ssm's function of this name: `layernorm_fn` with `is_rms_norm`.
+
+    >>> rmsnorm_fn(torch.randn(2, 8), torch.ones(8), None, torch.randn(2, 8), group_size=4).shape
+    torch.Size([2, 8])
+    """
     return layernorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm=True)
 
 

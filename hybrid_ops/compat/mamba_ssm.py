@@ -246,7 +246,7 @@ def selective_state_update(
         ValueError, TypeError: A that differs along dstate, or as `hybrid_ops.ssd_state_update`.
 
     >>> state, x, B = torch.zeros(2, 4, 8, 16), torch.ones(2, 4, 8), torch.ones(2, 1, 16)
-    >>> dt, A = torch.ones(2, 4, 1).expand(2, 4, 8), -torch.ones(4, 1, 1).expand(4, 8, 16)
+    >>> dt, A = torch.ones(2, 4, 1).expand(2, 4, 8), (-torch.ones(4, 1, 1)).expand(4, 8, 16)
     >>> selective_state_update(state, x, dt, A, B, B)[0, 0, 0]
     tensor(16.)
     """

@@ -52,6 +52,12 @@ def causal_conv1d_fn(
 
     Raises:
         ValueError, TypeError: as `hybrid_ops.causal_conv1d`.
+
+    >>> conv_states, query_start_loc = torch.zeros(3, 8, 3), torch.tensor([0, 2, 5])
+    >>> x, weight, slots = torch.ones(8, 5), torch.ones(8, 4), torch.tensor([2, 1])
+    >>> y = causal_conv1d_fn(x, weight, None, conv_states, query_start_loc, cache_indices=slots)
+    >>> conv_states[2, 0]
+    tensor([0., 1., 1.])
     """
     must_be_none(
         "hybrid_ops.causal_conv1d has read_slots and write_slots, for one window before and one behind the tokens",
@@ -120,6 +126,11 @@ def causal_conv1d_update(
 
     Raises:
         ValueError, TypeError: as `hybrid_ops.causal_conv1d_update`.
+
+    >>> conv_state, slots = torch.zeros(3, 8, 3), torch.tensor([2, 1])
+    >>> y = causal_conv1d_update(torch.ones(2, 8), conv_state, torch.ones(8, 4), conv_state_indices=slots)
+    >>> conv_state[2, 0]
+    tensor([0., 0., 1.])
     """
     must_be_none(
         "hybrid_ops.causal_conv1d has read_slots and write_slots, for one window before and one behind the tokens",

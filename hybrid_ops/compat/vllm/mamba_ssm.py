@@ -57,6 +57,12 @@ def selective_state_update(
 
     Raises:
         ValueError, TypeError: as `hybrid_ops.ssd_state_update`.
+
+    >>> state, x, B, slots = torch.zeros(3, 4, 8, 16), torch.ones(2, 4, 8), torch.ones(2, 1, 16), torch.tensor([2, 1])
+    >>> dt, A = torch.ones(2, 4, 1).expand(2, 4, 8), (-torch.ones(4, 1, 1)).expand(4, 8, 16)
+    >>> selective_state_update(state, x, dt, A, B, B, None, None, state_batch_indices=slots, out=x)
+    >>> x[0, 0, 0]
+    tensor(16.)
     """
     if out is None:
         raise ValueError("out must be a tensor like x, got None")

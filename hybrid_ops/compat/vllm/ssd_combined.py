@@ -61,6 +61,13 @@ def mamba_chunk_scan_combined_varlen(
 
     Raises:
         ValueError, TypeError: as `hybrid_ops.ssd_chunk_scan`.
+
+    >>> x, dt, B = torch.randn(30, 4, 8), torch.rand(30, 4), torch.randn(30, 1, 16)
+    >>> cu_seqlens = torch.tensor([0, 10, 30])
+    >>> chunks = (torch.tensor([0, 10, 30]), torch.tensor([0, 1]), torch.tensor([0, 1]))
+    >>> A, y = -torch.ones(4), torch.empty_like(x)
+    >>> mamba_chunk_scan_combined_varlen(x, dt, A, B, B, 256, cu_seqlens, *chunks, y).shape
+    torch.Size([2, 4, 8, 16])
     """
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size must be a positive int, got {chunk_size!r}")
