@@ -4,6 +4,7 @@ from torch.nn.functional import ScalingType, SwizzleType
 
 from hybrid_ops.compat import torch as compat
 
+from .budget import assert_within, to_numpy
 from .compat_cases import randn, same, signature
 from .tensors import int32
 
@@ -316,3 +317,35 @@ def test_v1_shapes_of_scales():
     (a, b, scale_a, _, _, _), _ = tensorwise()
     with pytest.raises(ValueError, match="scale_b must be of a tensor, of 144 rows or of blocks"):
         compat._scaled_mm(a, b, scale_a, torch.ones(3, 5), out_dtype=torch.bfloat16)
+
+
+# on a GPU, beside the original
+
+
+def within(y, left, right, dtype):
+    products = [to_numpy(left.to(d) @ right.to(d)) for d in (torch.float64, torch.float32)]
+    assert_within("y", y, *products, dtype, axis=0)
+
+
+@pytest.mark.gpu
+def test_beside_grouped_mm():
+    a, b = (randn(*shape, seed=1).to("cuda", torch.bfloat16) for shape in ((96, 64), (2, 64, 32)))
+    offs = int32(32, 96).cuda()
+    y, theirs = (f(a, b, offs=offs) for f in (compat.grouped_mm, torch.nn.functional.grouped_mm))
+    for rows, matrix in ((slice(32), b[0]), (slice(32, 96), b[1])):
+        within(y[rows], a[rows].cpu(), matrix.cpu(), torch.bfloat16)
+    torch.testing.assert_close(y, theirs, rtol=2**-7, atol=2**-7)  # a rounding apart
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", RECIPES[:2], ids=lambda r: r.name)
+def test_beside_scaled_mm(recipe):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("torch.nn.functional.scaled_mm needs float8 tensor cores")
+    (a, scale_a, left), (b, scale_b, right) = side(recipe, M, 1), side(recipe, N, 3)
+    scale_a, scale_b = AS_TORCH_HAS_THEM[recipe.name][0](scale_a), AS_TORCH_HAS_THEM[recipe.name][1](scale_b)
+    a, b, scale_a, scale_b = (t.cuda() for t in (a, b, scale_a, scale_b))
+    arguments = (a, b.T, scale_a, recipe, scale_b, recipe)
+    y, theirs = compat.scaled_mm(*arguments), torch.nn.functional.scaled_mm(*arguments)
+    within(y, left, right.T, torch.bfloat16)
+    torch.testing.assert_close(y, theirs, rtol=2**-6, atol=2**-6 * float(y.abs().max()))

@@ -546,3 +546,79 @@ def test_state_update_bad_input(wrong, message):
     with pytest.raises(ValueError, match=message):
         compat.selective_state_update(**(inputs | wrong))
     assert inputs["state"].equal(before)
+
+
+# under torch.compile, and beside the original
+
+
+def test_compiles(compile_once):
+    """Decode with drafts, where the windows are moved too."""
+    table, weight, A = int32(1, 2, 3, 4).view(2, 2), WEIGHT.float(), -torch.ones(NHEADS)
+
+    def layer(x, pool, state, heads, dt, B):
+        compat.causal_conv1d_update(
+            *(x, pool, weight),
+            conv_state_indices=table,
+            num_accepted_tokens=int32(2, 1),
+            query_start_loc=int32(0, 2, 3),
+            max_query_len=2,
+        )
+        compat.selective_state_update(
+            *(state, heads, dt.expand(-1, -1, HEADDIM), A[:, None, None].expand(-1, HEADDIM, DSTATE), B, B, None, None),
+            state_batch_indices=table,
+            num_accepted_tokens=int32(2, 1),
+            cu_seqlens=int32(0, 2, 3),
+            out=heads,
+        )
+        return x.sum() + heads.sum()
+
+    def inputs(nslots):
+        shapes = [(3, DIM), (nslots, DIM, 4), (nslots, *STATE), (3, NHEADS, HEADDIM), (3, NHEADS, 1), (3, 2, DSTATE)]
+        return [randn(*shape, seed=i).float() for i, shape in enumerate(shapes)]
+
+    compile_once(layer, "aot_eager", inputs, lengths=(7, 9, 11), grads=(False,))
+
+
+def both(ours, theirs, arguments, updated):
+    """Results of two functions on copies of CUDA tensors: what they return or overwrite, then what they update."""
+    results = []
+    for function in (ours, theirs):
+        copies = {k: v.clone(memory_format=torch.preserve_format) if k in updated else v for k, v in arguments.items()}
+        function(**copies)
+        results.append([copies[name] for name in updated])
+    return zip(*results, strict=True)
+
+
+@pytest.mark.gpu
+def test_beside_vllm_conv():
+    theirs = pytest.importorskip("vllm.model_executor.layers.mamba.ops.causal_conv1d")
+    arguments = dict(x=randn(9, DIM, seed=1), conv_state=pool_of(6), weight=WEIGHT, bias=BIAS)
+    arguments = {name: value.to("cuda", torch.bfloat16) for name, value in arguments.items()} | dict(
+        activation="silu",
+        conv_state_indices=int32(4, 6, 2).cuda(),
+        num_accepted_tokens=int32(1, 4, 2).cuda(),
+        query_start_loc=int32(0, 4, 5, 9).cuda(),
+        max_query_len=4,
+    )
+    names = ("x", "conv_state")
+    (y, other), (window, other_window) = both(
+        compat.causal_conv1d_update, theirs.causal_conv1d_update, arguments, names
+    )
+    torch.testing.assert_close(y, other)
+    for row, columns in ((4, 6), (6, 3), (2, 6)):
+        assert window[row, :, :columns].equal(other_window[row, :, :columns])
+
+
+@pytest.mark.gpu
+def test_beside_vllm_state_update():
+    theirs = pytest.importorskip("vllm.model_executor.layers.mamba.ops.mamba_ssm")
+    inputs = several(update_inputs(rows=14), [3, 1, 2])
+    names = ("A", "dt", "dt_bias")
+    small = {k: v[..., :1].float().cuda().expand(v.shape) for k, v in inputs.items() if k in ("dt", "dt_bias")}
+    small["A"] = inputs["A"][:, :1, :1].float().cuda().expand(inputs["A"].shape)
+    big = {k: v.float().cuda() for k, v in inputs.items() if k not in names and getattr(v, "is_floating_point", bool)()}
+    table = int32(1, 2, 3, 4, 5, 6, 7, 8, 9).view(3, 3).cuda()
+    arguments = inputs | big | small | dict(cu_seqlens=inputs["cu_seqlens"].cuda(), state_batch_indices=table)
+    arguments |= dict(dst_state_batch_indices=table, num_accepted_tokens=int32(2, 1, 1).cuda())
+    for mine, other in both(compat.selective_state_update, theirs.selective_state_update, arguments, ("out", "state")):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)  # their exp is an approximation
