@@ -281,6 +281,18 @@ def test_mixer_argument_without_consequence(given):
     same(compat.mamba_split_conv1d_scan_combined(**(inputs | given)), mixer(**inputs)[0])
 
 
+def test_mixer_under_autocast():
+    """The last linear layer runs in the dtype of autocast, whatever that of its weight."""
+    inputs = mixer_inputs() | dict(outproj_weight=randn(7, DIM, seed=12), outproj_bias=randn(7))
+    inputs = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    exact = mixer(**inputs)[0]
+    inputs["zxbcdt"] = inputs["zxbcdt"].bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = compat.mamba_split_conv1d_scan_combined(**inputs)
+    assert y.dtype == torch.bfloat16
+    assert (y - exact).square().mean() < 0.02**2 * exact.square().mean()
+
+
 def test_mixer_gradients():
     inputs = mixer_inputs(dmlp=2) | NORM | dict(outproj_weight=randn(7, DIM + 2), outproj_bias=randn(7))
     inputs["initial_states"] = randn(BATCH, NHEADS, HEADDIM, DSTATE)
@@ -341,6 +353,13 @@ def test_state_update_without_heads():
     expected, next_state = step(**one)
     same(compat.selective_state_update(**flat), expected[:, 0])
     same(flat["state"], next_state[:, 0])
+
+
+def test_state_update_of_bfloat16_decay():
+    inputs = step_inputs()
+    A = inputs["A"][:, :1, :1].bfloat16().expand(-1, HEADDIM, DSTATE)
+    expected, _ = step(**(inputs | dict(A=A.double())))
+    same(compat.selective_state_update(**(inputs | dict(A=A))), expected)
 
 
 def test_state_update_of_parameters():

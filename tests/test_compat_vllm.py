@@ -359,7 +359,8 @@ def test_update_num_accepted_tokens_of_a_batch(steps):
     x = randn(2, DIM, seed=1) if steps is None else randn(2, DIM, steps, seed=1)
     pool = pool_of(6)
     before, tokens = pool.clone(), x.clone().view(2, DIM, -1)
-    y = compat.causal_conv1d_update(x, pool, WEIGHT, num_accepted_tokens=torch.tensor([3, 1])).view(2, DIM, -1)
+    options = dict(num_accepted_tokens=torch.tensor([3, 1]), max_query_len=4)  # that of packed sequences
+    y = compat.causal_conv1d_update(x, pool, WEIGHT, **options).view(2, DIM, -1)
     for b, k in enumerate([3, 1]):
         expected, window = speculate(before, b, k, tokens[b].T)
         same(y[b].T, expected)

@@ -1,6 +1,6 @@
 """`selective_state_update` as mamba_ssm and vLLM have it: step, bias and decay of every channel, not of every head."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def update(
             "A must be expanded along dstate (stride 0), so that a channel has one decay, as in Mamba-2 and in "
             f"hybrid_ops.ssd_state_update, which takes (nheads,); got shape {tuple(A.shape)}, strides {A.stride()}"
         )
-    A = A[..., 0].to(torch.promote_types(x.dtype, torch.float32))
+    A = A[..., 0]
     if not (_expanded(dt) and _expanded(A) and (dt_bias is None or _expanded(dt_bias))):
         channels = nheads * headdim
         state = state.view(nslots, channels, 1, dstate)
@@ -54,8 +54,9 @@ def update(
         D, dt_bias = (None if t is None else t.reshape(channels, 1) for t in (D, dt_bias))
         z = None if z is None else z.reshape(-1, channels, 1)
         out = None if out is None else out.view(-1, channels, 1)
-    options["dt_bias"] = None if dt_bias is None else dt_bias[:, 0]
-    return cast(Tensor, ssd_state_update(state, x, dt[..., 0], A[:, 0], B, C, D=D, z=z, out=out, **options)).view(shape)
+    dt, A = dt[..., 0], A[:, 0].to(torch.promote_types(x.dtype, torch.float32))
+    dt_bias = None if dt_bias is None else dt_bias[:, 0]
+    return ssd_state_update(state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, out=out, **options).view(shape)
 
 
 def _with_heads(t: Tensor, dims: int, at: int = 1) -> Tensor:

@@ -1,7 +1,7 @@
 """`grouped_mm` and `scaled_mm` of `torch.nn.functional`, and `torch._scaled_mm`. Differences: docs/compat.md."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -185,7 +185,7 @@ def _grouped(a: Tensor, b: Tensor, offs: Tensor, out_dtype: torch.dtype | None) 
     return cast(Tensor, grouped_gemm(a, b, offs, out_dtype=out_dtype))
 
 
-def _list(value):  # type: ignore[no-untyped-def]
+def _list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 

@@ -139,7 +139,8 @@ def causal_conv1d_update(
     )
     width, columns = weight.shape[1], conv_state.shape[2]
     batched = query_start_loc is None and x.dim() == 3
-    steps = x.shape[2] if batched else max(max_query_len, 1)
+    longest = 1 if query_start_loc is None else max(max_query_len, 1)
+    steps = x.shape[2] if batched else longest
     room = columns - (width - 2)  # for drafts
     rollback = None
     lengths = torch.full((), steps, device=x.device) if query_start_loc is None else query_start_loc.diff()
