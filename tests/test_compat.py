@@ -9,7 +9,14 @@ import pytest
 import torch
 
 import hybrid_ops.compat
-from hybrid_ops.compat import causal_conv1d, mamba_ssm
+from hybrid_ops.compat import causal_conv1d, mamba_ssm, vllm
+from hybrid_ops.compat import torch as compat_torch
+
+from . import test_compat_mamba_ssm as mamba_ssm_cases
+from . import test_compat_torch as torch_cases
+from . import test_compat_vllm as vllm_cases
+from .compat_cases import packed, randn, step_inputs
+from .tensors import int32
 
 FOLDER = Path(hybrid_ops.compat.__file__).parent
 MODULES = ["mamba_ssm", "causal_conv1d", "vllm", "torch"]
@@ -34,6 +41,50 @@ def test_public_functions_only(path):
         if isinstance(node, ast.ImportFrom) and node.level > depth:
             names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
             assert not any(name.startswith("_") for name in names), f"{path.name} imports {names}"
+
+
+def calls():
+    """A call of each function that `test_compiles` of its library does not compile."""
+    yield (
+        mamba_ssm.mamba_chunk_scan_combined,
+        dict(
+            **dict(zip(("x", "dt", "A", "B", "C"), packed([4, 3, 6])[0], strict=True)),
+            **dict(chunk_size=16, cu_seqlens=int32(0, 4, 7, 13), return_varlen_states=True, return_final_states=True),
+        ),
+    )
+    yield mamba_ssm.mamba_split_conv1d_scan_combined, mamba_ssm_cases.mixer_inputs(dmlp=2) | mamba_ssm_cases.NORM
+    yield mamba_ssm.selective_state_update, step_inputs()
+    yield mamba_ssm.rmsnorm_fn, dict(x=randn(2, 12), weight=randn(12), bias=None, z=randn(2, 12))
+    yield mamba_ssm.layernorm_fn, dict(x=randn(2, 12), weight=randn(12), bias=randn(12), group_size=4)
+    x, weight = randn(2, 6, 9), randn(6, 4)
+    yield causal_conv1d.causal_conv1d_fn, dict(x=x, weight=weight, return_final_states=True)
+    ring = dict(x=x, conv_state=randn(2, 6, 4), weight=weight, cache_seqlens=int32(3, 5))
+    yield causal_conv1d.causal_conv1d_update, ring
+    yield causal_conv1d.causal_conv1d_varlen_states, dict(x=randn(9, 6), cu_seqlens=int32(0, 4, 9), state_len=3)
+    states = dict(final_states_out=randn(5, *vllm_cases.STATE), final_state_indices=int32(0, 3, -1))
+    varlen = vllm_cases.varlen_inputs([20, 5, 40]) | states
+    yield vllm.mamba_chunk_scan_combined_varlen, varlen | dict(return_intermediate_states=True)
+    slots = dict(cache_indices=int32(4, 1, 5, 0), has_initial_state=vllm_cases.HAS)
+    yield vllm.causal_conv1d_fn, vllm_cases.conv_inputs() | slots
+    yield compat_torch.grouped_mm, dict(mat_a=randn(9, 5), mat_b=randn(3, 5, 4), offs=int32(4, 4, 7))
+    yield compat_torch.grouped_mm, dict(mat_a=randn(3, 6, 5), mat_b=randn(3, 5, 4))
+    names = ("mat_a", "mat_b", "scale_a", "scale_recipe_a", "scale_b", "scale_recipe_b")
+    yield compat_torch.scaled_mm, dict(zip(names, torch_cases.tensorwise()[0], strict=True))
+
+
+@pytest.mark.usefixtures("compile_once")  # dynamo traces torch's own new_empty
+@pytest.mark.parametrize(("function", "arguments"), list(calls()), ids=lambda value: getattr(value, "__name__", ""))
+def test_one_graph(function, arguments):
+    """What is returned, and what is updated in place, as without torch.compile."""
+    torch._dynamo.reset()
+    results = []
+    for run in (torch.compile(function, fullgraph=True, backend="aot_eager"), function):
+        copies = {  # expanded dimensions stay expanded
+            name: value.clone() if isinstance(value, torch.Tensor) and 0 not in value.stride() else value
+            for name, value in arguments.items()
+        }
+        results.append([run(**copies), [value for value in copies.values() if isinstance(value, torch.Tensor)]])
+    torch.testing.assert_close(*results, equal_nan=True)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What models import from `causal_conv1d`, by its names and signatures (1.7.0). Differences: docs/compat.md."""
+"""What models import from `causal_conv1d`, by its names and signatures (1.6, 1.7). Differences: docs/compat.md."""
 
 from typing import cast
 
