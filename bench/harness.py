@@ -89,6 +89,8 @@ def run(
             except Skipped as reason:
                 skipped.append(f"{case.op} {case.name} {dtype_name(case.dtype)}: {reason}")
                 torch.cuda.empty_cache()  # what did not fit is in pieces
+        if json_path is not None:  # after each case: who stops the run keeps what was measured
+            write(json_path, report, previous, rows)
     if before is not None:
         report["machine"]["clocks"] = {"before": before, "after": machine.clocks(device)}
     if json_path is not None:

@@ -207,7 +207,8 @@ def test_more_than_2_31_elements():
     swapped, few = int32(nslots - 1, nslots - 2).cuda(), int32(1, 0).cuda()
     y = hybrid_ops.ssd_state_update(pool, x, dt, A, B, C, read_slots=swapped)
     expected = hybrid_ops.ssd_state_update(small, x, dt, A, B, C, read_slots=few, impl="torch")
-    torch.testing.assert_close(y, expected)
+    sums = N * 2.0**-24 * float(expected.abs().max())  # in another order
+    torch.testing.assert_close(y, expected, rtol=0, atol=sums)
     torch.testing.assert_close(pool[-2:], small)
     assert not pool[:-2].any()
     pool[-2:] = wide.half()
