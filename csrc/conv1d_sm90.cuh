@@ -1,9 +1,9 @@
 // Causal depthwise conv1d, channel-last: y[t] = act(bias + sum_k weight[k] * x[t - (kWidth - 1) + k]) per channel.
 //
 // A pure stream. A thread owns four channels and walks a run of tokens with the last kWidth - 1 inputs in registers, so
-// each input is read once (and kWidth - 1 more per run), with no shared memory and no barriers. Neighbouring threads own
-// neighbouring channels: every access of a warp is 256 contiguous bytes (512 in float32). Eight channels a thread would
-// need twice the registers, and too few warps would be there to keep loads in flight.
+// each input is read once (and kWidth - 1 more per run), with no shared memory and no barriers. Neighbouring threads
+// own neighbouring channels: every access of a warp is 256 contiguous bytes (512 in float32). Eight channels a thread
+// would need twice the registers, and too few warps would be there to keep loads in flight.
 #pragma once
 
 #include "common/vector.cuh"
