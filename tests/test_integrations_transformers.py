@@ -8,6 +8,7 @@ from torch import nn
 
 from hybrid_ops.integrations.transformers import mamba2, moe, norm, patch, patched, unpatch
 
+from .conftest import version
 from .random_models import COMMON, CONFIGS, redraw
 
 transformers = pytest.importorskip("transformers", minversion="5.17")
@@ -21,6 +22,7 @@ NAMES = {
     "Zamba2": "Zamba2",
     "FalconH1": "FalconH1",
     "FalconH1-norm": "FalconH1",
+    "FalconH1-gate-first": "FalconH1",
     "GraniteMoeHybrid": "GraniteMoeHybrid",
 }
 COMMON_HYBRID = dict(
@@ -66,6 +68,7 @@ SMALL = {
     ),
     "FalconH1": FALCON | dict(mamba_rms_norm=False),
     "FalconH1-norm": FALCON | dict(mamba_rms_norm=True, mamba_norm_before_gate=True),
+    "FalconH1-gate-first": FALCON | dict(mamba_rms_norm=True, mamba_norm_before_gate=False),
     "GraniteMoeHybrid": COMMON_HYBRID
     | MAMBA
     | dict(
@@ -79,9 +82,15 @@ SMALL = {
 }
 
 
-def build(name):
-    config = getattr(transformers, f"{NAMES[name]}Config")(**SMALL[name])
+def build(name, **others):
+    config = getattr(transformers, f"{NAMES[name]}Config")(**SMALL[name] | others)
     return redraw(getattr(transformers, f"{NAMES[name]}ForCausalLM")(config)).eval()
+
+
+def skip_where_transformers_is_wrong(name):
+    """Up to 5.17 at least: a token's features lose a dimension, and a batch is added to itself, each row to each."""
+    if name.startswith("FalconH1-") and version(transformers.__version__) < (5, 23):
+        pytest.skip("transformers decodes FalconH1 with a norm wrongly for batches > 1")
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +199,7 @@ def test_every_module_calls_its_operator(name, models, monkeypatch):
 @pytest.mark.parametrize("mask", [EVERYTHING, padded()], ids=["full", "padded"])
 @pytest.mark.parametrize("name", SMALL)
 def test_generate(name, mask, models):
+    skip_where_transformers_is_wrong(name)
     model = models(name)
     options = dict(attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=0)
     expected = model.generate(IDS, **options)
@@ -202,6 +212,7 @@ def test_generate(name, mask, models):
 @pytest.mark.parametrize("grad", [False, True])
 def test_logits_in_pieces(name, grad, models):
     """Prefill, one token, several, one: with gradients recorded a token goes through the operators that have them."""
+    skip_where_transformers_is_wrong(name)
     model = models(name)
 
     def run():
@@ -310,9 +321,7 @@ def test_no_model(call):
 def test_a_dtype(models):
     model = copy.deepcopy(models("NemotronH"))
     model.model.layers[-1].norm.double()
-    with pytest.raises(
-        TypeError, match=r"float32, bfloat16, float16, got model.layers.3.norm.weight in torch.float64"
-    ):
+    with pytest.raises(TypeError, match=r"float32, bfloat16, float16, got model.layers.3.norm.weight in torch.float64"):
         patch(model)
     assert untouched(model)
 
@@ -336,6 +345,14 @@ def test_hooks_of_accelerate(models):
     model = copy.deepcopy(models("Mamba2"))
     model.backbone.layers[0].mixer._hf_hook = object()
     with pytest.raises(ValueError, match="accelerate"):
+        patch(model)
+    assert untouched(model)
+
+
+def test_tensor_parallel(models):
+    model = copy.deepcopy(models("Mamba2"))
+    model._tp_size = 2
+    with pytest.raises(ValueError, match="tp_size=2"):
         patch(model)
     assert untouched(model)
 
@@ -375,21 +392,22 @@ def test_an_error_inside_the_block(models):
 
 
 @pytest.mark.parametrize("packing", ["seq_idx", "cu_seqlens"])
-def test_packed_sequences(packing, models):
+def test_packed_sequences(packing):
     """transformers' torch path refuses them; here each sequence is as if it were alone."""
-    model = models("Mamba2")
+    model = build("Bamba", attn_layer_indices=[])
     lengths = [5, 12, 20]
     row = IDS[:1]
     boundaries = dict(
         seq_idx=torch.arange(3).repeat_interleave(torch.tensor(lengths))[None], cu_seqlens=torch.tensor([0, 5, 17, 37])
     )
+    packed = {packing: boundaries[packing]}
     with torch.no_grad():
-        expected = torch.cat([model(piece).logits for piece in row.split(lengths, dim=1)], dim=1)
+        pieces = [model(piece, use_cache=False).logits for piece in row.split(lengths, dim=1)]
         with patched(model):
-            got = model(row, use_cache=False, **{packing: boundaries[packing]}).logits
-            assert close(got, expected)
+            assert close(model(row, use_cache=False, **packed).logits, torch.cat(pieces, dim=1))
+            mixer, cache = model.model.layers[0].mamba, transformers.DynamicCache(config=model.config)
             with pytest.raises(ValueError, match=f"{packing} must be None with a cache"):
-                model(row, use_cache=True, **{packing: boundaries[packing]})
+                mixer(torch.ones(1, 37, 48), cache_params=cache, **packed)
 
 
 @pytest.mark.parametrize("name", ["NemotronH-latent", "GraniteMoeHybrid"])
@@ -409,14 +427,10 @@ def test_autocast(name, models):
 def test_a_copy_is_a_model_of_its_own(models):
     model = models("NemotronH")
     patch(model)
-    twin = copy.deepcopy(model)
-    expected = logits(model)
-    with torch.no_grad():
-        for p in model.parameters():
-            before = p.clone()
-            p.zero_()
-            assert torch.equal(logits(twin), expected) if p is next(model.parameters()) else True
-            p.copy_(before)
+    expected, twin = logits(model), copy.deepcopy(model)
+    redraw(twin, seed=1)
+    assert torch.equal(logits(model), expected)
+    assert not close(logits(twin), expected)
     unpatch(twin)
     assert untouched(twin)
     assert not untouched(model)

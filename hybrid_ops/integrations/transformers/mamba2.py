@@ -53,7 +53,7 @@ def _mix(self: Any, projected: Tensor, cache: Any, mask: Tensor | None, kwargs: 
     return self.norm(y, gate) if gated_by_norm else y
 
 
-def _packing(cache: Any, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+def _packing(cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Boundaries of sequences inside a row, as the operators take them."""
     for name in ("seq_idx", "cu_seqlens"):
         if (value := kwargs.get(name)) is not None:
@@ -67,7 +67,7 @@ def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else (x * mask[:, :, None]).to(x.dtype)
 
 
-def _convolve(self: Any, xBC: Tensor, cache: Any, layer: Any, packing: dict[str, Tensor]) -> Tensor:
+def _convolve(self: Any, xBC: Tensor, cache: Any, layer: Any, packing: dict[str, Any]) -> Tensor:
     weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
     seqlen = xBC.shape[1]
     # the update has no gradient, and moves the state on where a layer that records keeps every column of it
@@ -76,8 +76,8 @@ def _convolve(self: Any, xBC: Tensor, cache: Any, layer: Any, packing: dict[str,
     if cache is not None:  # what comes back is longer: with the history in front
         columns = cache.update_conv_state(xBC.mT, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
         xBC = columns.mT
-    y = causal_conv1d(xBC, weight, bias, activation="silu", **packing)  # type: ignore[arg-type]
-    return y[:, -seqlen:]  # type: ignore[index]
+    y = causal_conv1d(xBC, weight, bias, activation="silu", **packing)
+    return y[:, -seqlen:]  # type: ignore[call-overload]
 
 
 def _scan(
@@ -89,20 +89,20 @@ def _scan(
     z: Tensor | None,
     cache: Any,
     state: Tensor | None,
-    packing: dict[str, Tensor],
+    packing: dict[str, Any],
 ) -> Tensor:
     A = -torch.exp(self.A_log.float())
-    options = dict(D=self.D, z=z, dt_bias=self.dt_bias, dt_softplus=True)
+    options: dict[str, Any] = dict(D=self.D, z=z, dt_bias=self.dt_bias, dt_softplus=True)
     decoding = state is not None and x.shape[1] == 1
-    if decoding and not torch.is_grad_enabled():
-        return ssd_state_update(state, x, dt, A, B, C, **options)  # type: ignore[arg-type]
     if state is not None and torch.is_grad_enabled():
         state = state.clone()  # kept for the backward pass, while the cache's own is overwritten below
+    elif state is not None and decoding:
+        return ssd_state_update(state, x, dt, A, B, C, **options)
     # as in transformers, steps are clamped in prefill alone
     limit = NO_LIMIT if decoding else tuple(self.time_step_limit)
     y, final = ssd_chunk_scan(
         x, dt, A, B, C, dt_limit=limit, initial_states=state, return_final_states=True, **options, **packing
-    )  # type: ignore[arg-type]
+    )
     if cache is not None:
         cache.update_recurrent_state(final, layer_idx=self.layer_idx)
     return y

@@ -49,6 +49,4 @@ def unfit_experts(self: Any) -> str | None:
         return f"their activation is {name}, the operators know relu2 and, gated, silu"
     if self.num_experts > 1024:
         return f"they are {self.num_experts}, the operators take at most 1024"
-    if self._is_expert_parallel:
-        return "they are spread over devices (expert parallelism)"
     return None

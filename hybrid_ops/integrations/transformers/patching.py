@@ -115,8 +115,11 @@ def _check_surroundings(model: nn.Module) -> None:
     version = importlib.metadata.version("transformers")
     if tuple(int(number) for number in version.split(".")[:2]) < OLDEST:
         raise RuntimeError(f"transformers must be {'.'.join(map(str, OLDEST))} or newer, got {version}")
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise ValueError("model must not be spread over devices or offloaded by accelerate, got one with its hooks")
+    for module in model.modules():
+        if hasattr(module, "_hf_hook"):
+            raise ValueError("model must not be spread over devices or offloaded by accelerate, got one with its hooks")
+        if (getattr(module, "tp_size", None) or 1) > 1:
+            raise ValueError(f"model must not be sharded over devices, got tp_size={module.tp_size}")
 
 
 def _check_tensors(name: str, module: nn.Module) -> None:
