@@ -118,7 +118,8 @@ def padded():
 
 @torch.no_grad()
 def logits(model, mask=EVERYTHING, **options):
-    return model(IDS, attention_mask=mask, **options).logits.float()
+    inputs = (IDS.to(model.device), mask.to(model.device))
+    return model(inputs[0], attention_mask=inputs[1], **options).logits.float().cpu()
 
 
 def go_on(model, ids, cache):
@@ -208,56 +209,100 @@ def test_generate(name, mask, models):
         assert model.generate(IDS, **options).tolist() == expected.tolist()
 
 
+def in_pieces(model):
+    """Logits of prefill, one token, several, one: none of these may forget what was before."""
+    cache = transformers.DynamicCache(config=model.config)
+    pieces = IDS.to(model.device).split([2, 1, 20, 1, 1, 12], dim=1)
+    return torch.cat([go_on(model, piece, cache).detach() for piece in pieces], dim=1).float().cpu()
+
+
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("grad", [False, True])
 def test_logits_in_pieces(name, grad, models):
-    """Prefill, one token, several, one: with gradients recorded a token goes through the operators that have them."""
+    """With gradients recorded a token goes through the operators that have them."""
     skip_where_transformers_is_wrong(name)
     model = models(name)
-
-    def run():
-        cache = transformers.DynamicCache(config=model.config)
-        with torch.set_grad_enabled(grad):
-            pieces = [go_on(model, piece, cache).detach() for piece in IDS.split([2, 1, 20, 1, 1, 12], dim=1)]
-        return torch.cat(pieces, dim=1)
-
-    expected = run()
-    with patched(model):
-        assert close(run(), expected)
+    with torch.set_grad_enabled(grad):
+        expected = in_pieces(model)
+        with patched(model):
+            assert close(in_pieces(model), expected)
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_gradients(name, models):
-    model = models(name).train()
+def same_gradients(model, loss):
+    """Of all parameters, patched and not."""
 
     def gradients():
         model.zero_grad()
-        model(IDS, attention_mask=padded(), labels=IDS, use_cache=False).loss.backward()
+        loss().backward()
         return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
 
     expected = gradients()
     with patched(model):
         got = gradients()
     model.zero_grad()
-    model.eval()
     assert got.keys() == expected.keys()
     for key, theirs in expected.items():
         assert (got[key] - theirs).norm() <= 1e-3 * theirs.norm(), key
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_bfloat16(name, models):
-    exact = models(name)
-    rounded = copy.deepcopy(exact).to(torch.bfloat16)
+def test_gradients(name, models):
+    model = models(name).train()
+    same_gradients(model, lambda: model(IDS, attention_mask=padded(), labels=IDS, use_cache=False).loss)
+    model.eval()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_gradients_through_a_cache(name, models):
+    skip_where_transformers_is_wrong(name)
+    model = models(name)
+
+    def loss():
+        cache = transformers.DynamicCache(config=model.config)
+        return sum(go_on(model, piece, cache).pow(2).mean() for piece in IDS[:, :18].split(6, dim=1))
+
+    same_gradients(model, loss)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_bfloat16(name, device, models):
+    skip_where_transformers_is_wrong(name)
+    rounded = copy.deepcopy(models(name)).to(torch.bfloat16)
     exact = copy.deepcopy(rounded).float()  # the same weights
-    expected = logits(exact)
+    rounded.to(device)
+    whole, pieces = logits(exact), in_pieces(exact)
 
-    def error():
-        return (logits(rounded) - expected).pow(2).mean().sqrt()
+    def errors():
+        return [
+            (got - expected).pow(2).mean().sqrt()
+            for got, expected in zip((logits(rounded), in_pieces(rounded)), (whole, pieces), strict=True)
+        ]
 
-    theirs = error()
+    theirs = errors()
     with patched(rounded):
-        assert error() <= 2 * theirs
+        ours = errors()
+    assert all(0 < mine <= 2 * other for mine, other in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+def test_beam_search(models):
+    model = models("NemotronH")
+    options = dict(attention_mask=EVERYTHING, max_new_tokens=12, num_beams=3, do_sample=False, pad_token_id=0)
+    expected = model.generate(IDS, **options)
+    with patched(model):
+        assert model.generate(IDS, **options).tolist() == expected.tolist()
+
+
+def test_router_logits_are_still_recorded(models):
+    if version(transformers.__version__) < (5, 23):
+        pytest.skip("transformers does not record NemotronH's yet")
+    model = models("NemotronH")
+    with torch.no_grad():
+        (expected,) = model(IDS, output_router_logits=True).router_logits
+        with patched(model):
+            (got,) = model(IDS, output_router_logits=True).router_logits
+    assert close(got, expected)
 
 
 @pytest.mark.parametrize("name", SMALL)
