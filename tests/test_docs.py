@@ -18,7 +18,10 @@ def test_links(page):
 
 @pytest.mark.parametrize(
     "page",
-    [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("norm", "quant_fp8", "quant_nvfp4", "quantize"))],
+    [
+        ROOT / "README.md",
+        *(ROOT / "docs" / f"{name}.md" for name in ("norm", "quant_fp8", "quant_nvfp4", "quantize", "integrations")),
+    ],
     ids=lambda page: page.name,
 )
 def test_python(page):

@@ -479,3 +479,19 @@ def test_a_copy_is_a_model_of_its_own(models):
     unpatch(twin)
     assert untouched(twin)
     assert not untouched(model)
+
+
+def test_gradient_checkpointing(models):
+    model = copy.deepcopy(models("NemotronH")).train()
+    model.gradient_checkpointing_enable()
+    same_gradients(model, lambda: model(IDS, labels=IDS, use_cache=False).loss)
+
+
+def test_compiled(models):
+    model = models("NemotronH")
+    with torch.no_grad():
+        expected = model(IDS, use_cache=False).logits
+        with patched(model):
+            torch._dynamo.reset()
+            compiled = torch.compile(model, backend="eager", fullgraph=True)
+            assert close(compiled(IDS, use_cache=False).logits, expected)
