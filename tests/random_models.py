@@ -95,7 +95,7 @@ COMMON = dict(vocab_size=96, chunk_size=16, eos_token_id=None, pad_token_id=0)
 
 @torch.no_grad()
 def redraw(model, seed=0):
-    """Draw every parameter and floating buffer of a nemotron_h model, ours or transformers', by its name."""
+    """Draw every parameter and floating buffer of a hybrid model, ours or transformers', by its name."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(t, std, mean=0.0):
@@ -106,17 +106,19 @@ def redraw(model, seed=0):
 
     names = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if b.is_floating_point()}
     for name, t in sorted(names.items(), key=lambda item: item[0].split(".", 1)[-1]):
-        if name.endswith("A_log"):
+        if name.endswith("inv_freq"):
+            pass  # frequencies of rotary embeddings are no weights
+        elif name.endswith("A_log"):
             uniform(t, math.log(0.05), math.log(8))  # from states that last to states that are gone at once
         elif name.endswith("dt_bias"):
             uniform(t, -9, 1)  # dt below time_step_min too
-        elif name.endswith(("norm.weight", "norm_f.weight")):
+        elif name.endswith(("norm.weight", "norm_f.weight", "mup_vector")):
             uniform(t, 0.5, 1.5)
         elif name.endswith(".D"):
             normal(t, 1)
         elif name.endswith(("bias", "conv1d.weight")):
             normal(t, 0.5)
-        elif "embeddings" in name:
+        elif "embed" in name:
             normal(t, 1)
         else:
             normal(t, max(0.1, (2 if "lm_head" in name else 1) / math.sqrt(t.shape[-1])))

@@ -20,7 +20,10 @@ def test_links(page):
     "page",
     [
         ROOT / "README.md",
-        *(ROOT / "docs" / f"{name}.md" for name in ("compat", "norm", "quant_fp8", "quant_nvfp4", "quantize")),
+        *(
+            ROOT / "docs" / f"{name}.md"
+            for name in ("compat", "integrations", "norm", "quant_fp8", "quant_nvfp4", "quantize")
+        ),
     ],
     ids=lambda page: page.name,
 )

@@ -1,0 +1,1 @@
+"""Patches for models of other libraries: a subpackage for each."""
