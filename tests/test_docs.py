@@ -20,7 +20,19 @@ def test_links(page):
     "page",
     [
         ROOT / "README.md",
-        *(ROOT / "docs" / f"{name}.md" for name in ("compat", "norm", "quant_fp8", "quant_nvfp4", "quantize")),
+        *(
+            ROOT / "docs" / f"{name}.md"
+            for name in (
+                "compat",
+                "index",
+                "norm",
+                "numerics",
+                "quant_fp8",
+                "quant_nvfp4",
+                "quantize",
+                "troubleshooting",
+            )
+        ),
     ],
     ids=lambda page: page.name,
 )
