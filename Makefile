@@ -1,7 +1,7 @@
 # The two commands of the README are `make demo` and `make test`; both make .venv by themselves.
 PYTEST = .venv/bin/python -m pytest -q --numprocesses=2 --durations=15
 
-.PHONY: demo demo-svg test lint format clean help
+.PHONY: demo demo-svg test lint docs format clean help
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -27,6 +27,10 @@ lint: ## ruff, mypy and clang-format, without changing anything
 	.venv/bin/mypy
 	.venv/bin/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/common/*)
 
+docs: ## the pages of docs/ as a site, site/index.html; a broken link fails
+	@.ci/venv test
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
 format: ## let ruff and clang-format rewrite the sources
 	@.ci/venv test
 	.venv/bin/ruff check --fix .
@@ -34,4 +38,4 @@ format: ## let ruff and clang-format rewrite the sources
 	.venv/bin/clang-format -i $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/common/*)
 
 clean: ## remove .venv and everything that was built
-	rm -rf .venv build dist *.egg-info hybrid_ops/_cuda*.so demo.html
+	rm -rf .venv build dist site *.egg-info hybrid_ops/_cuda*.so demo.html

@@ -22,7 +22,17 @@ def test_links(page):
         ROOT / "README.md",
         *(
             ROOT / "docs" / f"{name}.md"
-            for name in ("compat", "integrations", "norm", "quant_fp8", "quant_nvfp4", "quantize")
+            for name in (
+                "compat",
+                "index",
+                "integrations",
+                "norm",
+                "numerics",
+                "quant_fp8",
+                "quant_nvfp4",
+                "quantize",
+                "troubleshooting",
+            )
         ),
     ],
     ids=lambda page: page.name,

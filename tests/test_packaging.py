@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("triton_kernels", "reference", "bench")  # folders that live beside hybrid_ops and ship inside it
 NOT_SOURCES = shutil.ignore_patterns(
-    *(".*", "build", "dist", "__pycache__", "*.so", "*.egg-info", "*.html.tmp", "tests", "docs", "examples")
+    *(".*", "build", "dist", "__pycache__", "*.so", "*.egg-info", "*.html.tmp", "tests", "docs")
 )
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source checkout")
@@ -94,7 +94,8 @@ def test_sdist(sdist):
     assert not [m.name for m in members if m.issym() or m.islnk()], "a link in an archive dangles elsewhere"
     names = {m.name.partition("/")[2] for m in members if m.isfile()}
     csrc = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
-    assert csrc <= names
+    examples = {str(p.relative_to(ROOT)) for p in (ROOT / "examples").glob("*.py")}
+    assert csrc | examples <= names
     assert {"setup.py", "pyproject.toml", "LICENSE", "hybrid_ops/_env.py"} <= names
     for folder in LINKED:
         modules = {f"hybrid_ops/{folder}/{p.name}" for p in (ROOT / folder).glob("*.py")}
