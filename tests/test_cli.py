@@ -117,6 +117,16 @@ def test_check_survives_an_exception(monkeypatch, capsys):
     assert "wrong rms_norm (torch): float32: RuntimeError: launch failed" in capsys.readouterr().out
 
 
+def test_check_in_the_background(monkeypatch):
+    """By processes that share the operators; one that dies is a row that is wrong."""
+    monkeypatch.setattr(selfcheck, "problems", lambda dtype: ("rms_norm", "moe_sort"))
+    rows = list(selfcheck.in_background("cpu", processes=2))
+    assert [(row.op, row.impl) for row in rows if row.impl == "torch"] == [("rms_norm", "torch"), ("moe_sort", "torch")]
+    assert all(row.passed for row in rows)
+    (row,) = selfcheck._rows_of_process(("--device=cpu", "no_such_op"), "cpu", {})
+    assert not row.passed
+
+
 def test_check_runs_triton_in_its_interpreter():
     if (reason := selfcheck.interpreter_missing()) is not None:
         pytest.skip(reason)

@@ -245,6 +245,7 @@ def test_demo_runs_and_fails_after_three_steps(tmp_path, monkeypatch, capsys, co
     monkeypatch.setattr(text, "corpus", lambda: text.hold_out(topics))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(selfcheck, "interpreter_missing", lambda: "not in this test")
+    monkeypatch.setattr(selfcheck, "in_background", lambda device, processes: selfcheck.rows(device))
     monkeypatch.setattr(run, "POSITIONS", (10, 100))
     for size in ("SAMPLE_BYTES", "WRITTEN_BYTES", "TIMED_BYTES", "WATCHED_BYTES", "DRAFTED_BYTES", "LOAD_BYTES"):
         monkeypatch.setattr(run, size, 16)
