@@ -82,7 +82,8 @@ _compiling: AsyncCompileMode | None = None  # inside `compile_only`
 def compile_only() -> Iterator[None]:
     """Launches compile their kernels, as many at once as there are cores, and run nothing: results are zeros.
 
-    Zeros, and not whatever memory holds, for torch's own kernels do run, and may take a result for an index.
+    So it is in the whole process, other threads (autograd has some) included. Zeros, and not whatever memory holds, for
+    torch's own kernels do run, and may take a result for an index.
     """
     global _compiling
     new_empty = torch.Tensor.new_empty
