@@ -41,6 +41,7 @@ def copies(tensors):
 
 
 def close(got, want):
+    """Translated rightly: a few roundings to bfloat16, 2^-8 each, apart; a wrong argument is off by more than 0.1."""
     torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
 
 
