@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 import triton
 from torch import Tensor
-from triton.runtime._async_compile import AsyncCompileMode, active_mode
 
 Plan = TypeVar("Plan")
 
@@ -75,7 +74,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-_compiling: AsyncCompileMode | None = None  # inside `compile_only`
+_compiling: Any = None  # Triton's AsyncCompileMode, inside `compile_only`
 
 
 @contextlib.contextmanager
@@ -86,6 +85,8 @@ def compile_only() -> Iterator[None]:
     torch's own kernels do run, and may take a result for an index.
     """
     global _compiling
+    from triton.runtime._async_compile import AsyncCompileMode  # not part of Triton's interface: only who compiles asks
+
     new_empty = torch.Tensor.new_empty
     with ThreadPoolExecutor() as pool, AsyncCompileMode(pool) as _compiling:
         torch.Tensor.new_empty = torch.Tensor.new_zeros  # type: ignore[method-assign]
@@ -127,6 +128,8 @@ class Launch:
                 self._compiled, self._device = compiled, torch.cuda.current_device()
 
     def _compile(self, tensors: tuple[Tensor | None, ...]) -> None:
+        from triton.runtime._async_compile import active_mode
+
         token = active_mode.set(_compiling)  # which autograd's threads have not inherited
         try:
             self._kernel.warmup(*tensors, *self._scalars, grid=self._grid, **self._options)
