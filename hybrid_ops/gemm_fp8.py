@@ -29,7 +29,8 @@ def fp8_gemm(
         bias: (N,), any of the dtypes of out.
         fast_accum: sum as the tensor cores do. On Hopper these keep 14 bits of a sum of FP8 products; otherwise their
             sums go into float32 every 32 products. Of no consequence elsewhere.
-        out_dtype: float32, bfloat16 or float16. float32 is never summed by FP8 tensor cores.
+        out_dtype: float32, bfloat16 or float16. float32 is never summed by FP8 tensor cores, float16 with fast_accum
+            alone.
         batch_invariant: the bits of a row do not depend on how many others there are.
         out: the result is written here, (M, N) in out_dtype.
         impl: "auto", "triton" or "torch".

@@ -145,6 +145,7 @@ def _choose(
     k: int = 2688,
     activation: str | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    fast_accum: bool = False,
     batch_invariant: bool = False,
     scaling: str | None = None,
     **_: Any,
@@ -156,7 +157,7 @@ def _choose(
 
     cores = kernels.fp8_cores(torch.empty(0, device=device)) if torch.cuda.is_available() else True
     kinds = (a_kind, b_kind) if scaling is None else (scaling, b_kind if a_kind == "plain" else scaling)
-    operands = kernels.operand_dtype(*kinds, torch.bfloat16, out_dtype, cores)
+    operands = kernels.operand_dtype(*kinds, torch.bfloat16, out_dtype, fast_accum, cores)
     gated = activation == "silu_gated"
     c = kernels.config(rows, experts, n, operands, kernels.step_of_scales(*kinds), gated, batch_invariant)
     return Choice(chosen, c._asdict(), reason)

@@ -272,7 +272,8 @@ def test_bfloat16(name, device, models):
     rounded = copy.deepcopy(models(name)).to(torch.bfloat16)
     exact = copy.deepcopy(rounded).float()  # the same weights
     rounded.to(device)
-    whole, pieces = logits(exact), in_pieces(exact)
+    with patched(exact):  # transformers 5.17 takes mamba_ssm's kernels on the CPU too, where it finds them
+        whole, pieces = logits(exact), in_pieces(exact)
 
     def errors():
         return [

@@ -37,12 +37,14 @@ def fp8_cores(tensor: Tensor) -> bool:
 
 
 def operand_dtype(
-    a_kind: str, b_kind: str, a_dtype: torch.dtype, out_dtype: torch.dtype, fp8_cores: bool
+    a_kind: str, b_kind: str, a_dtype: torch.dtype, out_dtype: torch.dtype, fast_accum: bool, fp8_cores: bool
 ) -> torch.dtype | None:
-    """What the tensor cores multiply; None is FP8 as it is. Sums of FP8 products are no float32."""
+    """What the tensor cores multiply; None is FP8 as it is. Sums of 32 FP8 products have 14 bits: enough for bfloat16,
+    for float16 (11 bits) only where asked for, for float32 never."""
     if a_kind == "plain":
         return a_dtype
-    native = fp8_cores and out_dtype != torch.float32 and a_kind not in NVFP4 and b_kind not in NVFP4
+    enough = out_dtype == torch.bfloat16 or (fast_accum and out_dtype == torch.float16)
+    native = fp8_cores and enough and a_kind not in NVFP4 and b_kind not in NVFP4
     return None if native else torch.float16
 
 
@@ -302,7 +304,7 @@ def scaled_gemm(
         return
     k = a.shape[1] * (2 if a_kind in NVFP4 else 1)
     gated, step = activation == "silu_gated", step_of_scales(a_kind, b_kind)
-    operands = operand_dtype(a_kind, b_kind, a.dtype, out.dtype, fp8_cores(a))
+    operands = operand_dtype(a_kind, b_kind, a.dtype, out.dtype, fast_accum, fp8_cores(a))
     c = chosen or config(rows, experts, n, operands, step, gated, batch_invariant)
     a_data, a_constants = _side(a, a_inner, a_outer, a_kind, operands)
     b_data, b_constants = _side(b, b_inner, b_outer, b_kind, operands)
