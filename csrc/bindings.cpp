@@ -59,6 +59,63 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("initial_strides"), py::arg("final_strides"), py::arg("null_slot"), py::arg("silu"),
       py::arg("tokens_per_thread"), py::arg("device"), py::arg("stream"));
 
+  py::class_<SsdArgs>(m, "SsdScan",
+                      "The forward of an SSD scan for tensors of given shapes: call it with their addresses.")
+      .def(py::init([](std::array<int, 6> dtypes, std::array<std::int64_t, 10> sizes,
+                       std::array<std::array<std::int64_t, 3>, 7> strides, std::int64_t dt_bias_stride,
+                       std::array<std::int64_t, 2> D_strides, bool dt_softplus, float dt_min, float dt_max,
+                       int null_slot, std::array<int, 4> config) {
+             const auto [batch, seqlen, nheads, headdim, ngroups, dstate, nseq, num_slots, num_intervals, interval] =
+                 sizes;
+             return SsdArgs{
+                 .dt_dtype = DType(dtypes[0]),
+                 .dt_bias_dtype = DType(dtypes[1]),
+                 .D_dtype = DType(dtypes[2]),
+                 .initial_dtype = DType(dtypes[3]),
+                 .final_dtype = DType(dtypes[4]),
+                 .interval_dtype = DType(dtypes[5]),
+                 .batch = batch,
+                 .seqlen = seqlen,
+                 .nheads = nheads,
+                 .headdim = headdim,
+                 .ngroups = ngroups,
+                 .dstate = dstate,
+                 .nseq = nseq,
+                 .num_slots = num_slots,
+                 .num_intervals = num_intervals,
+                 .state_interval = interval,
+                 .x_strides = strides[0],
+                 .B_strides = strides[1],
+                 .C_strides = strides[2],
+                 .z_strides = strides[3],
+                 .y_strides = strides[4],
+                 .dt_strides = strides[5],
+                 .dt_bias_stride = dt_bias_stride,
+                 .D_strides = D_strides,
+                 .state_strides = strides[6],
+                 .dt_softplus = dt_softplus,
+                 .dt_min = dt_min,
+                 .dt_max = dt_max,
+                 .null_slot = null_slot,
+                 .heads = config[0],
+                 .cluster = config[1],
+                 .segment_chunks = config[2],
+                 .slots = config[3],
+             };
+           }),
+           "The groups hold what SsdArgs in api.h names, in its order; strides: x, B, C, z, y, dt, states.",
+           py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("dt_bias_stride"), py::arg("D_strides"),
+           py::arg("dt_softplus"), py::arg("dt_min"), py::arg("dt_max"), py::arg("null_slot"), py::arg("config"))
+      .def(
+          "__call__",
+          [](const SsdArgs& args, const std::array<std::uintptr_t, 20>& p, int device, std::uintptr_t stream) {
+            ssd_fwd(args, {p[0],  p[1],  p[2],  p[3],  p[4],  p[5],  p[6],  p[7],  p[8],  p[9],
+                           p[10], p[11], p[12], p[13], p[14], p[15], p[16], p[17], p[18], p[19]},
+                    {device, stream});
+          },
+          "Fill y and the states; addresses in the order of SsdTensors in api.h, 0 where absent.", py::arg("pointers"),
+          py::arg("device"), py::arg("stream"));
+
   m.def("cutlass_version", &cutlass_version, "Version of the CUTLASS headers that the extension was built with.");
   m.def("scale_offset_128x4", &scale_offset_128x4,
         "Offset, by CUTLASS, of the NVFP4 scale of (row, block of 16 columns) in the layout \"128x4\".", py::arg("row"),

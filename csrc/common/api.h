@@ -27,6 +27,30 @@ struct Conv1dArgs {
   int tokens_per_thread;
 };
 
+// What an SSD scan is made of, but for the addresses: made once for all calls of a kind.
+struct SsdArgs {
+  DType dt_dtype, dt_bias_dtype, D_dtype, initial_dtype, final_dtype, interval_dtype;
+  std::int64_t batch, seqlen, nheads, headdim, ngroups, dstate, nseq, num_slots, num_intervals, state_interval;
+  std::array<std::int64_t, 3> x_strides, B_strides, C_strides, z_strides, y_strides;  // batch, token, head or group
+  std::array<std::int64_t, 3> dt_strides;                                             // batch, token, head
+  std::int64_t dt_bias_stride;
+  std::array<std::int64_t, 2> D_strides;      // head, feature
+  std::array<std::int64_t, 3> state_strides;  // of a slot: initial, final, interval
+  bool dt_softplus;
+  float dt_min, dt_max;
+  int null_slot;
+  int heads, cluster;         // heads of a CTA, CTAs of a cluster
+  int segment_chunks, slots;  // chunks of a segment (0: sequences are not split), places for segments or sequences
+};
+
+struct SsdTensors {
+  std::uintptr_t x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, seq_offsets, read_slots, write_slots,
+      interval_slots, y, final, interval, interval_base, segment_states, segment_decay;
+};
+
+// ssd_sm90.cu
+void ssd_fwd(const SsdArgs& args, const SsdTensors& tensors, Target target);
+
 // conv1d_sm90.cu
 void conv1d_fwd(const Conv1dArgs& args, Target target);
 

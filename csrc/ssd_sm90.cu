@@ -1,0 +1,159 @@
+#include "ssd_sm90.cuh"
+
+#include <cuda.h>
+
+#include <mutex>
+
+#include "common/api.h"
+#include "common/launch.cuh"
+
+namespace hybrid_ops {
+namespace {
+
+static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
+
+// A (batch, seqlen, rows, columns) tensor in bfloat16, in boxes of 64 tokens by 64 columns of one row.
+TensorMap tensor_map(std::uintptr_t data, const std::array<std::int64_t, 4>& sizes,
+                     const std::array<std::int64_t, 3>& strides) {
+  static const auto encode =
+      reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(driver_function("cuTensorMapEncodeTiled"));
+  const auto [batch, seqlen, rows, columns] = sizes;
+  // where there is one row or sequence its stride means nothing, and may be one that TMA does not take
+  const auto bytes = [](std::int64_t size, std::int64_t stride) {
+    return static_cast<cuuint64_t>(size == 1 ? 16 : 2 * stride);
+  };
+  const cuuint64_t dimensions[4] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
+                                    static_cast<cuuint64_t>(seqlen), static_cast<cuuint64_t>(batch)};
+  const cuuint64_t steps[3] = {bytes(rows, strides[2]), bytes(seqlen, strides[1]), bytes(batch, strides[0])};
+  const cuuint32_t box[4] = {64, 1, kChunk, 1}, every[4] = {1, 1, 1, 1};
+  TensorMap map;
+  const CUresult status =
+      encode(reinterpret_cast<CUtensorMap*>(&map), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, reinterpret_cast<void*>(data),
+             dimensions, steps, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(status));
+  return map;
+}
+
+// How many clusters of a kernel fit on a device at once; found once.
+template <typename Config>
+int clusters_at_once(int device) {
+  static std::mutex mutex;
+  static int found[64] = {};
+  const std::lock_guard lock(mutex);
+  int& clusters = found[device % 64];
+  if (clusters == 0) {
+    const auto kernel = ssd_kernel<Config>;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes),
+          "cudaFuncSetAttribute");
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {Config::kCluster, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = Config::kCluster;
+    config.blockDim = Config::kThreads;
+    config.dynamicSmemBytes = Config::kSharedBytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "cudaOccupancyMaxActiveClusters");
+  }
+  return clusters;
+}
+
+template <typename Config>
+void launch(const SsdParams& p, int device, cudaStream_t stream) {
+  const int units = p.slots * (p.nheads / (Config::kHeads * Config::kCluster));
+  if (units == 0) return;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {Config::kCluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = std::min(units, clusters_at_once<Config>(device)) * Config::kCluster;
+  config.blockDim = Config::kThreads;
+  config.dynamicSmemBytes = Config::kSharedBytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, ssd_kernel<Config>, p), "ssd_kernel");
+}
+
+template <int kTiles, int kHeads, int kStates, int kCluster>
+void launch_gated(const SsdParams& p, bool gated, int device, cudaStream_t stream) {
+  if (p.segment_chunks > 0) {
+    launch<SsdConfig<kTiles, kHeads, kStates, kCluster == 4 ? 2 : kCluster, false, true>>(p, device, stream);
+  }
+  if (gated) {
+    launch<SsdConfig<kTiles, kHeads, kStates, kCluster, true, false>>(p, device, stream);
+  } else {
+    launch<SsdConfig<kTiles, kHeads, kStates, kCluster, false, false>>(p, device, stream);
+  }
+}
+
+template <int kTiles, int kHeads, int kStates>
+void launch_cluster(const SsdParams& p, int cluster, bool gated, int device, cudaStream_t stream) {
+  switch (cluster) {
+    case 1: return launch_gated<kTiles, kHeads, kStates, 1>(p, gated, device, stream);
+    case 2: return launch_gated<kTiles, kHeads, kStates, 2>(p, gated, device, stream);
+    case 4: return launch_gated<kTiles, kHeads, kStates, 4>(p, gated, device, stream);
+    default: throw std::runtime_error("ssd_fwd: cluster must be 1, 2 or 4, got " + std::to_string(cluster));
+  }
+}
+
+}  // namespace
+
+void ssd_fwd(const SsdArgs& a, const SsdTensors& t, Target target) {
+  const auto floats = [](std::uintptr_t data, DType dtype) {
+    return Floats{reinterpret_cast<const void*>(data), static_cast<Stored>(dtype)};
+  };
+  const auto states = [](std::uintptr_t data, DType dtype, std::int64_t stride, std::uintptr_t slots) {
+    return States{reinterpret_cast<void*>(data), static_cast<Stored>(dtype), stride,
+                  reinterpret_cast<const int*>(slots)};
+  };
+  SsdParams p{};
+  p.x_map = tensor_map(t.x, {a.batch, a.seqlen, a.nheads, a.headdim}, a.x_strides);
+  p.B_map = tensor_map(t.B, {a.batch, a.seqlen, a.ngroups, a.dstate}, a.B_strides);
+  p.C_map = tensor_map(t.C, {a.batch, a.seqlen, a.ngroups, a.dstate}, a.C_strides);
+  if (t.z != 0) p.z_map = tensor_map(t.z, {a.batch, a.seqlen, a.nheads, a.headdim}, a.z_strides);
+  p.y_map = tensor_map(t.y, {a.batch, a.seqlen, a.nheads, a.headdim}, a.y_strides);
+  p.dt = floats(t.dt, a.dt_dtype);
+  p.dt_bias = floats(t.dt_bias, a.dt_bias_dtype);
+  p.D = floats(t.D, a.D_dtype);
+  p.A = reinterpret_cast<const float*>(t.A);
+  std::copy(a.dt_strides.begin(), a.dt_strides.end(), p.dt_strides);
+  p.dt_bias_stride = a.dt_bias_stride;
+  std::copy(a.D_strides.begin(), a.D_strides.end(), p.D_strides);
+  p.y = reinterpret_cast<bf16*>(t.y);
+  std::copy(a.y_strides.begin(), a.y_strides.end(), p.y_strides);
+  p.cu_seqlens = reinterpret_cast<const int*>(t.cu_seqlens);
+  p.seq_offsets = reinterpret_cast<const int*>(t.seq_offsets);
+  p.initial = states(t.initial, a.initial_dtype, a.state_strides[0], t.read_slots);
+  p.final = states(t.final, a.final_dtype, a.state_strides[1], t.write_slots);
+  p.interval = states(t.interval, a.interval_dtype, a.state_strides[2], t.interval_slots);
+  p.interval_base = reinterpret_cast<const int*>(t.interval_base);
+  p.segment_states = reinterpret_cast<float*>(t.segment_states);
+  p.segment_decay = reinterpret_cast<float*>(t.segment_decay);
+  p.dt_min = a.dt_min;
+  p.dt_max = a.dt_max;
+  p.segment_chunks = a.segment_chunks;
+  p.slots = a.slots;
+  p.seqlen = static_cast<int>(a.seqlen);
+  p.nseq = static_cast<int>(a.nseq);
+  p.nheads = static_cast<int>(a.nheads);
+  p.headdim = static_cast<int>(a.headdim);
+  p.dstate = static_cast<int>(a.dstate);
+  p.heads_per_group = static_cast<int>(a.nheads / a.ngroups);
+  p.num_slots = static_cast<int>(a.num_slots);
+  p.null_slot = a.null_slot;
+  p.num_intervals = static_cast<int>(a.num_intervals);
+  p.state_interval = static_cast<int>(a.state_interval);
+  p.dt_softplus = a.dt_softplus;
+
+  const DeviceGuard guard(target.device);
+  const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
+  const bool gated = t.z != 0;
+  if (a.headdim > 64) return launch_cluster<2, 1, 128>(p, a.cluster, gated, target.device, stream);
+  if (a.heads == 2) return launch_cluster<2, 2, 128>(p, a.cluster, gated, target.device, stream);
+  return launch_cluster<1, 1, 128>(p, a.cluster, gated, target.device, stream);
+}
+
+}  // namespace hybrid_ops
