@@ -103,7 +103,7 @@ class Size:
     def needed(self, prompts: list[tuple[int, int]], batch: int, length: int) -> int:
         """Bytes for the weights and, by estimate, the largest of: a prompt (batch, seqlen) on its way; decoding.
 
-        Beside the weights the check keeps the largest layer in float32 as well.
+        Beside the weights the check keeps the largest layer in wider arithmetic as well.
         """
         config, element = self.config, self.element
         features = config.moe_latent_size or config.hidden_size
@@ -117,7 +117,8 @@ class Size:
         widest = max(per_token[letter] for letter in config.hybrid_override_pattern) + 8 * element * config.hidden_size
         calls = [b * (seqlen * widest + self.cache_bytes(seqlen)) for b, seqlen in prompts]
         calls.append(2 * batch * (self.cache_bytes(length) + 4 * config.vocab_size))
-        return self.bytes + max(*calls, (4 + element) * self.largest_layer) + SPARE
+        wide = 8 if self.dtype == torch.float32 else 4
+        return self.bytes + max(*calls, (element + wide) * self.largest_layer) + SPARE
 
     def describe(self) -> str:
         counts = ", ".join(f"{self.count(letter)} {KINDS[letter]}" for letter in KINDS if self.count(letter))
