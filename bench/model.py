@@ -18,7 +18,7 @@ from hybrid_ops.models import NemotronHForCausalLM
 
 from .cases import decode, dtype_name, prefill
 from .harness import floor_us
-from .model_check import Right, distance, right
+from .model_check import Right, decided_routing, distance, right
 from .model_runners import Captured, Ours, Theirs, transformers_model, versions, why_no_transformers
 from .model_size import Size, Work, available, gigabytes, preset, size
 from .results import Row
@@ -82,7 +82,8 @@ def run(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     default = ON_GPU if device.type == "cuda" else ON_CPU
     prompts, batches = list(prompts or default.prompts), list(batches or default.batches)
-    context, new_tokens = context or default.context, new_tokens or default.new_tokens
+    context = default.context if context is None else context
+    new_tokens = default.new_tokens if new_tokens is None else new_tokens
     dtype = dtype or DTYPES[device.type][0]
     _check_options(prompts, batches, context, new_tokens, dtype, device)
     name = preset(name or default.preset)
@@ -190,15 +191,14 @@ class Bench:
             self.say("compiling kernels")
             self._compile([runner for runner in eager if runner.name != "transformers"], prompts, batches, room)
         self.say("comparing logits")
-        self.right = right(self.model)
-        for runner in eager:
-            ratio = self._attempt(runner, lambda runner=runner: self.right.excess(_checked_logits(runner, self.right)))
-            if isinstance(ratio, float):
-                self.ratios[runner.name] = ratio
-            if isinstance(ratio, str):
-                self.wrong[runner.name] = ratio
-            elif not ratio <= 1:
-                self.wrong[runner.name] = f"logits: {ratio:.3g} times as far from the right ones as rounding explains"
+        with decided_routing(self.model):
+            self.right = right(self.model)
+            for runner in eager:
+                error = self._attempt(runner, lambda runner=runner: _check(runner, self.right))
+                if isinstance(error, str):
+                    self.wrong[runner.name] = error
+                else:
+                    self.ratios[runner.name] = error
 
     def _compile(
         self, runners: Sequence[Ours | Theirs], prompts: Sequence[int], batches: Sequence[int], room: int
@@ -238,14 +238,15 @@ class Bench:
         expected: list[Tensor] = []  # logits of the eager step, which comes first
 
         def measure(runner: Ours | Theirs) -> Measured:
-            _, step = runner.start(ids[:, :first], room, quick=True)
             columns = ids[:, first:].split(1, dim=1)
-            for tokens in columns[:WARM_STEPS]:
-                step(tokens)
-            if runner.graph:
-                step = Captured(step, columns[0])
             checked = columns[WARM_STEPS : WARM_STEPS + CHECKED_STEPS]
-            got = torch.cat([step(tokens)[:CHECKED_ROWS].clone() for tokens in checked], dim=1)
+            with decided_routing(self.model):
+                _, step = runner.start(ids[:, :first], room, quick=True)
+                for tokens in columns[:WARM_STEPS]:
+                    step(tokens)
+                if runner.graph:
+                    step = Captured(step, columns[0])
+                got = torch.cat([step(tokens)[:CHECKED_ROWS].clone() for tokens in checked], dim=1)
             expected[:] = expected or [got]
             if not (off := distance(got, expected[0]) / self.right.budget) <= 2:  # each within its own budget
                 raise Wrong(f"logits: {off:.3g} budgets away from those of the eager step")
@@ -268,7 +269,8 @@ class Bench:
         shared |= {"commit": self.report["commit"], "date": self.report["date"]}
         rows: list[Row] = []
         wrong = self.wrong.get("eager")  # then no one is timed: there is nothing to compare with
-        for runner in self.ours if wrong else (*self.ours, *self.peers):
+        # graphs last: after a capture that failed CUDA may refuse everything
+        for runner in sorted(self.ours if wrong else (*self.ours, *self.peers), key=lambda runner: runner.graph):
             if op == "prefill" and runner.graph:
                 continue
             self.say(f"{op} {case}: {runner.name}")
@@ -327,8 +329,16 @@ class Bench:
         return torch.randint(self.size.config.vocab_size, (batch, seqlen), generator=generator, device=self.device)
 
 
-def _checked_logits(runner: Ours | Theirs, right: Right) -> Tensor:
-    """(batch, steps + 1, vocab): of a prompt's last token, then of tokens that are decoded one by one."""
+def _check(runner: Ours | Theirs, right: Right) -> float:
+    """Error / budget of a prompt's last logits and of tokens that are decoded one by one behind it.
+
+    Raises:
+        Wrong: it is above 1.
+    """
     steps = right.logits.shape[1] - 1
     last, step = runner.start(right.ids[:, :-steps], right.ids.shape[1])
-    return torch.cat([last, *(step(tokens) for tokens in right.ids[:, -steps:].split(1, dim=1))], dim=1)
+    logits = torch.cat([last, *(step(tokens) for tokens in right.ids[:, -steps:].split(1, dim=1))], dim=1)
+    ratio = right.excess(logits)
+    if not ratio <= 1:
+        raise Wrong(f"logits: {ratio:.3g} times as far from the right ones as rounding explains")
+    return ratio

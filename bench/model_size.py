@@ -1,11 +1,13 @@
 """A model before it is built: which preset, how many of its layers, what it weighs, what a step must at least do."""
 
 import dataclasses
+import functools
 import math
 import os
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from hybrid_ops.models import PRESETS, NemotronHConfig, NemotronHForCausalLM
 
@@ -144,19 +146,47 @@ def size(name: str, layers: int | None, dtype: torch.dtype) -> Size:
     """Of a preset, whole or with so many of its layers."""
     name = preset(name)
     config = NemotronHConfig.preset(name, num_nextn_predict_layers=0)
+    # random weights that keep a layer's scale, in small models too: the 0.02 of the published ones is this at 2500
+    config = dataclasses.replace(config, initializer_range=config.hidden_size**-0.5)
     if layers is not None:
         config = cut(config, layers)
-    model = NemotronHForCausalLM(config, device="meta", dtype=dtype)
-    parameters = list(model.parameters())
+    kinds, rest = _weights(name, dtype)
+    pattern = [kinds[letter] for letter in config.hybrid_override_pattern]
     return Size(
         name=f"{NAMES[name]}-{config.num_hidden_layers}L",
         config=config,
         dtype=dtype,
-        parameters=sum(p.numel() for p in parameters),
-        experts=sum(p.numel() for key, p in model.named_parameters() if ".experts." in key),
-        bytes=sum(p.numel() * p.element_size() for p in parameters),
-        largest_layer=max(sum(p.numel() for p in layer.parameters()) for layer in model.backbone.layers),
+        parameters=rest.parameters + sum(layer.parameters for layer in pattern),
+        experts=sum(layer.experts for layer in pattern),
+        bytes=rest.bytes + sum(layer.bytes for layer in pattern),
+        largest_layer=max(layer.parameters for layer in pattern),
     )
+
+
+class _Weights(NamedTuple):
+    parameters: int
+    experts: int
+    bytes: int
+
+    @classmethod
+    def of(cls, *modules: nn.Module) -> "_Weights":
+        tensors = {f"{i}.{name}": p for i, module in enumerate(modules) for name, p in module.named_parameters()}
+        return cls(
+            sum(p.numel() for p in tensors.values()),
+            sum(p.numel() for name, p in tensors.items() if ".experts." in name),
+            sum(p.numel() * p.element_size() for p in tensors.values()),
+        )
+
+
+@functools.cache
+def _weights(name: str, dtype: torch.dtype) -> tuple[dict[str, _Weights], _Weights]:
+    """Of a layer of each kind, by its letter; and of what is outside the layers."""
+    config = NemotronHConfig.preset(name, num_nextn_predict_layers=0)
+    config = cut(config, len(set(config.hybrid_override_pattern)))
+    model = NemotronHForCausalLM(config, device="meta", dtype=dtype)
+    layers = zip(config.hybrid_override_pattern, model.backbone.layers, strict=True)
+    rest = _Weights.of(model.backbone.embeddings, model.backbone.norm_f, model.lm_head)
+    return {letter: _Weights.of(layer) for letter, layer in layers}, rest
 
 
 def cut(config: NemotronHConfig, layers: int) -> NemotronHConfig:
