@@ -29,6 +29,7 @@ WARM_STEPS = 2  # which load and compile what a graph must find ready
 CHECKED_STEPS = 8
 CHECKED_ROWS = 4
 ENOUGH_S, FEWEST, MOST = 1.0, 5, 30  # a prompt is read for so long, and so often
+GRAPHS = {"cuda": (False, True), "cpu": (False,)}
 DTYPES = {"cuda": ("bfloat16", "float16"), "cpu": ("float32", "bfloat16")}
 
 
@@ -169,7 +170,7 @@ class Bench:
         self.size, self.device, self.say, self.report = size, device, say, session.report
         torch.manual_seed(0)
         self.model = NemotronHForCausalLM(size.config, device=device, dtype=size.dtype).eval().requires_grad_(False)
-        graphs = (False, True) if device.type == "cuda" else (False,)
+        graphs = GRAPHS[device.type]
         self.ours = [Ours(self.model, graph=graph) for graph in graphs]
         self.peers: list[Theirs] = []
         self.ratios: dict[str, float] = {}  # error / budget of all who run eagerly
@@ -308,7 +309,7 @@ class Bench:
         except Wrong as error:
             return str(error)
         except Exception as error:
-            while error.__context__ is not None:  # why a capture failed, not that it did
+            while runner.graph and error.__context__ is not None:  # why a capture failed, not that it did
                 error = error.__context__  # type: ignore[assignment]
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         finally:

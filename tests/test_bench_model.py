@@ -102,6 +102,37 @@ def test_a_peer_that_fails_is_named_with_its_reason(monkeypatch, tmp_path, capsy
 
 
 @pytest.mark.usefixtures("on_cpu", "transformers")
+def test_static_caches_step_by_step(monkeypatch, tmp_path):
+    """All that is done for graphs, but for the capture."""
+    monkeypatch.setattr(model, "GRAPHS", {"cpu": (False, True)})
+    monkeypatch.setattr(model, "Captured", lambda step, tokens: step)
+    assert bench("--json", tmp_path / "rows.json") == 0
+    rows = fields(tmp_path / "rows.json")
+    assert set(rows) == {("prefill", "eager"), ("decode", "eager"), ("decode", "graph")}
+    peers = rows["decode", "graph"]["peers"]
+    assert list(peers) == ["transformers", "transformers+patch", "transformers+graph", "transformers+patch+graph"]
+    assert all(peers.values())
+    assert list(rows["prefill", "eager"]["peers"]) == ["transformers", "transformers+patch"]
+
+
+@pytest.mark.usefixtures("on_cpu", "transformers")
+def test_a_capture_that_fails(monkeypatch, tmp_path, capsys):
+    def capture(step, tokens):
+        try:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        finally:
+            raise RuntimeError("the capture was invalidated")  # as torch.cuda.graph does at its end
+
+    monkeypatch.setattr(model, "GRAPHS", {"cpu": (False, True)})
+    monkeypatch.setattr(model, "Captured", capture)
+    assert bench("--json", tmp_path / "rows.json") == 1
+    printed = capsys.readouterr().out
+    assert "1 of 3 were not timed" in printed
+    assert re.search(r"transformers\+graph +not timed: RuntimeError: operation not permitted", printed)
+    assert fields(tmp_path / "rows.json")["decode", "eager"]["check"] == "passed"
+
+
+@pytest.mark.usefixtures("on_cpu", "transformers")
 def test_another_model_is_not_timed(monkeypatch, capsys):
     made = model.transformers_model
 
