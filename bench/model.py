@@ -167,7 +167,8 @@ class Bench:
     def __init__(
         self, size: Size, device: torch.device, session: Session, peers: bool, say: Callable[[str], None]
     ) -> None:
-        self.size, self.device, self.say, self.report = size, device, say, session.report
+        self.size, self.device, self.say = size, device, say
+        self.console, self.report = session.console, session.report
         torch.manual_seed(0)
         self.model = NemotronHForCausalLM(size.config, device=device, dtype=size.dtype).eval().requires_grad_(False)
         graphs = GRAPHS[device.type]
@@ -183,7 +184,7 @@ class Bench:
             self.peers = [Theirs(theirs, patch=patch, graph=graph) for graph in graphs for patch in (False, True)]
             notes.append(f"beside it {versions()}, on the same tensors; patch: by hybrid_ops.integrations.transformers")
         for note in notes:
-            session.console.print(note, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(note, highlight=False, markup=False, soft_wrap=True)
 
     def prepare(self, prompts: Sequence[int], batches: Sequence[int], room: int) -> None:
         """Compile on all cores what Triton will need, then compare the logits of all who run eagerly."""
@@ -200,6 +201,8 @@ class Bench:
                     self.wrong[runner.name] = error
                 else:
                     self.ratios[runner.name] = error
+        ratios = ", ".join(f"{'hybrid-ops' if name == 'eager' else name} {r:.2f}" for name, r in self.ratios.items())
+        self.console.print(f"logits, error / budget: {ratios or 'none'}", highlight=False)
 
     def _compile(
         self, runners: Sequence[Ours | Theirs], prompts: Sequence[int], batches: Sequence[int], room: int
@@ -245,16 +248,17 @@ class Bench:
                 _, step = runner.start(ids[:, :first], room, quick=True)
                 for tokens in columns[:WARM_STEPS]:
                     step(tokens)
-                if runner.graph:
-                    step = Captured(step, columns[0])
-                got = torch.cat([step(tokens)[:CHECKED_ROWS].clone() for tokens in checked], dim=1)
+            clock = Clock(self.device)
+            with self._peak() as peak:
+                with decided_routing(self.model):
+                    if runner.graph:
+                        step = Captured(step, columns[0])
+                    got = torch.cat([step(tokens)[:CHECKED_ROWS].clone() for tokens in checked], dim=1)
+                for tokens in columns[WARM_STEPS + CHECKED_STEPS :]:
+                    clock.time(lambda tokens=tokens: step(tokens).argmax(-1))
             expected[:] = expected or [got]
             if not (off := distance(got, expected[0]) / self.right.budget) <= 2:  # each within its own budget
                 raise Wrong(f"logits: {off:.3g} budgets away from those of the eager step")
-            with self._peak() as peak:
-                clock = Clock(self.device)
-                for tokens in columns[WARM_STEPS + CHECKED_STEPS :]:
-                    clock.time(lambda tokens=tokens: step(tokens).argmax(-1))
             return Measured(clock, *peak)
 
         case, work = decode(self.size.name, batch, f"c{context}"), self.size.decode(batch, context)

@@ -45,9 +45,11 @@ def test_from_the_command_line_to_the_files(dtype, tmp_path, capsys):
     assert "tiny-moe-4L: 1 Mamba-2, 1 MoE, 1 attention, 1 MLP layers" in printed
     assert re.search(r"needs .* that are free: fits", printed)
     assert re.search(r"beside it transformers 5\.\d+.*on the same tensors", printed)
-    for op in ("prefill", "decode"):
-        for who in ("hybrid-ops eager", "transformers", r"transformers\+patch"):
-            assert re.search(rf"{op} +tiny-moe-4L\S+ +{dtype} +{who} +[\d.]+ ", printed)
+    assert re.search(r"error / budget: hybrid-ops 0\.\d\d, transformers 0\.\d\d, transformers\+patch 0\.\d\d", printed)
+    assert re.search(rf"prefill tiny-moe-4L-L16-b1 {dtype} *\n", printed)
+    assert re.search(rf"decode tiny-moe-4L-b2-c16 {dtype} *\n", printed)
+    for who in ("hybrid-ops eager", "transformers", r"transformers\+patch"):
+        assert len(re.findall(rf"^ +{who} +[\d.]+ ", printed, re.MULTILINE)) == 2
     rows = fields(path)
     assert set(rows) == {("prefill", "eager"), ("decode", "eager")}
     for row in rows.values():
@@ -335,13 +337,14 @@ def test_table_of_a_gpu(tmp_path, capsys):
     report = {"machine": machine, "ceilings": ceilings, "commit": None, "date": None}
     results.write(tmp_path / "rows.json", report, [], rows)
     assert cli.main(["bench", "model", "--from", str(tmp_path / "rows.json")]) == 1
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    table = {" ".join(line[3:5]): line[5:] for line in lines if line[:1] == ["decode"]}
-    assert table["hybrid-ops eager"] == ["5.00", "4.90-5.10", "5.10", "3,200", "20%", "66.0", "x25.00"]
-    assert table["hybrid-ops graph"][-4:] == ["8,000", "50%", "66.0", "x62.50"]
-    assert ["transformers", "125.00", "128", "1%", "67.0", "x1.00"] in [line[3:] for line in lines]
-    assert ["transformers+graph", "not", "timed:", "no", "[graph]"] in [line[3:] for line in lines]
-    assert ["hybrid-ops", "eager", "out", "[of]", "memory"] in [line[3:] for line in lines]
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.splitlines()]
+    assert printed.count("decode nano3-52L-b16-c256 bfloat16") == 1
+    assert ["hybrid-ops", "eager", "5.00", "4.90-5.10", "5.10", "3,200", "20%", "66.0", "x25.00"] in lines
+    assert ["hybrid-ops", "graph", "2.00", "4.90-5.10", "5.10", "8,000", "50%", "66.0", "x62.50"] in lines
+    assert ["transformers", "125.00", "128", "1%", "67.0", "x1.00"] in lines
+    assert ["transformers+graph", "not", "timed:", "no", "[graph]"] in lines
+    assert ["hybrid-ops", "eager", "out", "[of]", "memory"] in lines
 
 
 @pytest.mark.gpu
