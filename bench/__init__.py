@@ -1,1 +1,1 @@
-"""Microbenchmarks: `hybrid-ops bench FAMILY`. A file per family declares its cases; `harness.run` measures them."""
+"""Benchmarks: `hybrid-ops bench FAMILY`, a file per family, measured by `harness`; `hybrid-ops bench model`."""

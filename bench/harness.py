@@ -18,13 +18,12 @@ from rich.console import Console
 
 import hybrid_ops
 
-from . import machine, peers
+from . import peers
 from .cases import Case, Tensors, dtype_name, matches
 from .check import check, right_results
-from .compare import Comparison
-from .report import show
-from .results import Report, Row, read_same_gpu, write
-from .table import list_cases, print_head, wide
+from .results import Row
+from .session import Session
+from .table import list_cases
 from .timing import Graph, host_us, summary, wall_samples, wall_us
 
 FAMILIES = ("conv1d", "ssd", "norm", "moe_router", "grouped_gemm", "moe", "quant", "gemm")
@@ -65,16 +64,8 @@ def run(
     chosen = list(select(families, device, only, every and device.type == "cuda"))
     if not chosen:
         raise ValueError(f"only must name a case of {', '.join(families)}, with * and ?, got {', '.join(only or ())}")
-    console = wide(console or Console())
-    report: Report = {"machine": machine.describe(device)}
-    gpu = report["machine"]["gpu"]
-    previous = []
-    if json_path is not None and Path(json_path).exists():
-        previous = read_same_gpu("json_path", json_path, gpu)["rows"]
-    comparison = None if compare_path is None else Comparison(read_same_gpu("compare_path", compare_path, gpu))
-    before = machine.clocks(device)
-    report |= {"ceilings": machine.ceilings(device), "commit": machine.commit(), "date": machine.now()}
-    print_head(console, report)
+    session = Session(device, console, json_path, html_path, compare_path, fail_above)
+    console = session.console
     if against is not None:
         chosen = [(family, _against(case, against)) for family, case in chosen]
     elif missing := peers.missing():
@@ -85,19 +76,12 @@ def run(
     for number, (family, case) in enumerate(chosen, 1):
         with console.status(f"{number} of {len(chosen)}: {case.op} {case.name}"):
             try:
-                rows += measure_case(family, case, device, report)
+                rows += measure_case(family, case, device, session.report)
             except Skipped as reason:
                 skipped.append(f"{case.op} {case.name} {dtype_name(case.dtype)}: {reason}")
                 torch.cuda.empty_cache()  # what did not fit is in pieces
-        if json_path is not None:  # after each case: who stops the run keeps what was measured
-            write(json_path, report, previous, rows)
-    if before is not None:
-        report["machine"]["clocks"] = {"before": before, "after": machine.clocks(device)}
-    if json_path is not None:
-        write(json_path, report, previous, rows)
-    for line in skipped:
-        console.print(f"skipped: {line}", highlight=False, markup=False)
-    show({**report, "rows": rows}, console, html_path, comparison, fail_above)
+        session.write(rows)
+    session.finish(rows, skipped)
     return rows
 
 

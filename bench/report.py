@@ -9,6 +9,7 @@ from rich.console import Console
 
 from .cases import matches
 from .compare import Comparison
+from .model_table import models_table
 from .results import Report, finite, read, read_same_gpu
 from .table import print_clocks, print_head, rows_table, wide
 
@@ -25,7 +26,12 @@ def show(
     Raises:
         RuntimeError: a result was wrong, or a row is slower by more than its spread and `fail_above` percent.
     """
-    console.print(rows_table(report, comparison))
+    models = [row for row in report["rows"] if row["family"] == "model"]
+    others = [row for row in report["rows"] if row["family"] != "model"]
+    if others or not models:
+        console.print(rows_table({**report, "rows": others}, comparison))
+    if models:
+        console.print(models_table(models, comparison))
     print_clocks(console, report)
     if html_path is not None:
         Path(html_path).parent.mkdir(parents=True, exist_ok=True)

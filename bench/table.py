@@ -72,7 +72,7 @@ def rows_table(report: Report, comparison: Comparison | None) -> Table:
             ratio = "" if row["error_ratio"] is None else f"{row['error_ratio']:.2f}"
             table.add_row(*name, *[""] * len(columns), f"[red]{ratio}[/]", escape(row["check"]))
             continue
-        change = [] if comparison is None else [_change(comparison.change(row))]
+        change = [] if comparison is None else [change_cell(comparison.change(row))]
         table.add_row(*name, *_times(row, gpu), *change, f"{row['error_ratio']:.2f}", _peers(row, gpu))
     return table
 
@@ -93,7 +93,7 @@ def _peers(row: Row, gpu: bool) -> str:
     )
 
 
-def _change(change: Change) -> str:
+def change_cell(change: Change) -> str:
     if change.percent is None:
         return change.verdict
     colour = COLOURS.get(change.verdict, "dim")

@@ -108,3 +108,28 @@ def wall_samples(call: Callable[[], Any], repeats: int = 7) -> list[float]:
         call()
         per_call.append((time.perf_counter() - start) * 1e6)
     return per_call
+
+
+class Clock:
+    """Whole calls, each from an idle GPU to an idle GPU: `gpu`, by its events, and `host`, by the wall clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.gpu: list[float] = []  # stays empty without a GPU
+        self.host: list[float] = []
+        self._on_gpu = device.type == "cuda"
+
+    def time(self, call: Callable[[], Any]) -> None:
+        if not self._on_gpu:
+            start_s = time.perf_counter()
+            call()
+            self.host.append((time.perf_counter() - start_s) * 1e6)
+            return
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start_s = time.perf_counter()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        self.host.append((time.perf_counter() - start_s) * 1e6)
+        self.gpu.append(start.elapsed_time(end) * 1000)

@@ -1,4 +1,4 @@
-"""The command `hybrid-ops`: info, check, demo, bench, quantize."""
+"""The command `hybrid-ops`: info, check, demo, bench, bench model, quantize."""
 
 import argparse
 import importlib
@@ -7,8 +7,9 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -17,11 +18,12 @@ from ._version import __version__
 _DESCRIPTION = """\
 Fused operators for hybrid Mamba-2 / Transformer / MoE models, on this machine.
 
-  hybrid-ops info     what is here, what is missing, and which implementation each operator uses
-  hybrid-ops check    is every operator right on this machine? (seconds; exit status 1 if one is not)
-  hybrid-ops demo     train a small hybrid model from nothing, let it write, prove it (three minutes on two cores)
-  hybrid-ops bench    how fast are the operators, beside the speed of light of this GPU and other libraries
-  hybrid-ops quantize write an NVFP4 or FP8 copy of a Nemotron-H / Nemotron 3 checkpoint
+  hybrid-ops info        what is here, what is missing, and which implementation each operator uses
+  hybrid-ops check       is every operator right on this machine? (seconds; exit status 1 if one is not)
+  hybrid-ops demo        train a small hybrid model from nothing, let it write, prove it (three minutes on two cores)
+  hybrid-ops bench       how fast are the operators, beside the speed of light of this GPU and other libraries
+  hybrid-ops bench model how fast is a whole model, beside transformers with the same weights?
+  hybrid-ops quantize    write an NVFP4 or FP8 copy of a Nemotron-H / Nemotron 3 checkpoint
 """
 
 _CHECK = """\
@@ -46,6 +48,24 @@ bandwidth and matrix rate set (measured in the same run), and other libraries wh
   hybrid-ops bench conv1d --json conv1d.json --html conv1d.html
   hybrid-ops bench conv1d --compare conv1d.json             what has changed since, by more than the spread
   hybrid-ops bench --from conv1d.json --html conv1d.html    draw stored rows, without measuring
+  hybrid-ops bench model --help                             whole models, beside transformers
+"""
+
+_BENCH_MODEL = """\
+Build a model with random weights and measure it end to end: reading a prompt (prefill), and making one token for each
+sequence of a batch (decode) behind a context, eagerly and with the step in a CUDA graph. transformers, where it is
+installed, does the same in the same run, with the very same tensors and token ids: as it is, with its step in a CUDA
+graph over its static cache, and patched by hybrid_ops.integrations.transformers. Whose logits differ by more than
+rounding explains is not timed.
+
+  hybrid-ops bench model                                     Nemotron 3 Nano; without a GPU a tiny model
+  hybrid-ops bench model --preset nemotron-3-nano --layers 12     12 of its 52 layers, the kinds in proportion
+  hybrid-ops bench model --preset nemotron-3-super --layers fit   as many as fit on this GPU
+  hybrid-ops bench model --prompt 8192 --batch 1 16 64 --context 1024 --json model.json --html model.html
+  hybrid-ops bench model --compare model.json                     what has changed since, by more than the spread
+
+Times are those of whole calls, Python included. The floor is what the GPU's copy bandwidth and matrix rate, measured in
+the same run, allow at best: weights of the experts that are met, caches, and products.
 """
 
 _QUANTIZE = """\
@@ -71,6 +91,9 @@ Nothing is calibrated: NVFP4 is weight-only (W4A16_NVFP4), FP8 has no input_scal
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:2] == ["bench", "model"]:  # one command of two words: beside FAMILY argparse has no place for it
+        arguments[:2] = ["bench model"]
     options = _parser().parse_args(arguments)
     # every command says by itself what it does without NumPy, a GPU or a newer driver
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
@@ -123,6 +146,14 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--list", action="store_true", help="print the cases with their bytes and FLOPs, measure nothing"
     )
+    _add_rows(bench)
+    _add_bench_model(add("bench model", _bench_model, "measure a whole model, beside transformers", _BENCH_MODEL))
+    _add_quantize(add("quantize", _quantize, "write an NVFP4 or FP8 copy of a checkpoint", _QUANTIZE))
+    return parser
+
+
+def _add_rows(bench: argparse.ArgumentParser) -> None:
+    """What to do with rows that were measured, or stored."""
     bench.add_argument("--json", metavar="FILE", type=Path, help="merge rows, machine and ceilings into FILE")
     bench.add_argument("--html", metavar="FILE", type=Path, help="draw a report that any browser opens, offline")
     bench.add_argument("--compare", metavar="FILE", type=Path, help="say what changed against these older rows")
@@ -130,8 +161,49 @@ def _parser() -> argparse.ArgumentParser:
         "--fail-above", metavar="PERCENT", type=float, help="with --compare: exit status 1 if a row is slower by more"
     )
     bench.add_argument("--from", metavar="FILE", dest="stored", type=Path, help="measure nothing, show these rows")
-    _add_quantize(add("quantize", _quantize, "write an NVFP4 or FP8 copy of a checkpoint", _QUANTIZE))
-    return parser
+
+
+def _add_bench_model(model: argparse.ArgumentParser) -> None:
+    model.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="a published model, as hybrid_ops.models.PRESETS names them: nemotron-h-4b, -8b, -47b, -56b; "
+        "nemotron-nano-9b-v2, -12b-v2; nemotron-3-nano-4b, -nano-30b, -super-120b, -ultra-550b; "
+        "nemotron-3.5-lightning-30b; tiny, tiny-moe (nemotron-3-nano-30b; without a GPU tiny-moe)",
+    )
+    model.add_argument(
+        "--layers", metavar="N", type=_layers, help="so many of its layers, each kind in proportion; 'fit': what fits"
+    )
+    model.add_argument(
+        "--prompt",
+        metavar="TOKENS",
+        type=int,
+        nargs="+",
+        help="lengths of one prompt to read (2048 8192; without a GPU 64 256)",
+    )
+    model.add_argument(
+        "--batch", metavar="N", type=int, nargs="+", help="sequences to decode together (1 16 64; without a GPU 1 4)"
+    )
+    model.add_argument(
+        "--context",
+        metavar="TOKENS",
+        type=int,
+        help="that each has in its cache before the first step (256; without a GPU 32)",
+    )
+    model.add_argument(
+        "--new-tokens", metavar="N", type=int, help="steps to time (32; without a GPU 8): the figure is their median"
+    )
+    model.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="(bfloat16; without a GPU float32)")
+    model.add_argument("--no-peers", action="store_true", help="leave transformers out")
+    _add_rows(model)
+
+
+def _layers(text: str) -> int | str:
+    if text == "fit":
+        return text
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a number or 'fit', got {text!r}")
+    return int(text)
 
 
 def _add_quantize(quantize: argparse.ArgumentParser) -> None:
@@ -215,34 +287,62 @@ def _demo(options: argparse.Namespace, console: Console) -> int:
 
 
 def _bench(options: argparse.Namespace, console: Console) -> int:
+    def measure(harness: Any, report: Any, rows: dict[str, Any]) -> None:
+        families = options.families or harness.FAMILIES
+        if options.list:
+            harness.show_list(families, options.only, options.all, console)
+        elif options.stored is not None:
+            report.show_stored(options.stored, console, options.families, options.only, **rows)
+        else:
+            harness.run(families, options.json, only=options.only, every=options.all, **rows)
+
+    return _measure("hybrid-ops bench", "harness", measure, options, console)
+
+
+def _bench_model(options: argparse.Namespace, console: Console) -> int:
+    def measure(model: Any, report: Any, rows: dict[str, Any]) -> None:
+        if options.stored is not None:
+            report.show_stored(options.stored, console, ["model"], **rows)
+            return
+        model.run(
+            options.preset,
+            layers=options.layers,
+            prompts=options.prompt,
+            batches=options.batch,
+            context=options.context,
+            new_tokens=options.new_tokens,
+            dtype=options.dtype,
+            peers=not options.no_peers,
+            console=console,
+            json_path=options.json,
+            **rows,
+        )
+
+    return _measure("hybrid-ops bench model", "model", measure, options, console)
+
+
+def _measure(
+    command: str,
+    module: str,
+    measure: Callable[[Any, Any, dict[str, Any]], None],
+    options: argparse.Namespace,
+    console: Console,
+) -> int:
     try:
-        harness, report = (importlib.import_module(f"hybrid_ops.bench.{name}") for name in ("harness", "report"))
+        measuring, report = (importlib.import_module(f"hybrid_ops.bench.{name}") for name in (module, "report"))
     except ImportError as error:
         missing = error.name or str(error)
-        console.print(
-            f"hybrid-ops bench needs {missing}: pip install 'hybrid-ops[bench]'", highlight=False, markup=False
-        )
+        console.print(f"{command} needs {missing}: pip install 'hybrid-ops[bench]'", highlight=False, markup=False)
         return 1
-    shared = {
-        "only": options.only,
-        "html_path": options.html,
-        "compare_path": options.compare,
-        "fail_above": options.fail_above,
-    }
-    families = options.families or harness.FAMILIES
+    rows = {"html_path": options.html, "compare_path": options.compare, "fail_above": options.fail_above}
     try:
         if options.fail_above is not None and options.compare is None:
             raise ValueError("--fail-above needs --compare FILE")
         if options.stored is not None and options.json is not None:
             raise ValueError("--from measures nothing, so that --json has nothing to write")
-        if options.list:
-            harness.show_list(families, options.only, options.all, console)
-        elif options.stored is not None:
-            report.show_stored(options.stored, console, options.families, **shared)
-        else:
-            harness.run(families, options.json, every=options.all, **shared)
+        measure(measuring, report, rows)
     except (OSError, RuntimeError, ValueError) as error:
-        console.print(f"hybrid-ops bench: {error}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{command}: {error}", highlight=False, markup=False, soft_wrap=True)
         return 1
     return 0
 

@@ -14,7 +14,7 @@ class HybridCache:
     """Convolution states, SSM states and keys and values of `batch_size` sequences; row i belongs to sequence i.
 
     The SSM states are in `config.mamba_ssm_cache_dtype` (float64 in a float64 model), the rest in the model's dtype.
-    The Mamba states have a fixed size; the keys and values grow as they are needed.
+    The Mamba states have a fixed size; the keys and values grow as they are needed, unless `static`.
 
     Args:
         config: the model's.
@@ -23,6 +23,9 @@ class HybridCache:
         max_length: tokens a sequence for which keys and values have room at once.
         num_draft_tokens: after a prompt, calls may bring up to 1 + num_draft_tokens tokens of which `accept` then takes
             some back. Each SSM state takes 1 + num_draft_tokens times the memory for that.
+        static: everything stays where it is, so that a call for one token of every sequence can be captured in a CUDA
+            graph; needs max_length. A replay moves the cache on as the call would, but `lengths`, which the host
+            keeps, does not learn of it: replay up to max_length tokens, then `reset`.
         mtp: for the layers of the multi-token prediction head instead of the backbone's.
 
     >>> from hybrid_ops.models import HybridCache, NemotronHConfig
@@ -39,8 +42,13 @@ class HybridCache:
         dtype: torch.dtype = torch.float32,
         max_length: int | None = None,
         num_draft_tokens: int = 0,
+        static: bool = False,
         mtp: bool = False,
     ) -> None:
+        if static and max_length is None:
+            raise ValueError("max_length must be given for a static cache, got None")
+        if static and num_draft_tokens:
+            raise ValueError(f"num_draft_tokens must be 0 in a static cache, got {num_draft_tokens}")
         if num_draft_tokens < 0:
             raise ValueError(f"num_draft_tokens must be >= 0, got {num_draft_tokens}")
         factory = dict(device=device, dtype=dtype)
@@ -66,7 +74,7 @@ class HybridCache:
                 state = MambaState(conv.transpose(1, 2), ssm, slots, self._drafts)
             elif letter == "*":
                 k, v = (torch.zeros(kv_shape, **factory) for _ in range(2))  # type: ignore[arg-type]
-                state = KVCache(k, v, self.lengths, self._positions)
+                state = KVCache(k, v, self.lengths, self._positions, static)
             self.layers.append(state)
 
     @property

@@ -108,7 +108,13 @@ class NemotronHForCausalLM(nn.Module):
         return self.backbone.embeddings.weight.dtype  # lm_head may be quantised
 
     def new_cache(
-        self, batch_size: int, *, max_length: int | None = None, num_draft_tokens: int = 0, mtp: bool = False
+        self,
+        batch_size: int,
+        *,
+        max_length: int | None = None,
+        num_draft_tokens: int = 0,
+        static: bool = False,
+        mtp: bool = False,
     ) -> HybridCache:
         """An empty `HybridCache` on the model's device, in its dtype."""
         return HybridCache(
@@ -118,6 +124,7 @@ class NemotronHForCausalLM(nn.Module):
             dtype=self.dtype,
             max_length=max_length,
             num_draft_tokens=num_draft_tokens,
+            static=static,
             mtp=mtp,
         )
 

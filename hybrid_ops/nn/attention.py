@@ -15,16 +15,22 @@ class KVCache:
 
     `past` says how many tokens of each sequence are in it; the model keeps it, together for all layers. `positions` is
     the same on the device, (batch,) int64.
+
+    With `static` the memory never moves, and a step of one token asks the device alone where it stands: it is the same
+    step, wherever it is replayed. For that it reads all keys there is room for, and hides those yet to come.
     """
 
     k: Tensor
     v: Tensor
     past: list[int]
     positions: Tensor
+    static: bool = False
 
     def reserve(self, length: int) -> None:
         """Make room for `length` tokens a sequence; what is there is kept."""
         capacity = self.k.shape[2]
+        if length > capacity and self.static:
+            raise ValueError(f"max_length must be at least {length} for a static cache to go on, got {capacity}")
         if length > capacity:
             more = max(length, 2 * capacity) - capacity
             self.k, self.v = (F.pad(t, (0, 0, 0, more)) for t in (self.k, self.v))
@@ -72,10 +78,10 @@ class Attention(nn.Module):
             if cache is not None:
                 _append(cache, slice(None), 0, k, v)
             y = attend(q, k, v)
+        elif x.shape[1] == 1 and (cache.static or len(set(cache.past)) > 1):
+            y = self._masked_step(q, k, v, cache)
         elif len(set(cache.past)) == 1:
             y = attend(q, *_append(cache, slice(None), cache.past[0], k, v))
-        elif x.shape[1] == 1:
-            y = self._ragged_step(q, k, v, cache)
         else:
             rows = [slice(i, i + 1) for i in range(x.shape[0])]
             y = torch.cat(
@@ -96,10 +102,12 @@ class Attention(nn.Module):
             pieces.append(attend(q[:, :, start:end], keys, values))
         return torch.cat(pieces, dim=2) if pieces else q
 
-    def _ragged_step(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
-        """One token of sequences that have different lengths so far."""
+    def _masked_step(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
+        """One token of sequences that have different lengths so far, or lengths that the host does not know."""
         longest = max(cache.past) + 1
         cache.reserve(longest)
+        if cache.static:
+            longest = cache.k.shape[2]
         rows = torch.arange(len(cache.past), device=q.device)
         cache.k[rows, :, cache.positions] = k[:, :, 0]
         cache.v[rows, :, cache.positions] = v[:, :, 0]
