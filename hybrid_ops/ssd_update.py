@@ -1,12 +1,14 @@
 """`ssd_state_update`: Mamba-2's recurrence while decoding, with the states in a pool of slots."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _checks, _device
+from ._csrc import ssd_update as _csrc_ssd_update
 from ._library import Choice, define, explains
 from ._torch import ssd_update as _torch_ssd_update
 
@@ -80,7 +82,7 @@ def ssd_state_update(
         null_slot: the slot of padding. A sequence that reads it has y = 0 and writes nothing; where it stands in
             write_slots, that state is not stored. So it is, on a GPU, for any slot or num_accepted out of range.
         out: y is written here; x's shape and dtype. It may be x.
-        impl: "auto", "triton" or "torch". "torch" synchronises on a GPU.
+        impl: "auto", "cuda", "triton" or "torch". "torch" synchronises on a GPU.
 
     Returns:
         y, x's shape and dtype.
@@ -104,13 +106,16 @@ def ssd_state_update(
     _device.check_impl(impl)
     inputs = (dt, A, B, C, D, z, dt_bias)
     slots = (read_slots, write_slots, num_accepted, cu_seqlens)
-    low, high = _check(
+    low, high, run = _check(
         *(x, state, *inputs, *slots),
-        *(dt_limit, update_state, null_slot, state_scale, rounding, seed, out),
+        *(dt_limit, update_state, null_slot, state_scale, rounding, seed, out, dt_softplus, impl),
     )
+    if run is not None and state.data_ptr() % 16:  # no part of a signature
+        run = None
     _checks.no_gradient(state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     y = x.new_empty(x.shape) if out is None else out
-    _ssd_state_update_op(state, x, *inputs, *slots, seed, y, dt_softplus, low, high, update_state, null_slot, impl)
+    options = (dt_softplus, low, high, update_state, null_slot, impl)
+    _ssd_state_update_op(state, x, *inputs, *slots, seed, y, *options, run=run)
     return y
 
 
@@ -136,8 +141,10 @@ def _check(
     rounding: str,
     seed: Tensor | None,
     out: Tensor | None,
-) -> tuple[float, float]:
-    """The bounds of dt'."""
+    dt_softplus: bool,
+    impl: str,
+) -> tuple[float, float, Callable[..., None] | None]:
+    """The bounds of dt'; the CUDA kernel's launch, where that is what a plain call comes to."""
     batch, steps = _check_inputs(state, x, dt, A, B, C, D, z, dt_bias, cu_seqlens)
     if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, got {dt_limit}")
@@ -146,7 +153,15 @@ def _check(
         raise ValueError("state_scale must be None, got a tensor: 8-bit states are not supported yet")
     _check_rounding(state, rounding, seed)
     _checks.out(out, x, needs_grad=False)
-    return float(dt_limit[0]), float(dt_limit[1])
+    low, high = float(dt_limit[0]), float(dt_limit[1])
+    if torch.compiler.is_compiling() or not x.is_cuda or not state.is_cuda:
+        return low, high, None
+    tensors = (x, state, dt, A, B, C, D, z, dt_bias, read_slots, write_slots, num_accepted, cu_seqlens)
+    if _choice(impl, *tensors, batch)[0] != "cuda":
+        return low, high, None
+    strides = torch.empty(x.shape, device="meta").stride() if out is None else out.stride()
+    options = (strides, dt_softplus, low, high, update_state, null_slot)
+    return low, high, _csrc_ssd_update.ssd_state_update(*tensors, *options)
 
 
 def _check_inputs(
@@ -280,6 +295,14 @@ def _check_rounding(state: Tensor, rounding: str, seed: Tensor | None) -> None:
         )
 
 
+def _choice(impl: str, x: Tensor, state: Tensor, *others_and_batch: Any) -> tuple[str, str]:
+    *others, batch = others_and_batch
+    refusal = None
+    if impl in ("auto", "cuda"):
+        refusal = _device.not_sm90(x.device) or _csrc_ssd_update.refusal(x, state, tuple(others), batch)
+    return _device.choose(impl, x.device, refusal)
+
+
 @explains("ssd_state_update")
 def _choose(
     *,
@@ -292,12 +315,18 @@ def _choose(
     state_dtype: torch.dtype = torch.float32,
     **_: Any,
 ) -> Choice:
-    chosen, reason = _device.choose(impl, torch.device(device))
+    state = torch.empty(1, nheads, headdim, dstate, dtype=state_dtype, device="meta")
+    refusal = _device.not_sm90(torch.device(device)) or _csrc_ssd_update.refusal(state[0, 0, 0], state, (), batch)
+    chosen, reason = _device.choose(impl, torch.device(device), refusal)
+    problem = (headdim, dstate, state_dtype.itemsize, batch * nheads)
+    if chosen == "cuda":
+        sms = _device.num_sms(torch.device(device).index or 0) if torch.cuda.is_available() else 132
+        return Choice(chosen, _csrc_ssd_update.config(*problem, sms)._asdict(), reason)
     if chosen != "triton":
         return Choice(chosen, {}, reason)
     from .triton_kernels import ssd_update as kernels
 
-    return Choice(chosen, kernels.config(headdim, dstate, state_dtype.itemsize, batch * nheads)._asdict(), reason)
+    return Choice(chosen, kernels.config(*problem)._asdict(), reason)
 
 
 def _ssd_state_update(
@@ -324,16 +353,23 @@ def _ssd_state_update(
     impl: str,
 ) -> None:
     options = (dt_softplus, dt_min, dt_max, update_state, null_slot)
-    slots = (read_slots, write_slots, num_accepted, cu_seqlens, seed)
-    if _device.choose(impl, x.device)[0] == "triton":
+    inputs, slots = (dt, A, B, C, D, z, dt_bias), (read_slots, write_slots, num_accepted, cu_seqlens)
+    batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    chosen = _choice(impl, x, state, *inputs, *slots, batch)[0]
+    if chosen == "cuda":
+        launch = _csrc_ssd_update.ssd_state_update(x, state, *inputs, *slots, y.stride(), *options)
+        launch(state, x, *inputs, *slots, seed, y)
+        return
+    if chosen == "triton":
         from .triton_kernels import ssd_update as kernels
 
-        kernels.ssd_state_update(state, x, dt, A, B, C, D, z, dt_bias, *slots, y, *options)
+        kernels.ssd_state_update(state, x, *inputs, *slots, seed, y, *options)
         return
     if x.dim() == 3 and cu_seqlens is None:
         x, dt, B, C, y = (t.unsqueeze(1) for t in (x, dt, B, C, y))
         z = None if z is None else z.unsqueeze(1)
-    _torch_ssd_update.ssd_state_update(state, x, dt, A, B, C, D, z, dt_bias, *slots, y, *options)
+    inputs = (dt, A, B, C, D, z, dt_bias)
+    _torch_ssd_update.ssd_state_update(state, x, *inputs, *slots, seed, y, *options)
 
 
 _ssd_state_update_op = define(
