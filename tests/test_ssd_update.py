@@ -12,8 +12,21 @@ from hybrid_ops.reference import ssd_update as reference
 from hybrid_ops.triton_kernels import ssd_update as kernels
 
 from .budget import to_numpy
-from .ssd_update_cases import CPU_DTYPES, INTERPRETER_DTYPES, NULL, SIZES, cases, check_update, decoder, oracle
+from .ssd_update_cases import (
+    CPU_DTYPES,
+    INTERPRETER_DTYPES,
+    NULL,
+    SIZES,
+    cases,
+    check_update,
+    decoder,
+    for_cuda,
+    implementation,
+    oracle,
+)
 from .tensors import int32
+
+GPU_IMPLS = ["triton", "cuda"]
 
 
 @given(case=cases(CPU_DTYPES))
@@ -33,6 +46,13 @@ def test_update_interpreter(case):
 @given(case=cases(CPU_DTYPES, headdims=(8, 64, 80), dstates=(16, 20, 96, 128, 256), max_batch=4, max_groups=3))
 def test_update_gpu(case):
     check_update(case, "triton", "cuda")
+
+
+@pytest.mark.gpu
+@settings(max_examples=40)
+@given(case=cases(CPU_DTYPES, headdims=(8, 24, 64, 80), max_batch=4, max_groups=3))
+def test_update_cuda_gpu(case):
+    check_update(for_cuda(case), implementation("cuda"), "cuda")
 
 
 @pytest.mark.gpu
@@ -101,9 +121,10 @@ def test_several_tokens_interpreter():
 
 
 @pytest.mark.gpu
-def test_several_tokens_gpu():
-    check_tokens_at_once("triton", "cuda")
-    check_speculation("triton", "cuda")
+@pytest.mark.parametrize("impl", GPU_IMPLS)
+def test_several_tokens_gpu(impl):
+    check_tokens_at_once(implementation(impl), "cuda")
+    check_speculation(impl, "cuda")
 
 
 def check_padding(impl, device="cpu"):
@@ -135,21 +156,22 @@ def test_padding_interpreter():
 
 
 @pytest.mark.gpu
-def test_padding_gpu():
-    check_padding("triton", "cuda")
+@pytest.mark.parametrize("impl", GPU_IMPLS)
+def test_padding_gpu(impl):
+    check_padding(implementation(impl), "cuda")
 
 
 # --- what only the device sees ---
 
 
-def raw(state, x, dt, A, B, C, y, *, read=None, write=None, accepted=None, cu_seqlens=None):
+def raw(impl, state, x, dt, A, B, C, y, *, read=None, write=None, accepted=None, cu_seqlens=None):
     """The operator behind the checks of the public function."""
-    limits = (False, 0.0, math.inf, True, -1, "triton")
+    limits = (False, 0.0, math.inf, True, -1, impl)
     op = torch.ops.hybrid_ops.ssd_state_update
     op(state, x, dt, A, B, C, None, None, None, read, write, accepted, cu_seqlens, None, y, *limits)
 
 
-def check_bad_indices(device):
+def check_bad_indices(impl, device):
     """Values that the host cannot see are skipped or clamped: only good sequences and slots change anything."""
     x, dt, A, B, C, _, _ = decoder(3, 4, 3, device)
     before = torch.randn(3, *SIZES[device], device=device)
@@ -157,7 +179,7 @@ def check_bad_indices(device):
 
     pool, y = before.clone(), torch.full_like(x, float("nan"))
     read = int32(-7, 2, huge, 3).to(device)
-    raw(pool, x, dt, A, B, C, y, read=read)
+    raw(impl, pool, x, dt, A, B, C, y, read=read)
     twin = before[2:].clone()
     expected = hybrid_ops.ssd_state_update(twin, x[1:2], dt[1:2], A, B[1:2], C[1:2], impl="torch")
     torch.testing.assert_close(y[1:2], expected)
@@ -167,7 +189,7 @@ def check_bad_indices(device):
     pool, y = before.clone(), torch.full_like(x, float("nan"))
     write = torch.tensor([[-9, huge, 3], [-1, 2, 3], [3, 3, 3], [3, 3, 3]], dtype=torch.int32, device=device)
     table, accepted = write * 0 + 1, int32(1, 3, 0, 4).to(device)
-    raw(pool, x, dt, A, B, C, y, read=table, write=write, accepted=accepted)
+    raw(impl, pool, x, dt, A, B, C, y, read=table, write=write, accepted=accepted)
     assert (y[:2] != 0).all()
     assert (y[2:] == 0).all()
     assert torch.equal(pool[:2], before[:2])
@@ -178,7 +200,7 @@ def check_bad_indices(device):
     y = torch.full_like(flat[0], float("nan"))
     for bounds in ((-5, 2, 1, huge), (0, 2, 2, 7)):
         cu_seqlens = int32(*bounds).to(device)
-        raw(pool, flat[0], flat[1], A, *flat[2:], y, cu_seqlens=cu_seqlens)
+        raw(impl, pool, flat[0], flat[1], A, *flat[2:], y, cu_seqlens=cu_seqlens)
         assert torch.equal(pool[1], before[1])  # a sequence without tokens
         assert torch.isfinite(y).all()
     assert (y[7:] == 0).all()
@@ -187,16 +209,19 @@ def check_bad_indices(device):
 
 @pytest.mark.interpreter
 def test_bad_indices_interpreter():
-    check_bad_indices("cpu")
+    check_bad_indices("triton", "cpu")
 
 
 @pytest.mark.gpu
-def test_bad_indices_gpu():
-    check_bad_indices("cuda")
+@pytest.mark.parametrize("impl", GPU_IMPLS)
+def test_bad_indices_gpu(impl):
+    check_bad_indices(implementation(impl), "cuda")
 
 
 @pytest.mark.gpu
-def test_more_than_2_31_elements():
+@pytest.mark.parametrize("impl", GPU_IMPLS)
+def test_more_than_2_31_elements(impl):
+    implementation(impl)
     H, P, N = 128, 64, 128
     nslots = 2**31 // (H * P * N) + 3
     pool = torch.zeros(nslots, H, P, N, dtype=torch.float16, device="cuda")
@@ -205,7 +230,7 @@ def test_more_than_2_31_elements():
     x, dt, A, B, C, _, _ = decoder(4, 2, 1, "cuda", H, P, N)
     x, dt, B, C = (t[:, 0] for t in (x, dt, B, C))
     swapped, few = int32(nslots - 1, nslots - 2).cuda(), int32(1, 0).cuda()
-    y = hybrid_ops.ssd_state_update(pool, x, dt, A, B, C, read_slots=swapped)
+    y = hybrid_ops.ssd_state_update(pool, x, dt, A, B, C, read_slots=swapped, impl=impl)
     expected = hybrid_ops.ssd_state_update(small, x, dt, A, B, C, read_slots=few, impl="torch")
     sums = N * 2.0**-24 * float(expected.abs().max())  # in another order
     torch.testing.assert_close(y, expected, rtol=0, atol=sums)
@@ -213,19 +238,21 @@ def test_more_than_2_31_elements():
     assert not pool[:-2].any()
     pool[-2:] = wide.half()
     seed = torch.tensor([5], device="cuda")
-    hybrid_ops.ssd_state_update(pool, x, dt, A, B, C, read_slots=swapped, rounding="stochastic", seed=seed)
-    hybrid_ops.ssd_state_update(wide, x, dt, A, B, C, read_slots=few)
+    random = dict(rounding="stochastic", seed=seed, impl=impl)
+    hybrid_ops.ssd_state_update(pool, x, dt, A, B, C, read_slots=swapped, **random)
+    hybrid_ops.ssd_state_update(wide, x, dt, A, B, C, read_slots=few, impl=impl)
     expected = reference.stochastic_store(5, "float16")(wide[1].cpu().numpy(), nslots - 1, 0)
     np.testing.assert_array_equal(to_numpy(pool[-1]), expected)
 
 
 @pytest.mark.gpu
-def test_cuda_graph():
-    batch = 4
+@pytest.mark.parametrize("impl", GPU_IMPLS)
+def test_cuda_graph(impl):
+    batch, impl = 4, implementation(impl)
     x, dt, A, B, C, z, D = decoder(5, batch, 1, "cuda")
     pool = torch.randn(9, *SIZES["cuda"], device="cuda").half()
     slots, seed = torch.arange(batch, dtype=torch.int32, device="cuda"), torch.zeros(1, dtype=torch.long, device="cuda")
-    options = dict(D=D, z=z, dt_softplus=True, read_slots=slots, rounding="stochastic", seed=seed)
+    options = dict(D=D, z=z, dt_softplus=True, read_slots=slots, rounding="stochastic", seed=seed, impl=impl)
     hybrid_ops.ssd_state_update(pool, x, dt, A, B, C, **options)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -14,6 +14,7 @@ from hybrid_ops.reference import ssd_update as reference
 from hybrid_ops.triton_kernels import ssd_update as kernels
 
 from .budget import to_numpy
+from .ssd_update_cases import implementation
 
 NARROW = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -202,10 +203,12 @@ def test_stochastic_interpreter(dstate):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dstate", [16, 20, 128])
+@pytest.mark.parametrize(
+    ("impl", "dstate"), [("triton", 16), ("triton", 20), ("triton", 128), ("cuda", 64), ("cuda", 128), ("cuda", 256)]
+)
 @pytest.mark.parametrize("dtype", NARROW)
-def test_stochastic_gpu(dtype, dstate):
-    check_stochastic(dtype, "triton", dstate, "cuda")
+def test_stochastic_gpu(dtype, impl, dstate):
+    check_stochastic(dtype, implementation(impl), dstate, "cuda")
 
 
 def test_stochastic_keeps_small_increments():

@@ -20,9 +20,9 @@ class Config(NamedTuple):
 
 
 def config(headdim: int, dstate: int, itemsize: int, sequences_times_heads: int, num_sms: int) -> Config:
-    """Tiles of 8 rows; several a warp once there are enough warps to fill the machine without."""
+    """Tiles of 4 KiB, or 2 of 16-bit states; several a warp once there are enough warps to fill the machine without."""
     lanes = min(32, dstate * itemsize // 16)  # of a row
-    rows = max(2, min(8, lanes // 4))
+    rows = 8 if (dstate, itemsize) == (128, 4) else 4
     tiles = math.ceil(headdim / (rows * 32 // lanes))
     most = sequences_times_heads * tiles // (32 * num_sms)
     return Config(rows=rows, tiles=max(1, min(4, tiles // 2, most)), warps=2)
