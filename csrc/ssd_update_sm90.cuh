@@ -68,16 +68,31 @@ __device__ __forceinline__ uint4 load_state(const void* pointer) {
   return raw;
 }
 
+// The elements of a word, the first in its low bits.
+template <typename State>
+__device__ __forceinline__ void unpack_word(unsigned word, float* values);
+
+template <>
+__device__ __forceinline__ void unpack_word<float>(unsigned word, float* values) {
+  values[0] = __uint_as_float(word);
+}
+
+template <>
+__device__ __forceinline__ void unpack_word<__nv_bfloat16>(unsigned word, float* values) {
+  values[0] = __uint_as_float(word << 16), values[1] = __uint_as_float(word & 0xffff0000);
+}
+
+template <>
+__device__ __forceinline__ void unpack_word<__half>(unsigned word, float* values) {
+  values[0] = __half2float(__ushort_as_half(static_cast<unsigned short>(word)));
+  values[1] = __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16)));
+}
+
 template <typename State>
 __device__ __forceinline__ void unpack_state(const uint4& raw, float* values) {
-  const Vector<State>* fours = reinterpret_cast<const Vector<State>*>(&raw);
-#pragma unroll
-  for (int i = 0; i < 16 / static_cast<int>(sizeof(State)); i += kPerVector) {
-    float four[kPerVector];
-    unpack<State>(fours[i / kPerVector], four);
-#pragma unroll
-    for (int j = 0; j < kPerVector; ++j) values[i + j] = four[j];
-  }
+  constexpr int kPerWord = 4 / sizeof(State);
+  unpack_word<State>(raw.x, values), unpack_word<State>(raw.y, values + kPerWord);
+  unpack_word<State>(raw.z, values + 2 * kPerWord), unpack_word<State>(raw.w, values + 3 * kPerWord);
 }
 
 template <typename State>

@@ -50,7 +50,7 @@ class Operator:
         self._run, self._overload = run, overload
 
     def __call__(self, *arguments: Any, run: Callable[..., None] | None = None) -> None:
-        """`run`: what an implementation, chosen when the arguments were checked, does in the place of the operator's."""
+        """`run`: what a plain call comes to, where that was found out when the arguments were checked."""
         ((run or self._run) if _is_plain(arguments) else self._overload)(*arguments)
 
 

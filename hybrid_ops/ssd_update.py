@@ -352,7 +352,7 @@ def _ssd_state_update(
     null_slot: int,
     impl: str,
 ) -> None:
-    options = (dt_softplus, dt_min, dt_max, update_state, null_slot)
+    options: Any = (dt_softplus, dt_min, dt_max, update_state, null_slot)
     inputs, slots = (dt, A, B, C, D, z, dt_bias), (read_slots, write_slots, num_accepted, cu_seqlens)
     batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chosen = _choice(impl, x, state, *inputs, *slots, batch)[0]

@@ -37,6 +37,12 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::conv1d_kernel<float, 2, false, 4, 128>",
         "hybrid_ops::conv1d_final_states_kernel<__nv_bfloat16>",
     ],
+    "ssd_update_sm90.cuh": [
+        "hybrid_ops::ssd_update_one_kernel<float, 128, 8, false>",
+        "hybrid_ops::ssd_update_one_kernel<__half, 256, 4, true>",
+        "hybrid_ops::ssd_update_kernel<__nv_bfloat16, 64, 4, true>",
+        "hybrid_ops::ssd_update_kernel<float, 256, 4, false>",
+    ],
 }
 HOST_HEADERS = {"common/launch.cuh"}
 
@@ -266,7 +272,7 @@ def test_cutlass_scale_layout(extension):
 
 
 def test_the_launcher_knows_the_extensions_dtypes(extension):
-    from hybrid_ops._csrc.conv1d import DTYPES
+    from hybrid_ops._csrc import DTYPES
 
     names = [str(dtype).removeprefix("torch.").upper() for dtype in DTYPES]
     expected = call_extension(extension, f"[getattr(c, name) for name in {names}]")
@@ -280,3 +286,11 @@ def test_config_is_a_pure_function_of_the_problem():
     assert config(1, 2048, 10240, 132).tokens_per_thread == 32
     assert config(1, 1, 8, 132).tokens_per_thread == 4
     assert hybrid_ops.explain("causal_conv1d", impl="torch").config == {}
+
+
+def test_config_of_ssd_update():
+    from hybrid_ops._csrc.ssd_update import Config, config
+
+    assert config(64, 128, 4, 1 * 128, 132) == Config(rows=8, tiles=1, warps=2)
+    assert config(64, 128, 2, 256 * 128, 132).tiles == 4
+    assert config(1, 64, 4, 1, 132).tiles == 1

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 
 import hybrid_ops
+from hybrid_ops._csrc import ssd_update as csrc
 from hybrid_ops.reference import ssd_update as reference
 from hybrid_ops.triton_kernels import ssd_update as kernels
 
@@ -439,6 +440,23 @@ def test_torch_compile_packed(compile_once):
 
 def test_explain():
     assert hybrid_ops.explain("ssd_state_update", device="cpu").impl == "torch"
+
+
+def test_what_the_cuda_kernel_takes():
+    def refusal(*shape, dtype=torch.float32, x=None, batch=1):
+        state = torch.empty(shape, dtype=dtype)
+        return csrc.refusal(torch.empty(batch, 4, 8) if x is None else x, state, (), batch)
+
+    assert refusal(3, 4, 8, 128) is None
+    assert refusal(3, 4, 8, 64, dtype=torch.float16) is None
+    assert "dstate 64, 128, 256, not 16" in refusal(3, 4, 8, 16)
+    assert "float64 for state" in refusal(3, 4, 8, 128, dtype=torch.float64)
+    assert "grids" in refusal(3, 4, 8, 128, batch=65536)
+    assert "32 bits" in refusal(
+        3, 4, 8, 128, x=torch.empty(2, 4, 8, device="meta").as_strided((2, 4, 8), (2**31, 8, 1))
+    )
+    for state in (torch.empty(3, 4, 8, 129)[..., 1:], torch.empty(3, 4, 128, 8).mT):
+        assert "16 bytes" in csrc.refusal(torch.empty(1, 4, 8), state, (), 1)
 
 
 def test_docs():

@@ -76,9 +76,11 @@ def ssd_state_update(
     assert extension is not None  # `choose` has seen it
     nslots, nheads, headdim, dstate = state.shape
     packed = cu_seqlens is not None
-    batch = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else x.shape[0]
+    batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     one_each = not packed and x.dim() == 3
     each = write_slots is not None and write_slots.dim() == 2
+    read_width = 1 if num_accepted is None or read_slots is None else read_slots.shape[1]
+    write_width = 1 if write_slots is None or not each else write_slots.shape[1]
 
     def token_strides(strides: tuple[int, ...] | None) -> tuple[int, ...]:  # sequence, token, head, element
         if strides is None:
@@ -87,7 +89,7 @@ def ssd_state_update(
         whole = (0, first, *rest) if packed else (first, 0, *rest) if one_each else strides
         return (*whole, 0)[:4]
 
-    def two(tensor: Tensor | None) -> tuple[int, int]:
+    def two(tensor: Tensor | None) -> tuple[int, ...]:
         return (0, 0) if tensor is None else (*tensor.stride(), 0)[:2]
 
     index = x.device.index
@@ -97,9 +99,7 @@ def ssd_state_update(
         dtypes=tuple(DTYPES[(x if t is None else t).dtype] for t in (state, x, dt, D, z, dt_bias)),
         sizes=(
             *(batch, 1 if packed or one_each else x.shape[1], x.shape[0] if packed else 0),
-            *(nslots, nheads, headdim, dstate, B.shape[-2]),
-            read_slots.shape[1] if num_accepted is not None and read_slots is not None else 1,
-            write_slots.shape[1] if each else 1,
+            *(nslots, nheads, headdim, dstate, B.shape[-2], read_width, write_width),
         ),
         state_strides=state.stride()[:3],
         token_strides=tuple(
