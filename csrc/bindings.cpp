@@ -14,6 +14,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("FLOAT32") = static_cast<int>(DType::float32);
   m.attr("BFLOAT16") = static_cast<int>(DType::bfloat16);
   m.attr("FLOAT16") = static_cast<int>(DType::float16);
+  m.attr("FLOAT8_E4M3FN") = static_cast<int>(DType::float8_e4m3);
+  m.attr("INT8") = static_cast<int>(DType::int8);
 
   m.def(
       "conv1d_fwd",
@@ -62,7 +64,7 @@ PYBIND11_MODULE(_cuda, m) {
   py::class_<SsdUpdateArgs>(m, "SsdUpdate",
                             "A decoding step of one signature; the groups hold what SsdUpdateArgs in api.h names.")
       .def(py::init([](std::array<int, 6> dtypes, std::array<std::int64_t, 10> sizes,
-                       std::array<std::int64_t, 3> state_strides,
+                       std::array<std::int64_t, 3> state_strides, std::array<std::int64_t, 3> scale_strides,
                        std::array<SsdUpdateArgs::TokenStrides, 6> token_strides,
                        std::array<std::int64_t, 10> small_strides, int null_slot, std::array<float, 2> dt_limit,
                        bool dt_softplus, bool store_each, bool store_last, std::array<int, 3> config) {
@@ -88,6 +90,7 @@ PYBIND11_MODULE(_cuda, m) {
                  .read_width = read_width,
                  .write_width = write_width,
                  .state_strides = state_strides,
+                 .scale_strides = scale_strides,
                  .x_strides = token_strides[0],
                  .z_strides = token_strides[1],
                  .y_strides = token_strides[2],
@@ -112,9 +115,9 @@ PYBIND11_MODULE(_cuda, m) {
                  .warps = config[2],
              };
            }),
-           py::arg("dtypes"), py::arg("sizes"), py::arg("state_strides"), py::arg("token_strides"),
-           py::arg("small_strides"), py::arg("null_slot"), py::arg("dt_limit"), py::arg("dt_softplus"),
-           py::arg("store_each"), py::arg("store_last"), py::arg("config"))
+           py::arg("dtypes"), py::arg("sizes"), py::arg("state_strides"), py::arg("scale_strides"),
+           py::arg("token_strides"), py::arg("small_strides"), py::arg("null_slot"), py::arg("dt_limit"),
+           py::arg("dt_softplus"), py::arg("store_each"), py::arg("store_last"), py::arg("config"))
       .def(
           "__call__",
           [](const SsdUpdateArgs& args, const SsdUpdatePointers& pointers, int device, std::uintptr_t stream) {

@@ -6,16 +6,24 @@
 namespace hybrid_ops {
 namespace {
 
+template <typename L>
+dim3 grid_of(const SsdUpdateParams& p, int warps) {
+  const int rows = L::kTile * p.tiles * warps;  // of a block
+  return {static_cast<unsigned>((p.headdim + rows - 1) / rows), static_cast<unsigned>(p.nheads),
+          static_cast<unsigned>(p.batch)};
+}
+
 template <typename State, int kDstate, int kRows, bool kStochastic>
 void launch(SsdUpdateParams p, int tiles, int warps, cudaStream_t stream) {
-  const bool one = p.cu_seqlens == nullptr && p.tokens == 1;
-  p.tiles = one ? tiles : 1;
-  const int rows = Layout<State, kDstate, kRows>::kTile * p.tiles * warps;  // of a block
-  const dim3 grid((p.headdim + rows - 1) / rows, p.nheads, p.batch);
-  if (one) {
+  constexpr int kRowsOfMany = 4;  // of which the float32 fits into registers
+  if (p.cu_seqlens == nullptr && p.tokens == 1) {
+    p.tiles = tiles;
+    const dim3 grid = grid_of<Layout<State, kDstate, kRows>>(p, warps);
     ssd_update_one_kernel<State, kDstate, kRows, kStochastic><<<grid, 32 * warps, 0, stream>>>(p);
   } else {
-    ssd_update_kernel<State, kDstate, kRows, kStochastic><<<grid, 32 * warps, 0, stream>>>(p);
+    p.tiles = 1;
+    const dim3 grid = grid_of<Layout<State, kDstate, kRowsOfMany>>(p, warps);
+    ssd_update_kernel<State, kDstate, kRowsOfMany, kStochastic><<<grid, 32 * warps, 0, stream>>>(p);
   }
   check(cudaGetLastError(), "ssd_update_kernel");
 }
@@ -34,7 +42,8 @@ void launch_rows(const SsdUpdateParams& p, const SsdUpdateArgs& a, cudaStream_t 
     case 2: return launch_rounding<State, kDstate, 2>(p, a.tiles, a.warps, stream);
     case 4: return launch_rounding<State, kDstate, 4>(p, a.tiles, a.warps, stream);
     case 8:
-      if constexpr (kDstate <= 128) return launch_rounding<State, kDstate, 8>(p, a.tiles, a.warps, stream);
+      if constexpr (kDstate <= 128 && sizeof(State) > 1)
+        return launch_rounding<State, kDstate, 8>(p, a.tiles, a.warps, stream);
       [[fallthrough]];
     default: throw std::runtime_error("ssd_update: no such tile: rows " + std::to_string(a.rows));
   }
@@ -61,7 +70,7 @@ bool aligned(std::uintptr_t pointer, const SsdUpdateArgs::TokenStrides& s, DType
 }  // namespace
 
 void ssd_update(const SsdUpdateArgs& a, const SsdUpdatePointers& pointers, Target target) {
-  const auto [state, x, dt, A, B, C, D, z, dt_bias, read_slots, write_slots, num_accepted, cu_seqlens, seed, y] =
+  const auto [state, x, dt, A, B, C, D, z, dt_bias, read_slots, write_slots, num_accepted, cu_seqlens, seed, scale, y] =
       pointers;
   const SsdUpdateParams p{
       .state = reinterpret_cast<void*>(state),
@@ -78,10 +87,14 @@ void ssd_update(const SsdUpdateArgs& a, const SsdUpdatePointers& pointers, Targe
       .num_accepted = reinterpret_cast<const int*>(num_accepted),
       .cu_seqlens = reinterpret_cast<const int*>(cu_seqlens),
       .seed = reinterpret_cast<const int64*>(seed),
+      .state_scale = reinterpret_cast<float*>(scale),
       .y = reinterpret_cast<void*>(y),
       .state_slot_stride = a.state_strides[0],
       .state_head_stride = static_cast<int>(a.state_strides[1]),
       .state_p_stride = static_cast<int>(a.state_strides[2]),
+      .scale_slot_stride = static_cast<int>(a.scale_strides[0]),
+      .scale_head_stride = static_cast<int>(a.scale_strides[1]),
+      .scale_p_stride = static_cast<int>(a.scale_strides[2]),
       .x_strides = strides(a.x_strides),
       .z_strides = strides(a.z_strides),
       .y_strides = strides(a.y_strides),
@@ -126,6 +139,8 @@ void ssd_update(const SsdUpdateArgs& a, const SsdUpdatePointers& pointers, Targe
     case DType::float32: return launch_dstate<float>(p, a, stream);
     case DType::bfloat16: return launch_dstate<__nv_bfloat16>(p, a, stream);
     case DType::float16: return launch_dstate<__half>(p, a, stream);
+    case DType::float8_e4m3: return launch_dstate<E4m3>(p, a, stream);
+    case DType::int8: return launch_dstate<Int8>(p, a, stream);
   }
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "common/bits.cuh"
+#include "common/eight_bits.cuh"
 #include "common/random.cuh"
 
 namespace hybrid_ops {
@@ -30,9 +31,10 @@ struct SsdUpdateParams {
   const int* num_accepted;  // (batch,) column of read_slots from 1 on, or null: column 0
   const int* cu_seqlens;    // (batch + 1,) or null
   const int64* seed;        // of stochastic rounding
+  float* state_scale;       // (nslots, nheads, headdim), of 8-bit states
   void* y;                  // as x; may be x
   int64 state_slot_stride;
-  int state_head_stride, state_p_stride;
+  int state_head_stride, state_p_stride, scale_slot_stride, scale_head_stride, scale_p_stride;
   TokenStrides x_strides, z_strides, y_strides, dt_strides, B_strides, C_strides;
   int A_stride, D_head_stride, D_p_stride, dt_bias_stride;
   int read_stride, read_column_stride, write_stride, write_column_stride, accepted_stride, bounds_stride;
@@ -47,8 +49,9 @@ struct SsdUpdateParams {
 };
 
 // How the lanes of a warp share a tile of kRows rows of each lane.
-template <typename State, int kDstate, int kRows>
+template <typename State, int kN, int kRows>
 struct Layout {
+  static constexpr int kDstate = kN;
   static constexpr int kPerLoad = 16 / sizeof(State);                               // elements
   static constexpr int kLanes = kDstate / kPerLoad < 32 ? kDstate / kPerLoad : 32;  // of a row
   static constexpr int kLoads = kDstate / (kPerLoad * kLanes);                      // of a lane for a row
@@ -57,6 +60,7 @@ struct Layout {
   static constexpr int kGroups = 32 / kLanes;      // rows side by side
   static constexpr int kTile = kRows * kGroups;
   static constexpr int kLanesPerSum = kLanes / kRows;  // that end with the same row's sum
+  static constexpr int kBlocks = sizeof(State) == 1 ? 2 : kRows * kLoads < 8 ? 4 : sizeof(State) == 4 ? 3 : 2;  // registers suffice for so many
   static_assert(kRows <= kLanes);
 };
 
@@ -68,43 +72,40 @@ __device__ __forceinline__ uint4 load_state(const void* pointer) {
   return raw;
 }
 
+template <typename State>
+inline constexpr bool kIsHalf = false;
+template <>
+inline constexpr bool kIsHalf<__half> = true;
+
 // The elements of a word, the first in its low bits.
 template <typename State>
-__device__ __forceinline__ void unpack_word(unsigned word, float* values);
-
-template <>
-__device__ __forceinline__ void unpack_word<float>(unsigned word, float* values) {
-  values[0] = __uint_as_float(word);
-}
-
-template <>
-__device__ __forceinline__ void unpack_word<__nv_bfloat16>(unsigned word, float* values) {
-  values[0] = __uint_as_float(word << 16), values[1] = __uint_as_float(word & 0xffff0000);
-}
-
-template <>
-__device__ __forceinline__ void unpack_word<__half>(unsigned word, float* values) {
-  values[0] = __half2float(__ushort_as_half(static_cast<unsigned short>(word)));
-  values[1] = __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16)));
-}
-
-template <typename State>
-__device__ __forceinline__ void unpack_state(const uint4& raw, float* values) {
-  constexpr int kPerWord = 4 / sizeof(State);
-  unpack_word<State>(raw.x, values), unpack_word<State>(raw.y, values + kPerWord);
-  unpack_word<State>(raw.z, values + 2 * kPerWord), unpack_word<State>(raw.w, values + 3 * kPerWord);
-}
-
-template <typename State>
-__device__ __forceinline__ uint4 pack_state(const float* values) {
-  uint4 raw;
-  Vector<State>* fours = reinterpret_cast<Vector<State>*>(&raw);
-#pragma unroll
-  for (int i = 0; i < 16 / static_cast<int>(sizeof(State)); i += kPerVector) {
-    const float four[kPerVector] = {values[i], values[i + 1], values[i + 2], values[i + 3]};
-    fours[i / kPerVector] = pack<State>(four);
+__device__ __forceinline__ void unpack_word(unsigned word, float* values) {
+  if constexpr (sizeof(State) == 1) {
+    EightBits<State>::unpack(word, values);
+  } else if constexpr (sizeof(State) == 4) {
+    values[0] = __uint_as_float(word);
+  } else {
+    constexpr DType kDType = kIsHalf<State> ? DType::float16 : DType::bfloat16;
+    values[0] = from_bits(word & 0xffff, kDType);
+    values[1] = kIsHalf<State> ? from_bits(word >> 16, kDType) : __uint_as_float(word & 0xffff0000);
   }
-  return raw;
+}
+
+template <typename State>
+__device__ __forceinline__ unsigned pack_word(const float* v) {
+  if constexpr (sizeof(State) == 1) {
+    return EightBits<State>::pack(v);
+  } else if constexpr (sizeof(State) == 4) {
+    return __float_as_uint(v[0]);
+  } else {
+    unsigned word;
+    if constexpr (kIsHalf<State>) {
+      *reinterpret_cast<__half2*>(&word) = __floats2half2_rn(v[0], v[1]);
+    } else {
+      *reinterpret_cast<__nv_bfloat162*>(&word) = __floats2bfloat162_rn(v[0], v[1]);
+    }
+    return word;
+  }
 }
 
 // log(1 + exp(v)), of an exponential that cannot overflow.
@@ -219,6 +220,11 @@ __device__ __forceinline__ float load_D(const SsdUpdateParams& p, int head, int 
                     static_cast<int64>(head) * p.D_head_stride + static_cast<int64>(row) * p.D_p_stride);
 }
 
+__device__ __forceinline__ float load_bias(const SsdUpdateParams& p, int head) {
+  if (p.dt_bias == nullptr) return 0.f;
+  return load_float(p.dt_bias, p.dt_bias_dtype, static_cast<int64>(head) * p.dt_bias_stride);
+}
+
 // (sum + D x) silu(z), to y; `writes`: of the lanes that have the row, one.
 __device__ __forceinline__ void finish_row(const SsdUpdateParams& p, int64 y_offset, float sum, float D, RowBits bits,
                                            bool writes) {
@@ -243,32 +249,72 @@ __device__ __forceinline__ float advance(float (&S)[kColumns], float decay, floa
   return sum;
 }
 
+// `scale`: of the row, with 8-bit states.
 template <typename State, typename L>
-__device__ __forceinline__ void unpack_row(const uint4 (&raw)[L::kLoads], float (&S)[L::kColumns]) {
-#pragma unroll
-  for (int i = 0; i < L::kLoads; ++i) unpack_state<State>(raw[i], S + i * L::kPerLoad);
-}
-
-// A lane's part of a row to its place in the pool, rounded as after token t; `element`: its first one's row-major
-// index.
-template <typename State, typename L, bool kStochastic>
-__device__ __forceinline__ void store_row(State* target, const float (&S)[L::kColumns], int64 seed, int64 element,
-                                          int t) {
+__device__ __forceinline__ void unpack_row(const uint4 (&raw)[L::kLoads], float scale, float (&S)[L::kColumns]) {
+  constexpr int kPerWord = 4 / sizeof(State);
 #pragma unroll
   for (int i = 0; i < L::kLoads; ++i) {
-    uint4 packed;
-    if constexpr (kStochastic) {
-      packed = round_stochastic<State>(S + i * L::kPerLoad, philox(seed, (element + i * L::kStep) / 8, t));
-    } else {
-      packed = pack_state<State>(S + i * L::kPerLoad);
-    }
-    __stcs(reinterpret_cast<uint4*>(target + i * L::kStep), packed);
+    const unsigned words[4] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) unpack_word<State>(words[j], S + i * L::kPerLoad + j * kPerWord);
   }
+  if constexpr (sizeof(State) == 1) {
+#pragma unroll
+    for (int i = 0; i < L::kColumns; ++i) S[i] *= scale;
+  }
+}
+
+// What a row of 8-bit codes is multiplied by before it is rounded; all lanes of the row take part.
+template <typename State, typename L>
+__device__ __forceinline__ float multiplier_of(const float (&S)[L::kColumns], float& scale) {
+  float amax = fabsf(S[0]);
+#pragma unroll
+  for (int i = 1; i < L::kColumns; ++i) amax = EightBits<State>::max(amax, fabsf(S[i]));
+#pragma unroll
+  for (int offset = L::kLanes / 2; offset >= 1; offset /= 2) {
+    amax = EightBits<State>::max(amax, __shfl_xor_sync(~0u, amax, offset));
+  }
+  return EightBits<State>::multiplier(amax, scale);
 }
 
 template <typename State>
 __device__ __forceinline__ State* head_of(const SsdUpdateParams& p, int slot, int head) {
   return static_cast<State*>(p.state) + slot * p.state_slot_stride + static_cast<int64>(head) * p.state_head_stride;
+}
+
+__device__ __forceinline__ float* scale_of(const SsdUpdateParams& p, int slot, int head, int row) {
+  return p.state_scale + static_cast<int64>(slot) * p.scale_slot_stride +
+         static_cast<int64>(head) * p.scale_head_stride + static_cast<int64>(row) * p.scale_p_stride;
+}
+
+// Stores a lane's part of a row of head `head` in slot `place`, rounded as after token t.
+template <typename State, typename L, bool kStochastic>
+__device__ __forceinline__ void store_row(const SsdUpdateParams& p, int place, int head, int row, int column,
+                                          const float (&S)[L::kColumns], int64 seed, int t) {
+  float values[L::kColumns], scale, multiplier;
+  if constexpr (sizeof(State) == 1) multiplier = multiplier_of<State, L>(S, scale);
+#pragma unroll
+  for (int i = 0; i < L::kColumns; ++i) values[i] = sizeof(State) == 1 ? __fmul_rn(S[i], multiplier) : S[i];
+  if (row >= p.headdim) return;
+  State* target = head_of<State>(p, place, head) + static_cast<int64>(row) * p.state_p_stride + column;
+#pragma unroll
+  for (int i = 0; i < L::kLoads; ++i) {
+    const float* v = values + i * L::kPerLoad;
+    uint4 packed;
+    if constexpr (kStochastic) {
+      const int64 number = (static_cast<int64>(place) * p.nheads + head) * p.headdim + row;  // of the row
+      packed = round_stochastic<State>(v, philox(seed, (number * L::kDstate + column + i * L::kStep) / 8, t));
+    } else {
+      constexpr int kPerWord = 4 / sizeof(State);
+      packed = make_uint4(pack_word<State>(v), pack_word<State>(v + kPerWord), pack_word<State>(v + 2 * kPerWord),
+                          pack_word<State>(v + 3 * kPerWord));
+    }
+    __stcs(reinterpret_cast<uint4*>(target + i * L::kStep), packed);
+  }
+  if constexpr (sizeof(State) == 1) {
+    if (column == 0) *scale_of(p, place, head, row) = scale;
+  }
 }
 
 template <typename State, typename L, int kRows>
@@ -288,7 +334,7 @@ __device__ __forceinline__ void load_tile(const SsdUpdateParams& p, const State*
 
 // T = 1. The state stays packed until its row's turn, and what the tiles have in common stays in registers.
 template <typename State, int kDstate, int kRows, bool kStochastic>
-__global__ void __launch_bounds__(256, kRows* Layout<State, kDstate, kRows>::kLoads < 8 ? 4 : 3)
+__global__ void __launch_bounds__(256, Layout<State, kDstate, kRows>::kBlocks)
     ssd_update_one_kernel(const __grid_constant__ SsdUpdateParams p) {
   using L = Layout<State, kDstate, kRows>;
   const int lane = threadIdx.x % 32, part = lane % L::kLanes, column = part * L::kPerLoad;
@@ -298,11 +344,12 @@ __global__ void __launch_bounds__(256, kRows* Layout<State, kDstate, kRows>::kLo
   if (first >= end) return;
   const int mine = part / L::kLanesPerSum * L::kGroups + lane / L::kLanes;  // row of a tile whose y is this lane's
   const bool writes = part % L::kLanesPerSum == 0;
+  // what the lanes that compute a row's y have, for all lanes of the row: the r-th of the group's
+  const auto of_row = [&](float own, int r) { return __shfl_sync(~0u, own, lane - part + r * L::kLanesPerSum); };
 
   const Token<L::kColumns> token = load_token<L>(p, b, 0, head, head / p.heads_per_group, column);
   const float A = p.A[static_cast<int64>(head) * p.A_stride];
-  const float bias =
-      p.dt_bias == nullptr ? 0.f : load_float(p.dt_bias, p.dt_bias_dtype, static_cast<int64>(head) * p.dt_bias_stride);
+  const float bias = load_bias(p, head);
   const int64 seed = kStochastic ? *p.seed : 0;
   int slot, place;
   if (!find_slot(p, b, slot)) {
@@ -313,15 +360,15 @@ __global__ void __launch_bounds__(256, kRows* Layout<State, kDstate, kRows>::kLo
   }
   const bool stored = find_place(p, b, 0, 1, slot, place);
   const State* source = head_of<State>(p, slot, head);
-  State* target = head_of<State>(p, place, head);
 
   uint4 raw[kRows][L::kLoads];
   RowBits bits;
-  float D;
+  float D, scale = 1.f;  // of the lane's own row
   const auto load = [&](int tile) {
     load_tile<State, L>(p, source, tile + lane / L::kLanes, column, raw);
     bits = load_row(p, b, 0, head, tile + mine);
     D = load_D(p, head, tile + mine);
+    if (sizeof(State) == 1 && tile + mine < p.headdim) scale = *scale_of(p, slot, head, tile + mine);
   };
   load(first);
   // numbers only now that the first loads are under way
@@ -337,13 +384,9 @@ __global__ void __launch_bounds__(256, kRows* Layout<State, kDstate, kRows>::kLo
     for (int r = 0; r < kRows; ++r) {
       const int row = tile + lane / L::kLanes + r * L::kGroups;
       float S[L::kColumns];
-      unpack_row<State, L>(raw[r], S);
-      sums[r] = advance(S, decay, __shfl_sync(~0u, input, lane / L::kLanes * L::kLanes + r * L::kLanesPerSum), B, C);
-      if (stored && row < end) {
-        const int64 number = (static_cast<int64>(place) * p.nheads + head) * p.headdim + row;
-        store_row<State, L, kStochastic>(target + static_cast<int64>(row) * p.state_p_stride + column, S, seed,
-                                         number * kDstate + column, 0);
-      }
+      unpack_row<State, L>(raw[r], of_row(scale, r), S);
+      sums[r] = advance(S, decay, of_row(input, r), B, C);
+      if (stored) store_row<State, L, kStochastic>(p, place, head, row, column, S, seed, 0);
     }
     const float sum = sum_rows<L::kLanes>(sums, part);
     finish_row(p, offset(p.y_strides, b, 0, head, tile + mine), sum, D, bits, writes && tile + mine < end);
@@ -364,28 +407,26 @@ __global__ void __launch_bounds__(256) ssd_update_kernel(const __grid_constant__
   const int above = tile + lane / L::kLanes;
   const int mine = tile + part / L::kLanesPerSum * L::kGroups + lane / L::kLanes;
   const bool writes = part % L::kLanesPerSum == 0 && mine < p.headdim;
+  // what the lanes that compute a row's y have, for all lanes of the row: the r-th of the group's
+  const auto of_row = [&](float own, int r) { return __shfl_sync(~0u, own, lane - part + r * L::kLanesPerSum); };
 
   const int group = head / p.heads_per_group;
   const Rows rows = find_rows(p, b);
   int slot, done = 0;
   if (find_slot(p, b, slot)) {
     const float A = p.A[static_cast<int64>(head) * p.A_stride], D = load_D(p, head, mine);
-    const float bias = p.dt_bias == nullptr
-                           ? 0.f
-                           : load_float(p.dt_bias, p.dt_bias_dtype, static_cast<int64>(head) * p.dt_bias_stride);
+    const float bias = load_bias(p, head);
     const int64 seed = kStochastic ? *p.seed : 0;
     const State* source = head_of<State>(p, slot, head);
     uint4 raw[kRows][L::kLoads];
     load_tile<State, L>(p, source, above, column, raw);
     float S[kRows][L::kColumns];
+    float scale = 1.f;
+    if (sizeof(State) == 1 && mine < p.headdim) scale = *scale_of(p, slot, head, mine);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) unpack_row<State, L>(raw[r], S[r]);
+    for (int r = 0; r < kRows; ++r) unpack_row<State, L>(raw[r], of_row(scale, r), S[r]);
     const auto store = [&](int r, int place, int t) {
-      const int row = above + r * L::kGroups;
-      if (row >= p.headdim) return;
-      const int64 number = (static_cast<int64>(place) * p.nheads + head) * p.headdim + row;
-      State* target = head_of<State>(p, place, head) + static_cast<int64>(row) * p.state_p_stride + column;
-      store_row<State, L, kStochastic>(target, S[r], seed, number * kDstate + column, t);
+      store_row<State, L, kStochastic>(p, place, head, above + r * L::kGroups, column, S[r], seed, t);
     };
 
     int place;
@@ -400,8 +441,7 @@ __global__ void __launch_bounds__(256) ssd_update_kernel(const __grid_constant__
       runs_to_float(token.C, p.dtype, p.columns_aligned, C);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        sums[r] =
-            advance(S[r], decay, __shfl_sync(~0u, input, lane / L::kLanes * L::kLanes + r * L::kLanesPerSum), B, C);
+        sums[r] = advance(S[r], decay, of_row(input, r), B, C);
         if (stored) store(r, place, done);
       }
       const float sum = sum_rows<L::kLanes>(sums, part);

@@ -42,6 +42,8 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::ssd_update_one_kernel<__half, 256, 4, true>",
         "hybrid_ops::ssd_update_kernel<__nv_bfloat16, 64, 4, true>",
         "hybrid_ops::ssd_update_kernel<float, 256, 4, false>",
+        "hybrid_ops::ssd_update_one_kernel<hybrid_ops::E4m3, 64, 2, false>",
+        "hybrid_ops::ssd_update_kernel<hybrid_ops::Int8, 128, 4, false>",
     ],
 }
 HOST_HEADERS = {"common/launch.cuh"}
@@ -272,7 +274,7 @@ def test_cutlass_scale_layout(extension):
 
 
 def test_the_launcher_knows_the_extensions_dtypes(extension):
-    from hybrid_ops._csrc import DTYPES
+    from hybrid_ops._csrc.ssd_update import STATE_DTYPES as DTYPES  # all of them
 
     names = [str(dtype).removeprefix("torch.").upper() for dtype in DTYPES]
     expected = call_extension(extension, f"[getattr(c, name) for name in {names}]")

@@ -17,6 +17,7 @@ from .ssd_update_cases import (
     CPU_DTYPES,
     INTERPRETER_DTYPES,
     NULL,
+    SCALED,
     SIZES,
     cases,
     check_update,
@@ -30,28 +31,37 @@ from .tensors import int32
 GPU_IMPLS = ["triton", "cuda"]
 
 
-@given(case=cases(CPU_DTYPES))
+@given(case=cases(CPU_DTYPES, scaled_dtypes=SCALED))
 def test_update(case):
     check_update(case, "torch")
 
 
 @pytest.mark.interpreter
 @settings(max_examples=30)
-@given(case=cases(INTERPRETER_DTYPES))
+@given(case=cases(INTERPRETER_DTYPES, scaled_dtypes=SCALED))
 def test_update_interpreter(case):
     check_update(case, "triton")
 
 
 @pytest.mark.gpu
 @settings(max_examples=26)
-@given(case=cases(CPU_DTYPES, headdims=(8, 64, 80), dstates=(16, 20, 96, 128, 256), max_batch=4, max_groups=3))
+@given(
+    case=cases(
+        CPU_DTYPES,
+        headdims=(8, 64, 80),
+        dstates=(16, 20, 96, 128, 256),
+        max_batch=4,
+        max_groups=3,
+        scaled_dtypes=SCALED,
+    )
+)
 def test_update_gpu(case):
     check_update(case, "triton", "cuda")
 
 
 @pytest.mark.gpu
 @settings(max_examples=40)
-@given(case=cases(CPU_DTYPES, headdims=(8, 24, 64, 80), max_batch=4, max_groups=3))
+@given(case=cases(CPU_DTYPES, headdims=(8, 24, 64, 80), max_batch=4, max_groups=3, scaled_dtypes=SCALED))
 def test_update_cuda_gpu(case):
     check_update(for_cuda(case), implementation("cuda"), "cuda")
 
@@ -169,7 +179,7 @@ def raw(impl, state, x, dt, A, B, C, y, *, read=None, write=None, accepted=None,
     """The operator behind the checks of the public function."""
     limits = (False, 0.0, math.inf, True, -1, impl)
     op = torch.ops.hybrid_ops.ssd_state_update
-    op(state, x, dt, A, B, C, None, None, None, read, write, accepted, cu_seqlens, None, y, *limits)
+    op(state, x, dt, A, B, C, None, None, None, read, write, accepted, cu_seqlens, None, None, y, *limits)
 
 
 def check_bad_indices(impl, device):
@@ -298,7 +308,17 @@ BAD = [
     (dict(B=torch.ones(2, 3, G, N).half()), TypeError, "B must have dtype float32, got float16"),
     (dict(C=torch.ones(2, 3, 1, N)), ValueError, r"C must have shape \(2, 3, 2, 16\), got \(2, 3, 1, 16\)"),
     (dict(state=torch.zeros(5, H, P, 8)), ValueError, r"state must have shape \(\*, 4, 8, 16\), got \(5, 4, 8, 8\)"),
-    (dict(state=torch.zeros(5, H, P, N, dtype=torch.int8)), TypeError, "state must have dtype .* got int8"),
+    (dict(state=torch.zeros(5, H, P, N, dtype=torch.int16)), TypeError, "state must have dtype .* got int16"),
+    (
+        dict(state=torch.zeros(5, H, P, N, dtype=torch.int8)),
+        ValueError,
+        r"state_scale must be \(nslots, nheads, headdim\) with a state in int8, got None",
+    ),
+    (
+        dict(state=torch.zeros(5, H, P, N, dtype=torch.int8), state_scale=torch.ones(5, H)),
+        ValueError,
+        r"state_scale must have shape \(5, 4, 8\), got \(5, 4\)",
+    ),
     (dict(state=torch.zeros(5, H, P, N, device="meta")), ValueError, "state must be on cpu, got meta"),
     (dict(state=torch.zeros(1, H, P, N).expand(5, H, P, N)), ValueError, "state must not have expanded dimensions"),
     (dict(state=torch.zeros(1, H, P, N)), ValueError, "state must have a row for each of the 2 sequences"),
@@ -327,7 +347,7 @@ BAD = [
         ValueError,
         r"write_slots must have a column for each of the 4 tokens of the longest sequence, got \(2, 1\)",
     ),
-    (dict(state_scale=torch.ones(5, H, P)), ValueError, "state_scale must be None, .* 8-bit states are not supported"),
+    (dict(state_scale=torch.ones(5, H, P)), ValueError, "state_scale must be None with a state in float32, got a"),
     (dict(rounding="up"), ValueError, "rounding must be one of 'nearest', 'stochastic', got 'up'"),
     (dict(rounding="stochastic", seed=SEED), TypeError, "state must have dtype float16 or bfloat16, got float32"),
     (dict(seed=SEED), ValueError, "seed must be None with rounding='nearest', got a tensor"),
@@ -374,9 +394,9 @@ def launch(dtype, state_dtype, headdim, dstate, full):
     if full:  # packed, drafts, everything that there is
         seed = None if state_dtype == torch.float32 else SEED
         slots, bounds = (index, index, index[:, 0]), torch.empty(batch + 1, dtype=torch.int32)
-        kernels.ssd_state_update(state, x, dt, A, B, B, A, x, A, *slots, bounds, seed, x, *limits)
+        kernels.ssd_state_update(state, x, dt, A, B, B, A, x, A, *slots, bounds, seed, None, x, *limits)
     else:
-        nothing = (None,) * 8
+        nothing = (None,) * 9
         kernels.ssd_state_update(state, x, dt, A, B, B, *nothing, x, *limits)
 
 
@@ -399,9 +419,9 @@ def test_opcheck():
     pool = torch.randn(7, *SIZES["cpu"])
     table, accepted = torch.arange(6, dtype=torch.int32).view(2, 3), int32(1, 3)
     slots = (table, table, accepted)
-    torch.library.opcheck(op, (pool, x, dt, A, B, C, D, z, A, *slots, None, None, torch.empty_like(x), *limits))
+    torch.library.opcheck(op, (pool, x, dt, A, B, C, D, z, A, *slots, None, None, None, torch.empty_like(x), *limits))
     flat = (x.flatten(0, 1), dt.flatten(0, 1), A, B.flatten(0, 1), C.flatten(0, 1))
-    rest = (None, None, None, None, None, None, int32(0, 2, 6), SEED, torch.empty_like(flat[0]))
+    rest = (None, None, None, None, None, None, int32(0, 2, 6), SEED, None, torch.empty_like(flat[0]))
     torch.library.opcheck(op, (pool.half(), *flat, *rest, *limits))
 
 

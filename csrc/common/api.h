@@ -33,7 +33,7 @@ struct SsdUpdateArgs {
 
   DType state_dtype, dtype, dt_dtype, D_dtype, z_dtype, dt_bias_dtype;  // dtype: of x, B, C, y
   std::int64_t batch, tokens, total, nslots, nheads, headdim, dstate, ngroups, read_width, write_width;
-  std::array<std::int64_t, 3> state_strides;  // slot, head, p
+  std::array<std::int64_t, 3> state_strides, scale_strides;  // slot, head, p
   TokenStrides x_strides, z_strides, y_strides, dt_strides, B_strides, C_strides;
   std::int64_t A_stride, dt_bias_stride;
   std::array<std::int64_t, 2> D_strides, read_strides, write_strides;
@@ -45,7 +45,7 @@ struct SsdUpdateArgs {
 };
 
 // The pointers of SsdUpdateParams, in its order.
-using SsdUpdatePointers = std::array<std::uintptr_t, 15>;
+using SsdUpdatePointers = std::array<std::uintptr_t, 16>;
 
 // conv1d_sm90.cu
 void conv1d_fwd(const Conv1dArgs& args, Target target);

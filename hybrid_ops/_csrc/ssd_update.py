@@ -10,6 +10,8 @@ from torch import Tensor
 from .. import _checks, _device
 from . import DTYPES
 
+STATE_DTYPES = {**DTYPES, torch.float8_e4m3fn: 3, torch.int8: 4}
+
 DSTATES = (64, 128, 256)
 
 
@@ -30,8 +32,8 @@ def config(headdim: int, dstate: int, itemsize: int, sequences_times_heads: int,
 
 def refusal(x: Tensor, state: Tensor, others: tuple[Tensor | None, ...], batch: int) -> str | None:
     """Why this kernel cannot take the problem; None where it can."""
-    for name, tensor in (("x", x), ("state", state)):
-        if tensor.dtype not in DTYPES:
+    for name, tensor, dtypes in (("x", x, DTYPES), ("state", state, STATE_DTYPES)):
+        if tensor.dtype not in dtypes:
             return f"the CUDA kernel has no {tensor.dtype} for {name}"
     nslots, nheads, headdim, dstate = state.shape
     if dstate not in DSTATES:
@@ -63,6 +65,7 @@ def ssd_state_update(
     write_slots: Tensor | None,
     num_accepted: Tensor | None,
     cu_seqlens: Tensor | None,
+    state_scale: Tensor | None,
     y_strides: tuple[int, ...],
     dt_softplus: bool,
     dt_min: float,
@@ -96,12 +99,13 @@ def ssd_state_update(
     if chosen is None:
         chosen = config(headdim, dstate, state.element_size(), batch * nheads, _device.num_sms(index))
     launch = extension.SsdUpdate(
-        dtypes=tuple(DTYPES[(x if t is None else t).dtype] for t in (state, x, dt, D, z, dt_bias)),
+        dtypes=tuple(STATE_DTYPES[(x if t is None else t).dtype] for t in (state, x, dt, D, z, dt_bias)),
         sizes=(
             *(batch, 1 if packed or one_each else x.shape[1], x.shape[0] if packed else 0),
             *(nslots, nheads, headdim, dstate, B.shape[-2], read_width, write_width),
         ),
         state_strides=state.stride()[:3],
+        scale_strides=(0, 0, 0) if state_scale is None else state_scale.stride(),
         token_strides=tuple(
             token_strides(s)
             for s in (x.stride(), None if z is None else z.stride(), y_strides, dt.stride(), B.stride(), C.stride())
@@ -123,9 +127,9 @@ def ssd_state_update(
 
     def run(*arguments: Any) -> None:
         if batch == 0:
-            arguments[14].zero_()  # y, the last of the 15 tensors
+            arguments[15].zero_()  # y, the last of the 16 tensors
             return
-        pointers = [0 if t is None else t.data_ptr() for t in arguments[:15]]
+        pointers = [0 if t is None else t.data_ptr() for t in arguments[:16]]
         launch(pointers, index, torch._C._cuda_getCurrentRawStream(index))
 
     return run
