@@ -61,6 +61,39 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("initial_strides"), py::arg("final_strides"), py::arg("null_slot"), py::arg("silu"),
       py::arg("tokens_per_thread"), py::arg("device"), py::arg("stream"));
 
+  py::class_<Conv1dUpdateArgs>(m, "Conv1dUpdate",
+                               "An update of one signature; the groups hold what Conv1dUpdateArgs in api.h names.")
+      .def(py::init([](std::array<int, 3> dtypes, std::array<std::int64_t, 4> sizes,
+                       std::array<std::int64_t, 5> strides, int null_slot, bool silu, int sequences) {
+             const auto [batch, dim, width, nslots] = sizes;
+             const auto [state_slot, state_column, x, y, slots] = strides;
+             return Conv1dUpdateArgs{
+                 .dtype = DType(dtypes[0]),
+                 .weight_dtype = DType(dtypes[1]),
+                 .bias_dtype = DType(dtypes[2]),
+                 .batch = batch,
+                 .dim = dim,
+                 .width = width,
+                 .nslots = nslots,
+                 .state_slot_stride = state_slot,
+                 .state_column_stride = state_column,
+                 .x_stride = x,
+                 .y_stride = y,
+                 .slots_stride = slots,
+                 .null_slot = null_slot,
+                 .silu = silu,
+                 .sequences = sequences,
+             };
+           }),
+           py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("null_slot"), py::arg("silu"),
+           py::arg("sequences"))
+      .def(
+          "__call__",
+          [](const Conv1dUpdateArgs& args, const Conv1dUpdatePointers& pointers, int device, std::uintptr_t stream) {
+            conv1d_update(args, pointers, {device, stream});
+          },
+          py::arg("pointers"), py::arg("device"), py::arg("stream"));
+
   py::class_<SsdUpdateArgs>(m, "SsdUpdate",
                             "A decoding step of one signature; the groups hold what SsdUpdateArgs in api.h names.")
       .def(py::init([](std::array<int, 6> dtypes, std::array<std::int64_t, 10> sizes,

@@ -60,7 +60,10 @@ struct Layout {
   static constexpr int kGroups = 32 / kLanes;      // rows side by side
   static constexpr int kTile = kRows * kGroups;
   static constexpr int kLanesPerSum = kLanes / kRows;  // that end with the same row's sum
-  static constexpr int kBlocks = sizeof(State) == 1 ? 2 : kRows * kLoads < 8 ? 4 : sizeof(State) == 4 ? 3 : 2;  // registers suffice for so many
+  static constexpr int kBlocks = sizeof(State) == 1   ? 2
+                                 : kRows * kLoads < 8 ? 4
+                                 : sizeof(State) == 4 ? 3
+                                                      : 2;  // registers suffice for so many
   static_assert(kRows <= kLanes);
 };
 

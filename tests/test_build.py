@@ -37,6 +37,11 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::conv1d_kernel<float, 2, false, 4, 128>",
         "hybrid_ops::conv1d_final_states_kernel<__nv_bfloat16>",
     ],
+    "conv1d_update_sm90.cuh": [
+        "hybrid_ops::conv1d_update_kernel<__nv_bfloat16, 4, true, 4, 128>",
+        "hybrid_ops::conv1d_update_kernel<__half, 3, false, 2, 128>",
+        "hybrid_ops::conv1d_update_kernel<float, 2, true, 1, 128>",
+    ],
     "ssd_update_sm90.cuh": [
         "hybrid_ops::ssd_update_one_kernel<float, 128, 8, false>",
         "hybrid_ops::ssd_update_one_kernel<__half, 256, 4, true>",

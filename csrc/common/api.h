@@ -47,8 +47,24 @@ struct SsdUpdateArgs {
 // The pointers of SsdUpdateParams, in its order.
 using SsdUpdatePointers = std::array<std::uintptr_t, 16>;
 
+// All of an update of the convolution but its pointers.
+struct Conv1dUpdateArgs {
+  DType dtype, weight_dtype, bias_dtype;  // dtype: of x, y and the state
+  std::int64_t batch, dim, width, nslots;
+  std::int64_t state_slot_stride, state_column_stride, x_stride, y_stride, slots_stride;
+  int null_slot;
+  bool silu;
+  int sequences;  // of a thread
+};
+
+// x, conv_state, weight, bias, slots, y
+using Conv1dUpdatePointers = std::array<std::uintptr_t, 6>;
+
 // conv1d_sm90.cu
 void conv1d_fwd(const Conv1dArgs& args, Target target);
+
+// conv1d_update_sm90.cu
+void conv1d_update(const Conv1dUpdateArgs& args, const Conv1dUpdatePointers& pointers, Target target);
 
 // ssd_update_sm90.cu
 void ssd_update(const SsdUpdateArgs& args, const SsdUpdatePointers& pointers, Target target);
