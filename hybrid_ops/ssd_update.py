@@ -331,8 +331,8 @@ def _choose(
     state_dtype: torch.dtype = torch.float32,
     **_: Any,
 ) -> Choice:
-    state = torch.empty(1, nheads, headdim, dstate, dtype=state_dtype, device="meta")
-    refusal = _device.not_sm90(torch.device(device)) or _csrc_ssd_update.refusal(state[0, 0, 0], state, (), batch)
+    x, state = torch.empty(0, device="meta"), torch.empty(1, nheads, headdim, dstate, dtype=state_dtype, device="meta")
+    refusal = _device.not_sm90(torch.device(device)) or _csrc_ssd_update.refusal(x, state, (), batch)
     chosen, reason = _device.choose(impl, torch.device(device), refusal)
     problem = (headdim, dstate, state_dtype.itemsize, batch * nheads)
     if chosen == "cuda":

@@ -179,6 +179,27 @@ def check_sequences_of_a_thread(device):
             assert torch.equal(pool, results[0][1])
 
 
+def test_what_the_cuda_kernel_takes():
+    x, state, weight = torch.empty(3, 16), torch.empty(5, 16, 3), torch.empty(16, 4)
+
+    def refusal(x=x, state=state, weight=weight, bias=None, rollback=None, cu_seqlens=None):
+        return csrc.refusal(x, state, weight, bias, rollback, cu_seqlens, x.contiguous().stride())
+
+    assert refusal() is None
+    assert refusal(state=torch.empty(5, 3, 16).transpose(1, 2)) is None
+    assert refusal(state=torch.empty(5, 16, 1), weight=torch.empty(16, 2)) is None
+    assert "one token" in refusal(x=torch.empty(3, 2, 16))
+    assert "one token" in refusal(rollback=int32(0, 0, 0))
+    assert "one dtype" in refusal(state=state.half())
+    assert "width - 1 columns" in refusal(state=torch.empty(5, 16, 4))
+    assert "contiguous weights" in refusal(weight=torch.empty(4, 16).T)
+    assert "side by side" in refusal(state=torch.empty(5, 16, 4)[..., 1:])
+    assert "16 bytes" in refusal(torch.empty(3, 18), torch.empty(5, 18, 3))
+    assert "16 bytes" in refusal(torch.empty(3, 17)[:, 1:])
+    with pytest.raises(RuntimeError, match="widths 2 to 4"):
+        hybrid_ops.explain("causal_conv1d_update", impl="cuda", width=5)
+
+
 @pytest.mark.gpu
 def test_sequences_of_a_thread_gpu():
     for_cuda(dict(lengths=[], width=4, dim=8, dtype=None, pool=None, out=None))

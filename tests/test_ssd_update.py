@@ -460,6 +460,8 @@ def test_torch_compile_packed(compile_once):
 
 def test_explain():
     assert hybrid_ops.explain("ssd_state_update", device="cpu").impl == "torch"
+    with pytest.raises(RuntimeError, match="dstate 64, 128, 256, not 16"):
+        hybrid_ops.explain("ssd_state_update", impl="cuda", dstate=16)
 
 
 def test_what_the_cuda_kernel_takes():
