@@ -123,6 +123,6 @@ def conv1d_update(model: str, batch: int, tp: int = 1) -> Case:
         bytes=element * (batch * dim * (2 + 2 * (WIDTH - 1)) + dim * (WIDTH + 1)),
         flops=0,
         in_place=("conv_state",),
-        problem={"dim": dim},
+        problem={"batch": batch, "dim": dim},
         peers={**peers.conv1d_update(), **peers.eager_and_compiled(torch_update, model)},
     )

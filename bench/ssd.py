@@ -139,6 +139,12 @@ def ssd_update(model: str, batch: int, state_dtype: torch.dtype, tp: int = 1) ->
         axis={"y": -2, "state": -3},
         bytes=batch * (2 * element * inner * mixer.dstate + 2 * (2 * inner + 2 * groups + mixer.nheads)),
         flops=0,
-        problem={"headdim": mixer.headdim, "dstate": mixer.dstate},
+        problem={
+            "batch": batch,
+            "nheads": mixer.nheads,
+            "headdim": mixer.headdim,
+            "dstate": mixer.dstate,
+            "state_dtype": state_dtype,
+        },
         peers={**peers.ssd_update(), **peers.eager_and_compiled(torch_update, model)},
     )

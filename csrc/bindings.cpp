@@ -14,6 +14,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("FLOAT32") = static_cast<int>(DType::float32);
   m.attr("BFLOAT16") = static_cast<int>(DType::bfloat16);
   m.attr("FLOAT16") = static_cast<int>(DType::float16);
+  m.attr("FLOAT8_E4M3FN") = static_cast<int>(DType::float8_e4m3);
+  m.attr("INT8") = static_cast<int>(DType::int8);
 
   m.def(
       "conv1d_fwd",
@@ -115,6 +117,103 @@ PYBIND11_MODULE(_cuda, m) {
           },
           "Fill y and the states; addresses in the order of SsdTensors in api.h, 0 where absent.", py::arg("pointers"),
           py::arg("device"), py::arg("stream"));
+
+  py::class_<Conv1dUpdateArgs>(m, "Conv1dUpdate",
+                               "An update of one signature; the groups hold what Conv1dUpdateArgs in api.h names.")
+      .def(py::init([](std::array<int, 3> dtypes, std::array<std::int64_t, 4> sizes,
+                       std::array<std::int64_t, 5> strides, int null_slot, bool silu, int sequences) {
+             const auto [batch, dim, width, nslots] = sizes;
+             const auto [state_slot, state_column, x, y, slots] = strides;
+             return Conv1dUpdateArgs{
+                 .dtype = DType(dtypes[0]),
+                 .weight_dtype = DType(dtypes[1]),
+                 .bias_dtype = DType(dtypes[2]),
+                 .batch = batch,
+                 .dim = dim,
+                 .width = width,
+                 .nslots = nslots,
+                 .state_slot_stride = state_slot,
+                 .state_column_stride = state_column,
+                 .x_stride = x,
+                 .y_stride = y,
+                 .slots_stride = slots,
+                 .null_slot = null_slot,
+                 .silu = silu,
+                 .sequences = sequences,
+             };
+           }),
+           py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("null_slot"), py::arg("silu"),
+           py::arg("sequences"))
+      .def(
+          "__call__",
+          [](const Conv1dUpdateArgs& args, const Conv1dUpdatePointers& pointers, int device, std::uintptr_t stream) {
+            conv1d_update(args, pointers, {device, stream});
+          },
+          py::arg("pointers"), py::arg("device"), py::arg("stream"));
+
+  py::class_<SsdUpdateArgs>(m, "SsdUpdate",
+                            "A decoding step of one signature; the groups hold what SsdUpdateArgs in api.h names.")
+      .def(py::init([](std::array<int, 6> dtypes, std::array<std::int64_t, 10> sizes,
+                       std::array<std::int64_t, 3> state_strides, std::array<std::int64_t, 3> scale_strides,
+                       std::array<SsdUpdateArgs::TokenStrides, 6> token_strides,
+                       std::array<std::int64_t, 10> small_strides, int null_slot, std::array<float, 2> dt_limit,
+                       bool dt_softplus, bool store_each, bool store_last, std::array<int, 3> config) {
+             const auto [batch, tokens, total, nslots, nheads, headdim, dstate, ngroups, read_width, write_width] =
+                 sizes;
+             const auto [A, dt_bias, D_head, D_p, read, read_column, write, write_column, accepted, bounds] =
+                 small_strides;
+             return SsdUpdateArgs{
+                 .state_dtype = DType(dtypes[0]),
+                 .dtype = DType(dtypes[1]),
+                 .dt_dtype = DType(dtypes[2]),
+                 .D_dtype = DType(dtypes[3]),
+                 .z_dtype = DType(dtypes[4]),
+                 .dt_bias_dtype = DType(dtypes[5]),
+                 .batch = batch,
+                 .tokens = tokens,
+                 .total = total,
+                 .nslots = nslots,
+                 .nheads = nheads,
+                 .headdim = headdim,
+                 .dstate = dstate,
+                 .ngroups = ngroups,
+                 .read_width = read_width,
+                 .write_width = write_width,
+                 .state_strides = state_strides,
+                 .scale_strides = scale_strides,
+                 .x_strides = token_strides[0],
+                 .z_strides = token_strides[1],
+                 .y_strides = token_strides[2],
+                 .dt_strides = token_strides[3],
+                 .B_strides = token_strides[4],
+                 .C_strides = token_strides[5],
+                 .A_stride = A,
+                 .dt_bias_stride = dt_bias,
+                 .D_strides = {D_head, D_p},
+                 .read_strides = {read, read_column},
+                 .write_strides = {write, write_column},
+                 .accepted_stride = accepted,
+                 .bounds_stride = bounds,
+                 .null_slot = null_slot,
+                 .dt_min = dt_limit[0],
+                 .dt_max = dt_limit[1],
+                 .dt_softplus = dt_softplus,
+                 .store_each = store_each,
+                 .store_last = store_last,
+                 .rows = config[0],
+                 .tiles = config[1],
+                 .warps = config[2],
+             };
+           }),
+           py::arg("dtypes"), py::arg("sizes"), py::arg("state_strides"), py::arg("scale_strides"),
+           py::arg("token_strides"), py::arg("small_strides"), py::arg("null_slot"), py::arg("dt_limit"),
+           py::arg("dt_softplus"), py::arg("store_each"), py::arg("store_last"), py::arg("config"))
+      .def(
+          "__call__",
+          [](const SsdUpdateArgs& args, const SsdUpdatePointers& pointers, int device, std::uintptr_t stream) {
+            ssd_update(args, pointers, {device, stream});
+          },
+          py::arg("pointers"), py::arg("device"), py::arg("stream"));
 
   m.def("cutlass_version", &cutlass_version, "Version of the CUTLASS headers that the extension was built with.");
   m.def("scale_offset_128x4", &scale_offset_128x4,

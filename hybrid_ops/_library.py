@@ -49,8 +49,9 @@ class Operator:
     def __init__(self, run: Callable[..., None], overload: torch._ops.OpOverload) -> None:
         self._run, self._overload = run, overload
 
-    def __call__(self, *arguments: Any) -> None:
-        (self._run if _is_plain(arguments) else self._overload)(*arguments)
+    def __call__(self, *arguments: Any, run: Callable[..., None] | None = None) -> None:
+        """`run`: what a plain call comes to, where that was found out when the arguments were checked."""
+        ((run or self._run) if _is_plain(arguments) else self._overload)(*arguments)
 
 
 def define(schema: str, run: Callable[..., None]) -> Operator:

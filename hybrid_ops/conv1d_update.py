@@ -1,11 +1,13 @@
 """`causal_conv1d_update`: the short causal depthwise convolution while decoding, with its windows in a pool."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _checks, _device
+from ._csrc import conv1d_update as _csrc_conv1d_update
 from ._library import Choice, define, explains
 from ._torch import conv1d_update as _torch_conv1d_update
 from .conv1d import MAX_WIDTH
@@ -46,7 +48,7 @@ def causal_conv1d_update(
             are not read, rows of x from cu_seqlens[-1] on belong to no sequence, and y is 0 there.
         null_slot: the slot of padding: y is 0 and nothing is written. So it is, on a GPU, for any slot out of range.
         out: y is written here; x's shape and dtype. It may be x.
-        impl: "auto", "triton" or "torch". "torch" synchronises on a GPU.
+        impl: "auto", "cuda", "triton" or "torch". "torch" synchronises on a GPU.
 
     Returns:
         y, x's shape and dtype.
@@ -66,11 +68,13 @@ def causal_conv1d_update(
     tensor([0., 0., 1.])
     """
     _device.check_impl(impl)
-    _check(x, conv_state, weight, bias, activation, slots, rollback, cu_seqlens, null_slot, out)
+    run = _check(x, conv_state, weight, bias, activation, slots, rollback, cu_seqlens, null_slot, out, impl)
     _checks.no_gradient(x=x, conv_state=conv_state, weight=weight, bias=bias)
     y = x.new_empty(x.shape) if out is None else out
+    if run is not None and _csrc_conv1d_update.misaligned(x, conv_state, weight, y):
+        run = None
     silu = activation == "silu"
-    _conv1d_update_op(x, conv_state, weight, bias, slots, rollback, cu_seqlens, y, silu, null_slot, impl)
+    _conv1d_update_op(x, conv_state, weight, bias, slots, rollback, cu_seqlens, y, silu, null_slot, impl, run=run)
     return y
 
 
@@ -86,7 +90,9 @@ def _check(
     cu_seqlens: Tensor | None,
     null_slot: int,
     out: Tensor | None,
-) -> None:
+    impl: str,
+) -> Callable[..., None] | None:
+    """The CUDA kernel's launch, where that is what a plain call comes to."""
     if cu_seqlens is None:
         _checks.rank("x", x, (2, 3), "(batch, dim) or (batch, T, dim)")
     else:
@@ -117,6 +123,14 @@ def _check(
     if rollback is not None:
         _check_rollback(rollback, batch, state_len - (width - 1), x.device)
     _checks.out(out, x, needs_grad=False)
+    if torch.compiler.is_compiling() or not x.is_cuda:
+        return None
+    strides = torch.empty(x.shape, device="meta").stride() if out is None else out.stride()
+    refusal = _csrc_conv1d_update.refusal(x, conv_state, weight, bias, rollback, cu_seqlens, strides)
+    if _choice(impl, x.device, refusal)[0] != "cuda":
+        return None
+    rest = (strides, activation == "silu", null_slot)
+    return _csrc_conv1d_update.causal_conv1d_update(x, conv_state, weight, bias, slots, *rest)
 
 
 def _check_rollback(rollback: Tensor, batch: int, most: int, device: torch.device) -> None:
@@ -129,9 +143,29 @@ def _check_rollback(rollback: Tensor, batch: int, most: int, device: torch.devic
             )
 
 
+def _choice(impl: str, device: torch.device, refusal: str | None) -> tuple[str, str]:
+    return _device.choose(impl, device, refusal or _device.not_sm90(device))
+
+
 @explains("causal_conv1d_update")
-def _choose(*, device: str = "cuda", impl: str = "auto", batch: int = 1, dim: int = 10240, **_: Any) -> Choice:
-    chosen, reason = _device.choose(impl, torch.device(device))
+def _choose(
+    *,
+    device: str = "cuda",
+    impl: str = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+    batch: int = 1,
+    dim: int = 10240,
+    width: int = 4,
+    **_: Any,
+) -> Choice:
+    x, state, weight = (
+        torch.empty(s, dtype=dtype, device="meta") for s in ((1, dim), (1, dim, width - 1), (dim, width))
+    )
+    refusal = _csrc_conv1d_update.refusal(x, state, weight, None, None, None, x.stride())
+    chosen, reason = _choice(impl, torch.device(device), refusal)
+    if chosen == "cuda":
+        sms = _device.num_sms(torch.device(device).index or 0) if torch.cuda.is_available() else 132
+        return Choice(chosen, _csrc_conv1d_update.config(batch, dim, dtype.itemsize, sms)._asdict(), reason)
     if chosen != "triton":
         return Choice(chosen, {}, reason)
     from .triton_kernels import conv1d_update as kernels
@@ -153,7 +187,17 @@ def _conv1d_update(
     impl: str,
 ) -> None:
     rest = (conv_state, weight, bias, slots, rollback, cu_seqlens)
-    if _device.choose(impl, x.device)[0] == "triton":
+    refusal = _csrc_conv1d_update.refusal(x, conv_state, weight, bias, rollback, cu_seqlens, y.stride())
+    if refusal is None and _csrc_conv1d_update.misaligned(x, conv_state, weight, y):
+        refusal = "the CUDA kernel needs x, conv_state, weight and y to begin at multiples of 16 bytes"
+    chosen = _choice(impl, x.device, refusal)[0]
+    if chosen == "cuda":
+        launch = _csrc_conv1d_update.causal_conv1d_update(
+            x, conv_state, weight, bias, slots, y.stride(), silu, null_slot
+        )
+        launch(x, *rest, y)
+        return
+    if chosen == "triton":
         from .triton_kernels import conv1d_update as kernels
 
         kernels.causal_conv1d_update(x, *rest, y, silu, null_slot)

@@ -267,7 +267,14 @@ def problems(dtype: torch.dtype) -> dict[str, Problem | ByteProblem]:
         ),
         "ssd_state_update": Problem(
             "ssd_update",
-            dict(state=states, **tokens, read_slots=slots, write_slots=slots),
+            {
+                **tokens,  # with a dstate that every kernel has
+                "B": randn(batch, groups, 64),
+                "C": randn(batch, groups, 64),
+                "state": randn(nslots, heads, headdim, 64, of=torch.float32),
+                "read_slots": slots,
+                "write_slots": slots,
+            },
             dict(y=-2, state=-3),
             dict(dt_softplus=True),
         ),

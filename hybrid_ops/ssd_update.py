@@ -1,14 +1,18 @@
 """`ssd_state_update`: Mamba-2's recurrence while decoding, with the states in a pool of slots."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _checks, _device
+from ._csrc import ssd_update as _csrc_ssd_update
 from ._library import Choice, define, explains
 from ._torch import ssd_update as _torch_ssd_update
+
+STATES_WITH_SCALE = (torch.float8_e4m3fn, torch.int8)
 
 
 def ssd_state_update(
@@ -69,7 +73,9 @@ def ssd_state_update(
         cu_seqlens: (batch + 1,) int32, boundaries of the packed sequences; they may be empty. On a GPU, where values
             are not read, rows of x from cu_seqlens[-1] on belong to no sequence, and y is 0 there.
         update_state: False leaves the pool as it is.
-        state_scale: of 8-bit states, which are not supported yet: must be None.
+        state_scale: (nslots, nheads, headdim) float32, of a state in float8_e4m3fn or int8, updated in place: a row of
+            the state is its codes times its scale. A stored row has scale = amax / 448 (e4m3) or amax / 127 (int8), in
+            the order of operations of `fp8_quantize`; 1 where amax is 0 or infinite, NaN where int8 would hold a NaN.
         rounding: of a float16 or bfloat16 state when it is stored: "nearest" (even), or "stochastic": |v| goes to the
             floor, on the state's grid, of |v| + bits 2^-16 step(|v|), saturating at the largest finite value. Its mean
             is v to 2^-16 steps, where rounding to nearest loses every increment below half a step.
@@ -80,13 +86,13 @@ def ssd_state_update(
         null_slot: the slot of padding. A sequence that reads it has y = 0 and writes nothing; where it stands in
             write_slots, that state is not stored. So it is, on a GPU, for any slot or num_accepted out of range.
         out: y is written here; x's shape and dtype. It may be x.
-        impl: "auto", "triton" or "torch". "torch" synchronises on a GPU.
+        impl: "auto", "cuda", "triton" or "torch". "torch" synchronises on a GPU.
 
     Returns:
         y, x's shape and dtype.
 
-    x and state in float32, bfloat16 or float16 (float64 on the CPU), D, z, dt, dt_bias in any of them. Arithmetic is
-    float32 (float64 where x is). Not differentiable.
+    x and state in float32, bfloat16 or float16 (float64 on the CPU), D, z, dt, dt_bias in any of them; the state in 8
+    bits too, with its scale. Arithmetic is float32 (float64 where x is). Not differentiable.
 
     Raises:
         ValueError, TypeError: an argument that is not the one expected, or one that requires a gradient; nothing has
@@ -104,13 +110,16 @@ def ssd_state_update(
     _device.check_impl(impl)
     inputs = (dt, A, B, C, D, z, dt_bias)
     slots = (read_slots, write_slots, num_accepted, cu_seqlens)
-    low, high = _check(
+    low, high, run = _check(
         *(x, state, *inputs, *slots),
-        *(dt_limit, update_state, null_slot, state_scale, rounding, seed, out),
+        *(dt_limit, update_state, null_slot, state_scale, rounding, seed, out, dt_softplus, impl),
     )
+    if run is not None and state.data_ptr() % 16:  # no part of a signature
+        run = None
     _checks.no_gradient(state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     y = x.new_empty(x.shape) if out is None else out
-    _ssd_state_update_op(state, x, *inputs, *slots, seed, y, dt_softplus, low, high, update_state, null_slot, impl)
+    options = (dt_softplus, low, high, update_state, null_slot, impl)
+    _ssd_state_update_op(state, x, *inputs, *slots, seed, state_scale, y, *options, run=run)
     return y
 
 
@@ -136,17 +145,26 @@ def _check(
     rounding: str,
     seed: Tensor | None,
     out: Tensor | None,
-) -> tuple[float, float]:
-    """The bounds of dt'."""
+    dt_softplus: bool,
+    impl: str,
+) -> tuple[float, float, Callable[..., None] | None]:
+    """The bounds of dt'; the CUDA kernel's launch, where that is what a plain call comes to."""
     batch, steps = _check_inputs(state, x, dt, A, B, C, D, z, dt_bias, cu_seqlens)
     if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, got {dt_limit}")
     _check_slots(state, batch, steps, read_slots, write_slots, num_accepted, cu_seqlens, update_state, null_slot)
-    if state_scale is not None:
-        raise ValueError("state_scale must be None, got a tensor: 8-bit states are not supported yet")
+    _check_scale(state, state_scale)
     _check_rounding(state, rounding, seed)
     _checks.out(out, x, needs_grad=False)
-    return float(dt_limit[0]), float(dt_limit[1])
+    low, high = float(dt_limit[0]), float(dt_limit[1])
+    if torch.compiler.is_compiling() or not x.is_cuda or not state.is_cuda:
+        return low, high, None
+    tensors = (x, state, dt, A, B, C, D, z, dt_bias, read_slots, write_slots, num_accepted, cu_seqlens, state_scale)
+    if _choice(impl, *tensors, batch)[0] != "cuda":
+        return low, high, None
+    strides = torch.empty(x.shape, device="meta").stride() if out is None else out.stride()
+    options = (strides, dt_softplus, low, high, update_state, null_slot)
+    return low, high, _csrc_ssd_update.ssd_state_update(*tensors, *options)
 
 
 def _check_inputs(
@@ -181,7 +199,8 @@ def _check_inputs(
     if dstate < 1:
         raise ValueError(f"B must have dstate >= 1, got {tuple(B.shape)}")
     _checks.tensor("C", C, B.shape, dtype=x.dtype, device=x.device)
-    _checks.tensor("state", state, (None, nheads, headdim, dstate), dtype=floats, device=x.device)
+    states = (*floats, *STATES_WITH_SCALE)
+    _checks.tensor("state", state, (None, nheads, headdim, dstate), dtype=states, device=x.device)
     _checks.updatable("state", state)
     if D is not None:
         _checks.rank("D", D, (1, 2), "(nheads,) or (nheads, headdim)")
@@ -263,6 +282,18 @@ def _check_races(
                 raise ValueError(f"write_slots must not hold a slot that another sequence reads, got {slot}")
 
 
+def _check_scale(state: Tensor, state_scale: Tensor | None) -> None:
+    dtype = str(state.dtype).removeprefix("torch.")
+    if state.dtype not in STATES_WITH_SCALE:
+        if state_scale is not None:
+            raise ValueError(f"state_scale must be None with a state in {dtype}, got a tensor")
+        return
+    if state_scale is None:
+        raise ValueError(f"state_scale must be (nslots, nheads, headdim) with a state in {dtype}, got None")
+    _checks.tensor("state_scale", state_scale, state.shape[:3], dtype=torch.float32, device=state.device)
+    _checks.updatable("state_scale", state_scale)
+
+
 def _check_rounding(state: Tensor, rounding: str, seed: Tensor | None) -> None:
     _checks.one_of("rounding", rounding, ("nearest", "stochastic"))
     if rounding == "nearest":
@@ -280,6 +311,14 @@ def _check_rounding(state: Tensor, rounding: str, seed: Tensor | None) -> None:
         )
 
 
+def _choice(impl: str, x: Tensor, state: Tensor, *others_and_batch: Any) -> tuple[str, str]:
+    *others, batch = others_and_batch
+    refusal = None
+    if impl in ("auto", "cuda"):
+        refusal = _device.not_sm90(x.device) or _csrc_ssd_update.refusal(x, state, tuple(others), batch)
+    return _device.choose(impl, x.device, refusal)
+
+
 @explains("ssd_state_update")
 def _choose(
     *,
@@ -292,12 +331,18 @@ def _choose(
     state_dtype: torch.dtype = torch.float32,
     **_: Any,
 ) -> Choice:
-    chosen, reason = _device.choose(impl, torch.device(device))
+    x, state = torch.empty(0, device="meta"), torch.empty(1, nheads, headdim, dstate, dtype=state_dtype, device="meta")
+    refusal = _device.not_sm90(torch.device(device)) or _csrc_ssd_update.refusal(x, state, (), batch)
+    chosen, reason = _device.choose(impl, torch.device(device), refusal)
+    problem = (headdim, dstate, state_dtype.itemsize, batch * nheads)
+    if chosen == "cuda":
+        sms = _device.num_sms(torch.device(device).index or 0) if torch.cuda.is_available() else 132
+        return Choice(chosen, _csrc_ssd_update.config(*problem, sms)._asdict(), reason)
     if chosen != "triton":
         return Choice(chosen, {}, reason)
     from .triton_kernels import ssd_update as kernels
 
-    return Choice(chosen, kernels.config(headdim, dstate, state_dtype.itemsize, batch * nheads)._asdict(), reason)
+    return Choice(chosen, kernels.config(*problem)._asdict(), reason)
 
 
 def _ssd_state_update(
@@ -315,6 +360,7 @@ def _ssd_state_update(
     num_accepted: Tensor | None,
     cu_seqlens: Tensor | None,
     seed: Tensor | None,
+    state_scale: Tensor | None,
     y: Tensor,
     dt_softplus: bool,
     dt_min: float,
@@ -323,22 +369,30 @@ def _ssd_state_update(
     null_slot: int,
     impl: str,
 ) -> None:
-    options = (dt_softplus, dt_min, dt_max, update_state, null_slot)
-    slots = (read_slots, write_slots, num_accepted, cu_seqlens, seed)
-    if _device.choose(impl, x.device)[0] == "triton":
+    options: Any = (dt_softplus, dt_min, dt_max, update_state, null_slot)
+    inputs, slots = (dt, A, B, C, D, z, dt_bias), (read_slots, write_slots, num_accepted, cu_seqlens)
+    batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    chosen = _choice(impl, x, state, *inputs, *slots, state_scale, batch)[0]
+    if chosen == "cuda":
+        launch = _csrc_ssd_update.ssd_state_update(x, state, *inputs, *slots, state_scale, y.stride(), *options)
+        launch(state, x, *inputs, *slots, seed, state_scale, y)
+        return
+    if chosen == "triton":
         from .triton_kernels import ssd_update as kernels
 
-        kernels.ssd_state_update(state, x, dt, A, B, C, D, z, dt_bias, *slots, y, *options)
+        kernels.ssd_state_update(state, x, *inputs, *slots, seed, state_scale, y, *options)
         return
     if x.dim() == 3 and cu_seqlens is None:
         x, dt, B, C, y = (t.unsqueeze(1) for t in (x, dt, B, C, y))
         z = None if z is None else z.unsqueeze(1)
-    _torch_ssd_update.ssd_state_update(state, x, dt, A, B, C, D, z, dt_bias, *slots, y, *options)
+    inputs = (dt, A, B, C, D, z, dt_bias)
+    _torch_ssd_update.ssd_state_update(state, x, *inputs, *slots, seed, state_scale, y, *options)
 
 
 _ssd_state_update_op = define(
     "ssd_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
     "Tensor? dt_bias, Tensor? read_slots, Tensor? write_slots, Tensor? num_accepted, Tensor? cu_seqlens, Tensor? seed, "
-    "Tensor(b!) y, bool dt_softplus, float dt_min, float dt_max, bool update_state, int null_slot, str impl)",
+    "Tensor(c!)? state_scale, Tensor(b!) y, bool dt_softplus, float dt_min, float dt_max, bool update_state, "
+    "int null_slot, str impl)",
     _ssd_state_update,
 )

@@ -4,22 +4,25 @@ import math
 import random
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 
 import hybrid_ops
 from hybrid_ops.reference import ssd_update as reference
+from hybrid_ops.reference import ssd_update_scaled as scaled
 
 from .budget import assert_within, to_numpy
 from .tensors import to_device
 
 CPU_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INTERPRETER_DTYPES = [torch.float32, torch.float16]  # the interpreter truncates float32 to bfloat16
+SCALED = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}
 NULL = 3  # a row of the pool that stands for padding, where slots are given
 
 
 @st.composite
-def cases(draw, dtypes, headdims=(8, 24), dstates=(16, 20, 48), max_batch=3, max_groups=2):
+def cases(draw, dtypes, headdims=(8, 24), dstates=(16, 20, 48), max_batch=3, max_groups=2, scaled_dtypes=()):
     # one draw seeds the rest: drawn one by one, choices repeat from example to example, and ragged batches went missing
     choose = random.Random(draw(st.integers(0, 2**64))).choice
     dtype = choose(dtypes)
@@ -37,7 +40,7 @@ def cases(draw, dtypes, headdims=(8, 24), dstates=(16, 20, 48), max_batch=3, max
     return dict(
         seed=choose(range(2**31)),
         dtype=dtype,
-        state_dtype=choose(dtypes),
+        state_dtype=choose([*dtypes, *dtypes, *scaled_dtypes]),
         small_dtype=choose([torch.float32, dtype]),
         form=form,
         lengths=lengths,
@@ -57,7 +60,7 @@ def cases(draw, dtypes, headdims=(8, 24), dstates=(16, 20, 48), max_batch=3, max
         padded=choose([False, True]),
         update_state=choose([False, True]) if slots in (None, "read", "accepted") else True,
         strided=choose([False, True]),
-        pool=choose(["contiguous", "transposed", "slice"]),
+        pool=choose(["contiguous", "transposed", "slice", "heads"]),
         out=choose([None, "fresh", "x"]),
     )
 
@@ -90,14 +93,27 @@ def problem(case):
 
     width = {"single": 1, "tokens": case["T"], "packed": max([1, *lengths])}[case["form"]]
     nslots = batch * (width + 3) + 5
-    shape = {"contiguous": (nslots, H, P, N), "transposed": (nslots, N, H, P)}
-    state = randn(*shape.get(case["pool"], (nslots, 2 * H, P, N + 3))).to(case["state_dtype"])
-    if case["pool"] == "transposed":
-        state = state.permute(0, 2, 3, 1)
-    elif case["pool"] == "slice":
-        state = state[:, ::2, :, 3:]
+    shape = {"contiguous": (nslots, H, P, N), "transposed": (nslots, N, H, P), "heads": (nslots, 2 * H, P, N)}
+    pool = randn(*shape.get(case["pool"], (nslots, 2 * H, P, N + 3)))
+
+    def layout(pool):
+        if case["pool"] == "transposed":
+            return pool.permute(0, 2, 3, 1)
+        if case["pool"] == "slice":
+            return pool[:, ::2, :, 3:]
+        return pool[:, ::2] if case["pool"] == "heads" else pool
+
+    scale = None
+    if case["state_dtype"] in SCALED:
+        codes, scale = scaled.quantize_rows(layout(pool).numpy(), SCALED[case["state_dtype"]])
+        state, scale = layout(pool.to(case["state_dtype"])), torch.from_numpy(scale)
+        state.view(torch.uint8).copy_(torch.from_numpy(codes).to(case["state_dtype"]).view(torch.uint8))
+    else:
+        state = layout(pool.to(case["state_dtype"]))
 
     options = dict(dt_softplus=case["dt_softplus"], dt_limit=case["dt_limit"], update_state=case["update_state"])
+    if scale is not None:
+        options["state_scale"] = scale
     if case["D"]:
         options["D"] = randn(*((H,) if case["D"] == "head" else (H, P)))
     if case["z"]:
@@ -136,11 +152,11 @@ def oracle(arguments, options, dtype, store=lambda S, slot, t: S):
             return value
         return to_numpy(value, dtype) if value.is_floating_point() else value.numpy()
 
-    named = {k: array(v) for k, v in options.items()}
+    named = {k: array(v) for k, v in options.items() if k != "state_scale"}
     return reference.ssd_state_update(*(array(a) for a in arguments), dtype=dtype, store=store, **named)
 
 
-def float32_baselines(arguments, options, count):
+def float32_baselines(arguments, options, count, store):
     """[(y, pool)] of float32 computations that differ in the order of the sum over dstate alone.
 
     Few values dominate a head where dt and z are large, so that one float32 run may be nearly exact by luck: several
@@ -150,9 +166,28 @@ def float32_baselines(arguments, options, count):
     runs = []
     for k in range(count):
         order = torch.arange(B.shape[-1]).roll(5 * k)
-        y, pool = oracle((state[..., order], x, dt, A, B[..., order], C[..., order]), options, np.float32)
+        y, pool = oracle((state[..., order], x, dt, A, B[..., order], C[..., order]), options, np.float32, store)
         runs.append((y, pool[..., order.argsort().numpy()]))
     return runs
+
+
+def for_cuda(case):
+    """The nearest case that the CUDA kernel takes."""
+    unit = {"slice": "heads", "transposed": "contiguous"}
+    return case | dict(dstate={16: 64, 20: 256}.get(case["dstate"], 128), pool=unit.get(case["pool"], case["pool"]))
+
+
+def implementation(impl):
+    """`impl`, or a skip where it is "cuda" and not built."""
+    if impl == "cuda" and hybrid_ops._device.extension_missing() is not None:
+        pytest.skip("the CUDA extension is not built")
+    return impl
+
+
+def values_of(state, scale):
+    """float64: what a pool stands for."""
+    values = state.detach().cpu().to(torch.float64)
+    return values if scale is None else values * scale.cpu()[..., None]
 
 
 def check_update(case, impl, device="cpu"):
@@ -163,10 +198,11 @@ def check_update(case, impl, device="cpu"):
         written.add(slot)
         return S
 
-    ref, ref_pool = oracle(arguments, options, np.float64, store)
-    baselines = float32_baselines(arguments, options, 4 if case["dtype"] == torch.float32 else 1)
+    exact = (values_of(arguments[0], options.get("state_scale")), *arguments[1:])
+    ref, ref_pool = oracle(exact, options, np.float64, store)
+    rounded = scaled.scaled_store(SCALED[case["state_dtype"]]) if case["state_dtype"] in SCALED else store
+    baselines = float32_baselines(exact, options, 4 if case["dtype"] == torch.float32 else 1, rounded)
 
-    before = arguments[0].clone()
     state, x, *rest = (to_device(a, device) for a in arguments)
     options = {k: to_device(v, device) for k, v in options.items()}
     out = {"fresh": torch.full_like(x, float("nan")), "x": x}.get(case["out"])
@@ -176,21 +212,24 @@ def check_update(case, impl, device="cpu"):
     all_y = np.concatenate([y for y, _ in baselines])
     assert_within("y", torch.cat([y] * times), np.concatenate([ref] * times), all_y, case["dtype"], axis=-2)
     written = sorted(written)
+    after = values_of(state, options.get("state_scale"))
     if written:  # per slot and head
         heads = (len(written) * state.shape[1], *state.shape[2:])
+        # the baseline of 8-bit states is rounded already, once for each row
+        widths = [case["dtype"], torch.float32 if case["state_dtype"] in SCALED else case["state_dtype"]]
         assert_within(
             "state",
-            state.cpu()[written].reshape(heads),
+            after[written].reshape(heads),
             ref_pool[written].reshape(heads),
             baselines[0][1][written].reshape(heads),
-            max(case["dtype"], case["state_dtype"], key=lambda d: torch.finfo(d).eps),
+            max(widths, key=lambda d: torch.finfo(d).eps),
             axis=0,
         )
-    others = [s for s in range(len(before)) if s not in written]
-    assert torch.equal(state.cpu()[others], before[others])
+    others = [s for s in range(len(ref_pool)) if s not in written]
+    assert torch.equal(after[others], exact[0][others])
 
 
-SIZES = {"cpu": (2, 8, 20), "cuda": (8, 80, 96)}  # H, P, N; the interpreter is slow
+SIZES = {"cpu": (2, 8, 20), "cuda": (8, 80, 128)}  # H, P, N; the interpreter is slow
 
 
 def decoder(generator_seed, batch, T, device, H=None, P=None, N=None):

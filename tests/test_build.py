@@ -37,6 +37,19 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::conv1d_kernel<float, 2, false, 4, 128>",
         "hybrid_ops::conv1d_final_states_kernel<__nv_bfloat16>",
     ],
+    "conv1d_update_sm90.cuh": [
+        "hybrid_ops::conv1d_update_kernel<__nv_bfloat16, 4, true, 4, 128>",
+        "hybrid_ops::conv1d_update_kernel<__half, 3, false, 2, 128>",
+        "hybrid_ops::conv1d_update_kernel<float, 2, true, 1, 128>",
+    ],
+    "ssd_update_sm90.cuh": [
+        "hybrid_ops::ssd_update_one_kernel<float, 128, 8, false>",
+        "hybrid_ops::ssd_update_one_kernel<__half, 256, 4, true>",
+        "hybrid_ops::ssd_update_kernel<__nv_bfloat16, 64, 4, true>",
+        "hybrid_ops::ssd_update_kernel<float, 256, 4, false>",
+        "hybrid_ops::ssd_update_one_kernel<hybrid_ops::E4m3, 64, 2, false>",
+        "hybrid_ops::ssd_update_kernel<hybrid_ops::Int8, 128, 4, false>",
+    ],
 }
 HOST_HEADERS = {"common/launch.cuh"}
 
@@ -96,7 +109,7 @@ def resource_usage(path):
 def test_every_header_is_compiled():
     device_headers = {h for h in headers() if not h.startswith("common/")}
     assert device_headers == set(KERNELS), "name the kernels of each .cuh in KERNELS"
-    included = {name for h in KERNELS for name in re.findall(r'#include "(.*)"', (CSRC / h).read_text())}
+    included = {name for h in headers() for name in re.findall(r'#include "(common/.*[.]cuh)"', (CSRC / h).read_text())}
     assert {h for h in headers() if h.startswith("common/")} == included | HOST_HEADERS
 
 
@@ -266,7 +279,7 @@ def test_cutlass_scale_layout(extension):
 
 
 def test_the_launcher_knows_the_extensions_dtypes(extension):
-    from hybrid_ops._csrc.conv1d import DTYPES
+    from hybrid_ops._csrc.ssd_update import STATE_DTYPES as DTYPES  # all of them
 
     names = [str(dtype).removeprefix("torch.").upper() for dtype in DTYPES]
     expected = call_extension(extension, f"[getattr(c, name) for name in {names}]")
@@ -280,3 +293,11 @@ def test_config_is_a_pure_function_of_the_problem():
     assert config(1, 2048, 10240, 132).tokens_per_thread == 32
     assert config(1, 1, 8, 132).tokens_per_thread == 4
     assert hybrid_ops.explain("causal_conv1d", impl="torch").config == {}
+
+
+def test_config_of_ssd_update():
+    from hybrid_ops._csrc.ssd_update import Config, config
+
+    assert config(64, 128, 4, 1 * 128, 132) == Config(rows=8, tiles=1, warps=2)
+    assert config(64, 128, 2, 256 * 128, 132).tiles == 4
+    assert config(1, 64, 4, 1, 132).tiles == 1

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hybrid_ops
+from hybrid_ops._csrc import conv1d_update as csrc
 from hybrid_ops.reference import conv1d_update as reference
 
 from .budget import assert_within, round_to, to_numpy
@@ -65,7 +66,7 @@ def problem(case):
         values = torch.randn(*shape, generator=generator)
         return values.abs() if dim < 8 else values
 
-    wide = 9 if case["strided"] else 0
+    wide = case.get("offset", 9) if case["strided"] else 0
     x = (randn(*tokens, dim + wide) * case["scale"]).to(case["dtype"])[..., wide:]
     shape = {"contiguous": (nslots, dim, state_len), "channel-last": (nslots, state_len, dim)}
     state = (randn(*shape.get(case["pool"], (nslots, 2 * dim, state_len + 1))) * case["scale"]).to(case["state_dtype"])
@@ -136,6 +137,73 @@ def test_update_interpreter(case):
 @given(case=cases(CPU_DTYPES, dims=(1, 8, 24, 136, 520), max_batch=40))
 def test_update_gpu(case):
     check_update(case, "triton", "cuda")
+
+
+def for_cuda(case):
+    """The nearest case that the CUDA kernel takes."""
+    if hybrid_ops._device.extension_missing() is not None:
+        pytest.skip("the CUDA extension is not built")
+    batch = len(case["lengths"])
+    taken = dict(form="single", lengths=[1] * batch, spare=0, rollback=None, width=2 + case["width"] % 3, offset=16)
+    taken |= dict(state_dtype=case["dtype"], dim=8 * (1 + case["dim"] // 8))
+    taken["pool"] = "channel-last" if case["pool"] == "channel-last" else "contiguous"
+    taken["out"] = None if case["out"] == "strided" else case["out"]
+    return case | taken
+
+
+@pytest.mark.gpu
+@settings(max_examples=40)
+@given(case=cases(CPU_DTYPES, dims=(1, 24, 256, 520, 1100), max_batch=40))
+def test_update_cuda_gpu(case):
+    check_update(for_cuda(case), "cuda", "cuda")
+
+
+def check_sequences_of_a_thread(device):
+    """However many sequences a thread has, and whatever is padding among them: the same bits."""
+    torch.manual_seed(0)
+    for dtype, layout in ((torch.float32, 0), (torch.bfloat16, 0), (torch.float16, 1)):
+        batch, dim, nslots = 7, 264, 9
+        x, weight, bias = (torch.randn(*s, device=device).to(dtype) for s in ((batch, dim), (dim, 4), (dim,)))
+        before = torch.randn(nslots, *((3, dim) if layout else (dim, 3)), device=device).to(dtype)
+        before = before.transpose(1, 2) if layout else before
+        slots = int32(8, -1, 0, 2, 9, 1, 7).to(device)
+        results = []
+        for sequences in (1, 2, 4):
+            pool, y = before.clone(), torch.full_like(x, float("nan"))
+            arguments, config = (x, pool, weight, bias, slots), csrc.Config(sequences)
+            csrc.causal_conv1d_update(*arguments, y.stride(), True, -1, config)(*arguments, None, None, y)
+            results.append((y, pool))
+        assert (results[0][0][[1, 4]] == 0).all()
+        for y, pool in results[1:]:
+            assert torch.equal(y, results[0][0])
+            assert torch.equal(pool, results[0][1])
+
+
+def test_what_the_cuda_kernel_takes():
+    x, state, weight = torch.empty(3, 16), torch.empty(5, 16, 3), torch.empty(16, 4)
+
+    def refusal(x=x, state=state, weight=weight, bias=None, rollback=None, cu_seqlens=None):
+        return csrc.refusal(x, state, weight, bias, rollback, cu_seqlens, x.contiguous().stride())
+
+    assert refusal() is None
+    assert refusal(state=torch.empty(5, 3, 16).transpose(1, 2)) is None
+    assert refusal(state=torch.empty(5, 16, 1), weight=torch.empty(16, 2)) is None
+    assert "one token" in refusal(x=torch.empty(3, 2, 16))
+    assert "one token" in refusal(rollback=int32(0, 0, 0))
+    assert "one dtype" in refusal(state=state.half())
+    assert "width - 1 columns" in refusal(state=torch.empty(5, 16, 4))
+    assert "contiguous weights" in refusal(weight=torch.empty(4, 16).T)
+    assert "side by side" in refusal(state=torch.empty(5, 16, 4)[..., 1:])
+    assert "16 bytes" in refusal(torch.empty(3, 18), torch.empty(5, 18, 3))
+    assert "16 bytes" in refusal(torch.empty(3, 17)[:, 1:])
+    with pytest.raises(RuntimeError, match="widths 2 to 4"):
+        hybrid_ops.explain("causal_conv1d_update", impl="cuda", width=5)
+
+
+@pytest.mark.gpu
+def test_sequences_of_a_thread_gpu():
+    for_cuda(dict(lengths=[], width=4, dim=8, dtype=None, pool=None, out=None))
+    check_sequences_of_a_thread("cuda")
 
 
 @pytest.mark.gpu

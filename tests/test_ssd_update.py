@@ -8,31 +8,62 @@ import torch
 from hypothesis import given, settings
 
 import hybrid_ops
+from hybrid_ops._csrc import ssd_update as csrc
 from hybrid_ops.reference import ssd_update as reference
 from hybrid_ops.triton_kernels import ssd_update as kernels
 
 from .budget import to_numpy
-from .ssd_update_cases import CPU_DTYPES, INTERPRETER_DTYPES, NULL, SIZES, cases, check_update, decoder, oracle
+from .ssd_update_cases import (
+    CPU_DTYPES,
+    INTERPRETER_DTYPES,
+    NULL,
+    SCALED,
+    SIZES,
+    cases,
+    check_update,
+    decoder,
+    for_cuda,
+    implementation,
+    oracle,
+)
 from .tensors import int32
 
+GPU_IMPLS = ["triton", "cuda"]
 
-@given(case=cases(CPU_DTYPES))
+
+@given(case=cases(CPU_DTYPES, scaled_dtypes=SCALED))
 def test_update(case):
     check_update(case, "torch")
 
 
 @pytest.mark.interpreter
 @settings(max_examples=30)
-@given(case=cases(INTERPRETER_DTYPES))
+@given(case=cases(INTERPRETER_DTYPES, scaled_dtypes=SCALED))
 def test_update_interpreter(case):
     check_update(case, "triton")
 
 
 @pytest.mark.gpu
 @settings(max_examples=26)
-@given(case=cases(CPU_DTYPES, headdims=(8, 64, 80), dstates=(16, 20, 96, 128, 256), max_batch=4, max_groups=3))
+@given(
+    case=cases(
+        CPU_DTYPES,
+        headdims=(8, 64, 80),
+        dstates=(16, 20, 96, 128, 256),
+        max_batch=4,
+        max_groups=3,
+        scaled_dtypes=SCALED,
+    )
+)
 def test_update_gpu(case):
     check_update(case, "triton", "cuda")
+
+
+@pytest.mark.gpu
+@settings(max_examples=40)
+@given(case=cases(CPU_DTYPES, headdims=(8, 24, 64, 80), max_batch=4, max_groups=3, scaled_dtypes=SCALED))
+def test_update_cuda_gpu(case):
+    check_update(for_cuda(case), implementation("cuda"), "cuda")
 
 
 @pytest.mark.gpu
@@ -101,9 +132,10 @@ def test_several_tokens_interpreter():
 
 
 @pytest.mark.gpu
-def test_several_tokens_gpu():
-    check_tokens_at_once("triton", "cuda")
-    check_speculation("triton", "cuda")
+@pytest.mark.parametrize("impl", GPU_IMPLS)
+def test_several_tokens_gpu(impl):
+    check_tokens_at_once(implementation(impl), "cuda")
+    check_speculation(impl, "cuda")
 
 
 def check_padding(impl, device="cpu"):
@@ -135,21 +167,22 @@ def test_padding_interpreter():
 
 
 @pytest.mark.gpu
-def test_padding_gpu():
-    check_padding("triton", "cuda")
+@pytest.mark.parametrize("impl", GPU_IMPLS)
+def test_padding_gpu(impl):
+    check_padding(implementation(impl), "cuda")
 
 
 # --- what only the device sees ---
 
 
-def raw(state, x, dt, A, B, C, y, *, read=None, write=None, accepted=None, cu_seqlens=None):
+def raw(impl, state, x, dt, A, B, C, y, *, read=None, write=None, accepted=None, cu_seqlens=None):
     """The operator behind the checks of the public function."""
-    limits = (False, 0.0, math.inf, True, -1, "triton")
+    limits = (False, 0.0, math.inf, True, -1, impl)
     op = torch.ops.hybrid_ops.ssd_state_update
-    op(state, x, dt, A, B, C, None, None, None, read, write, accepted, cu_seqlens, None, y, *limits)
+    op(state, x, dt, A, B, C, None, None, None, read, write, accepted, cu_seqlens, None, None, y, *limits)
 
 
-def check_bad_indices(device):
+def check_bad_indices(impl, device):
     """Values that the host cannot see are skipped or clamped: only good sequences and slots change anything."""
     x, dt, A, B, C, _, _ = decoder(3, 4, 3, device)
     before = torch.randn(3, *SIZES[device], device=device)
@@ -157,7 +190,7 @@ def check_bad_indices(device):
 
     pool, y = before.clone(), torch.full_like(x, float("nan"))
     read = int32(-7, 2, huge, 3).to(device)
-    raw(pool, x, dt, A, B, C, y, read=read)
+    raw(impl, pool, x, dt, A, B, C, y, read=read)
     twin = before[2:].clone()
     expected = hybrid_ops.ssd_state_update(twin, x[1:2], dt[1:2], A, B[1:2], C[1:2], impl="torch")
     torch.testing.assert_close(y[1:2], expected)
@@ -167,7 +200,7 @@ def check_bad_indices(device):
     pool, y = before.clone(), torch.full_like(x, float("nan"))
     write = torch.tensor([[-9, huge, 3], [-1, 2, 3], [3, 3, 3], [3, 3, 3]], dtype=torch.int32, device=device)
     table, accepted = write * 0 + 1, int32(1, 3, 0, 4).to(device)
-    raw(pool, x, dt, A, B, C, y, read=table, write=write, accepted=accepted)
+    raw(impl, pool, x, dt, A, B, C, y, read=table, write=write, accepted=accepted)
     assert (y[:2] != 0).all()
     assert (y[2:] == 0).all()
     assert torch.equal(pool[:2], before[:2])
@@ -178,7 +211,7 @@ def check_bad_indices(device):
     y = torch.full_like(flat[0], float("nan"))
     for bounds in ((-5, 2, 1, huge), (0, 2, 2, 7)):
         cu_seqlens = int32(*bounds).to(device)
-        raw(pool, flat[0], flat[1], A, *flat[2:], y, cu_seqlens=cu_seqlens)
+        raw(impl, pool, flat[0], flat[1], A, *flat[2:], y, cu_seqlens=cu_seqlens)
         assert torch.equal(pool[1], before[1])  # a sequence without tokens
         assert torch.isfinite(y).all()
     assert (y[7:] == 0).all()
@@ -187,16 +220,19 @@ def check_bad_indices(device):
 
 @pytest.mark.interpreter
 def test_bad_indices_interpreter():
-    check_bad_indices("cpu")
+    check_bad_indices("triton", "cpu")
 
 
 @pytest.mark.gpu
-def test_bad_indices_gpu():
-    check_bad_indices("cuda")
+@pytest.mark.parametrize("impl", GPU_IMPLS)
+def test_bad_indices_gpu(impl):
+    check_bad_indices(implementation(impl), "cuda")
 
 
 @pytest.mark.gpu
-def test_more_than_2_31_elements():
+@pytest.mark.parametrize("impl", GPU_IMPLS)
+def test_more_than_2_31_elements(impl):
+    implementation(impl)
     H, P, N = 128, 64, 128
     nslots = 2**31 // (H * P * N) + 3
     pool = torch.zeros(nslots, H, P, N, dtype=torch.float16, device="cuda")
@@ -205,7 +241,7 @@ def test_more_than_2_31_elements():
     x, dt, A, B, C, _, _ = decoder(4, 2, 1, "cuda", H, P, N)
     x, dt, B, C = (t[:, 0] for t in (x, dt, B, C))
     swapped, few = int32(nslots - 1, nslots - 2).cuda(), int32(1, 0).cuda()
-    y = hybrid_ops.ssd_state_update(pool, x, dt, A, B, C, read_slots=swapped)
+    y = hybrid_ops.ssd_state_update(pool, x, dt, A, B, C, read_slots=swapped, impl=impl)
     expected = hybrid_ops.ssd_state_update(small, x, dt, A, B, C, read_slots=few, impl="torch")
     sums = N * 2.0**-24 * float(expected.abs().max())  # in another order
     torch.testing.assert_close(y, expected, rtol=0, atol=sums)
@@ -213,19 +249,21 @@ def test_more_than_2_31_elements():
     assert not pool[:-2].any()
     pool[-2:] = wide.half()
     seed = torch.tensor([5], device="cuda")
-    hybrid_ops.ssd_state_update(pool, x, dt, A, B, C, read_slots=swapped, rounding="stochastic", seed=seed)
-    hybrid_ops.ssd_state_update(wide, x, dt, A, B, C, read_slots=few)
+    random = dict(rounding="stochastic", seed=seed, impl=impl)
+    hybrid_ops.ssd_state_update(pool, x, dt, A, B, C, read_slots=swapped, **random)
+    hybrid_ops.ssd_state_update(wide, x, dt, A, B, C, read_slots=few, impl=impl)
     expected = reference.stochastic_store(5, "float16")(wide[1].cpu().numpy(), nslots - 1, 0)
     np.testing.assert_array_equal(to_numpy(pool[-1]), expected)
 
 
 @pytest.mark.gpu
-def test_cuda_graph():
-    batch = 4
+@pytest.mark.parametrize("impl", GPU_IMPLS)
+def test_cuda_graph(impl):
+    batch, impl = 4, implementation(impl)
     x, dt, A, B, C, z, D = decoder(5, batch, 1, "cuda")
     pool = torch.randn(9, *SIZES["cuda"], device="cuda").half()
     slots, seed = torch.arange(batch, dtype=torch.int32, device="cuda"), torch.zeros(1, dtype=torch.long, device="cuda")
-    options = dict(D=D, z=z, dt_softplus=True, read_slots=slots, rounding="stochastic", seed=seed)
+    options = dict(D=D, z=z, dt_softplus=True, read_slots=slots, rounding="stochastic", seed=seed, impl=impl)
     hybrid_ops.ssd_state_update(pool, x, dt, A, B, C, **options)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -270,7 +308,17 @@ BAD = [
     (dict(B=torch.ones(2, 3, G, N).half()), TypeError, "B must have dtype float32, got float16"),
     (dict(C=torch.ones(2, 3, 1, N)), ValueError, r"C must have shape \(2, 3, 2, 16\), got \(2, 3, 1, 16\)"),
     (dict(state=torch.zeros(5, H, P, 8)), ValueError, r"state must have shape \(\*, 4, 8, 16\), got \(5, 4, 8, 8\)"),
-    (dict(state=torch.zeros(5, H, P, N, dtype=torch.int8)), TypeError, "state must have dtype .* got int8"),
+    (dict(state=torch.zeros(5, H, P, N, dtype=torch.int16)), TypeError, "state must have dtype .* got int16"),
+    (
+        dict(state=torch.zeros(5, H, P, N, dtype=torch.int8)),
+        ValueError,
+        r"state_scale must be \(nslots, nheads, headdim\) with a state in int8, got None",
+    ),
+    (
+        dict(state=torch.zeros(5, H, P, N, dtype=torch.int8), state_scale=torch.ones(5, H)),
+        ValueError,
+        r"state_scale must have shape \(5, 4, 8\), got \(5, 4\)",
+    ),
     (dict(state=torch.zeros(5, H, P, N, device="meta")), ValueError, "state must be on cpu, got meta"),
     (dict(state=torch.zeros(1, H, P, N).expand(5, H, P, N)), ValueError, "state must not have expanded dimensions"),
     (dict(state=torch.zeros(1, H, P, N)), ValueError, "state must have a row for each of the 2 sequences"),
@@ -299,7 +347,7 @@ BAD = [
         ValueError,
         r"write_slots must have a column for each of the 4 tokens of the longest sequence, got \(2, 1\)",
     ),
-    (dict(state_scale=torch.ones(5, H, P)), ValueError, "state_scale must be None, .* 8-bit states are not supported"),
+    (dict(state_scale=torch.ones(5, H, P)), ValueError, "state_scale must be None with a state in float32, got a"),
     (dict(rounding="up"), ValueError, "rounding must be one of 'nearest', 'stochastic', got 'up'"),
     (dict(rounding="stochastic", seed=SEED), TypeError, "state must have dtype float16 or bfloat16, got float32"),
     (dict(seed=SEED), ValueError, "seed must be None with rounding='nearest', got a tensor"),
@@ -346,9 +394,9 @@ def launch(dtype, state_dtype, headdim, dstate, full):
     if full:  # packed, drafts, everything that there is
         seed = None if state_dtype == torch.float32 else SEED
         slots, bounds = (index, index, index[:, 0]), torch.empty(batch + 1, dtype=torch.int32)
-        kernels.ssd_state_update(state, x, dt, A, B, B, A, x, A, *slots, bounds, seed, x, *limits)
+        kernels.ssd_state_update(state, x, dt, A, B, B, A, x, A, *slots, bounds, seed, None, x, *limits)
     else:
-        nothing = (None,) * 8
+        nothing = (None,) * 9
         kernels.ssd_state_update(state, x, dt, A, B, B, *nothing, x, *limits)
 
 
@@ -371,9 +419,9 @@ def test_opcheck():
     pool = torch.randn(7, *SIZES["cpu"])
     table, accepted = torch.arange(6, dtype=torch.int32).view(2, 3), int32(1, 3)
     slots = (table, table, accepted)
-    torch.library.opcheck(op, (pool, x, dt, A, B, C, D, z, A, *slots, None, None, torch.empty_like(x), *limits))
+    torch.library.opcheck(op, (pool, x, dt, A, B, C, D, z, A, *slots, None, None, None, torch.empty_like(x), *limits))
     flat = (x.flatten(0, 1), dt.flatten(0, 1), A, B.flatten(0, 1), C.flatten(0, 1))
-    rest = (None, None, None, None, None, None, int32(0, 2, 6), SEED, torch.empty_like(flat[0]))
+    rest = (None, None, None, None, None, None, int32(0, 2, 6), SEED, None, torch.empty_like(flat[0]))
     torch.library.opcheck(op, (pool.half(), *flat, *rest, *limits))
 
 
@@ -412,6 +460,25 @@ def test_torch_compile_packed(compile_once):
 
 def test_explain():
     assert hybrid_ops.explain("ssd_state_update", device="cpu").impl == "torch"
+    with pytest.raises(RuntimeError, match="dstate 64, 128, 256, not 16"):
+        hybrid_ops.explain("ssd_state_update", impl="cuda", dstate=16)
+
+
+def test_what_the_cuda_kernel_takes():
+    def refusal(*shape, dtype=torch.float32, x=None, batch=1):
+        state = torch.empty(shape, dtype=dtype)
+        return csrc.refusal(torch.empty(batch, 4, 8) if x is None else x, state, (), batch)
+
+    assert refusal(3, 4, 8, 128) is None
+    assert refusal(3, 4, 8, 64, dtype=torch.float16) is None
+    assert "dstate 64, 128, 256, not 16" in refusal(3, 4, 8, 16)
+    assert "float64 for state" in refusal(3, 4, 8, 128, dtype=torch.float64)
+    assert "grids" in refusal(3, 4, 8, 128, batch=65536)
+    assert "32 bits" in refusal(
+        3, 4, 8, 128, x=torch.empty(2, 4, 8, device="meta").as_strided((2, 4, 8), (2**31, 8, 1))
+    )
+    for state in (torch.empty(3, 4, 8, 129)[..., 1:], torch.empty(3, 4, 128, 8).mT):
+        assert "16 bytes" in csrc.refusal(torch.empty(1, 4, 8), state, (), 1)
 
 
 def test_docs():

@@ -11,9 +11,11 @@ import triton.language as tl
 import hybrid_ops
 from hybrid_ops._torch import ssd_update as torch_update
 from hybrid_ops.reference import ssd_update as reference
+from hybrid_ops.reference import ssd_update_scaled as scaled
 from hybrid_ops.triton_kernels import ssd_update as kernels
 
 from .budget import to_numpy
+from .ssd_update_cases import SCALED, implementation
 
 NARROW = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -202,10 +204,47 @@ def test_stochastic_interpreter(dstate):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dstate", [16, 20, 128])
+@pytest.mark.parametrize(
+    ("impl", "dstate"), [("triton", 16), ("triton", 20), ("triton", 128), ("cuda", 64), ("cuda", 128), ("cuda", 256)]
+)
 @pytest.mark.parametrize("dtype", NARROW)
-def test_stochastic_gpu(dtype, dstate):
-    check_stochastic(dtype, "triton", dstate, "cuda")
+def test_stochastic_gpu(dtype, impl, dstate):
+    check_stochastic(dtype, implementation(impl), dstate, "cuda")
+
+
+def check_scaled(dtype, impl, device="cpu"):
+    """Codes and scales of the reference, exactly (but codes that a scale of NaN makes meaningless); the state is B."""
+    rows = torch.randn(12, 64, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-38, 34, 6)[:, None]
+    rows[1], rows[2, 5], rows[3, 7], rows[4, :2] = 0.0, math.nan, math.inf, torch.tensor([-math.inf, math.nan])
+    rows[5] = torch.arange(64) - 31.5  # ties
+    rows[5, 0] = 127.0
+    n, (codes, scale) = len(rows), scaled.quantize_rows(rows.numpy(), SCALED[dtype])
+    pool, scales = torch.zeros(n, 1, 2, 64, device=device).to(dtype), torch.ones(n, 1, 2, device=device)
+    one, B = torch.ones(n, 1, device=device), rows[:, None].to(device)
+    x = one[..., None].expand(n, 1, 2)
+    hybrid_ops.ssd_state_update(pool, x, one, -one[0], B, B, state_scale=scales, impl=impl)
+    for p in range(2):
+        np.testing.assert_array_equal(scales[:, 0, p].cpu().numpy(), scale)
+        whole = ~np.isnan(scale)
+        np.testing.assert_array_equal(pool[:, 0, p].float().cpu().numpy()[whole], codes[whole])
+
+
+@pytest.mark.parametrize("dtype", SCALED)
+def test_scaled(dtype):
+    check_scaled(dtype, "torch")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", SCALED)
+def test_scaled_interpreter(dtype):
+    check_scaled(dtype, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+@pytest.mark.parametrize("dtype", SCALED)
+def test_scaled_gpu(dtype, impl):
+    check_scaled(dtype, implementation(impl), "cuda")
 
 
 def test_stochastic_keeps_small_increments():

@@ -9,11 +9,14 @@ Letters: P rows of a program, N dstate padded to a power of two.
 import functools
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import minifloat
 from .launch import Launch, cdiv, dense, next_power_of_2, on_device, plan, traits
+from .quant_fp8 import multiplier, reciprocal
 from .ssd_kernels import softplus
 
 
@@ -87,8 +90,32 @@ def round_stochastic(v, bits, dtype: tl.constexpr):
 
 
 @triton.jit
+def decode(code, target: tl.constexpr):
+    """float32 of codes, uint8: "e4m3", or "int8" in two's complement."""
+    if target == "int8":
+        return ((code.to(tl.int32) ^ 128) - 128).to(tl.float32)
+    return minifloat.decode(code.to(tl.int32), target)
+
+
+@triton.jit
+def quantize_rows(S, target: tl.constexpr):
+    """(codes [P, N], uint8, and scale [P]) as `quantize_rows` of hybrid_ops/_torch/ssd_update.py."""
+    amax = minifloat.amax_bits(S, 1).to(tl.float32, bitcast=True)
+    if target == "int8":
+        s = multiplier(amax, 127.0, False)
+        v = S * s[:, None]
+        v = tl.where(v != v, 0.0, tl.minimum(tl.maximum(v, -127.0), 127.0))
+        codes = (v + 12582912.0).to(tl.int32, bitcast=True)  # 1.5 * 2^23 + v has v, to nearest even, in its last bits
+        any_nan = tl.max((S != S).to(tl.int32), axis=1) > 0
+        return codes.to(tl.uint8), tl.where(any_nan, float("nan"), reciprocal(s))
+    s = multiplier(amax, 448.0, False)
+    return minifloat.encode(S * s[:, None], target).to(tl.uint8), reciprocal(s)
+
+
+@triton.jit
 def store_state(
     state_ptr,  # [P, N], of slot 0
+    scale_ptr,  # [P]
     S,
     slot,
     head,
@@ -97,13 +124,18 @@ def store_state(
     seed,
     mask,
     slot_stride,
+    scale_slot_stride,
     nheads,
     headdim,
     dstate,
     STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     dtype: tl.constexpr = state_ptr.dtype.element_ty
+    if SCALED is not None:
+        S, scale = quantize_rows(S, SCALED)
+        tl.store(scale_ptr + slot * scale_slot_stride, scale, tl.max(mask.to(tl.int32), axis=1) > 0)
     if STOCHASTIC:
         row = ((slot * nheads + head) * headdim + p) * dstate  # [P]
         S = round_stochastic(S, random_bits(seed, row, dstate, t, S.shape[1], ALIGNED), dtype)
@@ -127,6 +159,7 @@ def ssd_update_kernel(
     num_accepted_ptr,
     cu_seqlens_ptr,
     seed_ptr,
+    state_scale_ptr,
     y_ptr,
     T,
     total,
@@ -144,6 +177,9 @@ def ssd_update_kernel(
     state_head_stride,
     state_p_stride,
     state_n_stride,
+    scale_slot_stride,
+    scale_head_stride,
+    scale_p_stride,
     x_seq_stride,
     x_token_stride,
     x_head_stride,
@@ -181,6 +217,7 @@ def ssd_update_kernel(
     STORE_LAST: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
     NUM_P_BLOCKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -217,7 +254,14 @@ def ssd_update_kernel(
             found = (column >= 0) & (column < read_width)
         slot = tl.load(read_slots_ptr + b * read_width + column, found, other=-1).to(tl.int64)
         kept = (slot >= 0) & (slot < nslots) & (slot != null_slot)
-    S = tl.load(state_ptr + slot * state_slot_stride, mask & kept, other=0.0).to(tl.float32)  # [P, N]
+    scale_ptr = state_scale_ptr
+    if SCALED is not None:
+        scale_ptr += head * scale_head_stride + p * scale_p_stride
+        scale = tl.load(scale_ptr + slot * scale_slot_stride, mask_p & kept, other=0.0)  # [P]
+        S = decode(tl.load(state_ptr + slot * state_slot_stride, mask & kept, other=0), SCALED) * scale[:, None]
+        S = tl.where(mask, S, 0.0)  # where a scale is not finite, what is not there is
+    else:
+        S = tl.load(state_ptr + slot * state_slot_stride, mask & kept, other=0.0).to(tl.float32)  # [P, N]
 
     A = tl.load(A_ptr + head)
     dt_bias = 0.0
@@ -252,8 +296,8 @@ def ssd_update_kernel(
             place = tl.load(write_slots_ptr + b * write_width + t, t < write_width, other=-1).to(tl.int64)
             wanted = (place >= 0) & (place < nslots) & (place != null_slot)
             store_state(
-                state_ptr, S, place, head, p, t, seed, mask & wanted, state_slot_stride, nheads, headdim, dstate,
-                STOCHASTIC, ALIGNED,
+                state_ptr, scale_ptr, S, place, head, p, t, seed, mask & wanted, state_slot_stride, scale_slot_stride,
+                nheads, headdim, dstate, STOCHASTIC, ALIGNED, SCALED,
             )  # fmt: skip
         x_ptr += x_token_stride
         y_ptr += y_token_stride
@@ -267,8 +311,8 @@ def ssd_update_kernel(
             wanted = kept & (place >= 0) & (place < nslots) & (place != null_slot)
         t = tl.maximum(steps - 1, 0)
         store_state(
-            state_ptr, S, place, head, p, t, seed, mask & wanted, state_slot_stride, nheads, headdim, dstate,
-            STOCHASTIC, ALIGNED,
+            state_ptr, scale_ptr, S, place, head, p, t, seed, mask & wanted, state_slot_stride, scale_slot_stride,
+            nheads, headdim, dstate, STOCHASTIC, ALIGNED, SCALED,
         )  # fmt: skip
     for _ in range(steps, rows):
         tl.store(y_ptr, tl.zeros([BLOCK_P], y_ptr.dtype.element_ty), mask_p)
@@ -290,6 +334,7 @@ def ssd_state_update(
     num_accepted: Tensor | None,
     cu_seqlens: Tensor | None,
     seed: Tensor | None,
+    state_scale: Tensor | None,
     y: Tensor,
     dt_softplus: bool,
     dt_min: float,
@@ -304,8 +349,11 @@ def ssd_state_update(
         y.zero_()
         return
     index = (dense(t) for t in (read_slots, write_slots, num_accepted, cu_seqlens))
-    tensors = (state, x, dt, dense(A), B, C, D, z, dense(dt_bias), *index, seed, y)
-    options = (dt_softplus, dt_min, dt_max, update_state, null_slot)
+    target = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}.get(state.dtype)
+    if target is not None:
+        state = state.view(torch.uint8)
+    tensors = (state, x, dt, dense(A), B, C, D, z, dense(dt_bias), *index, seed, state_scale, y)
+    options = (dt_softplus, dt_min, dt_max, update_state, null_slot, target)
     key = ("ssd_state_update", options, traits(*tensors))
     with on_device(x):
         plan(key, lambda: make_launch(*tensors, *options), x.device)(*tensors)
@@ -326,12 +374,14 @@ def make_launch(
     num_accepted: Tensor | None,
     cu_seqlens: Tensor | None,
     seed: Tensor | None,
+    state_scale: Tensor | None,
     y: Tensor,
     dt_softplus: bool,
     dt_min: float,
     dt_max: float,
     update_state: bool,
     null_slot: int,
+    target: str | None,
 ) -> Launch:
     nslots, nheads, headdim, dstate = state.shape
     packed = cu_seqlens is not None
@@ -359,6 +409,7 @@ def make_launch(
         dt_min,
         dt_max,
         *state.stride(),
+        *((0, 0, 0) if state_scale is None else state_scale.stride()),
         *strides(x),
         *((0, 0, 0, 0) if z is None else strides(z)),
         *strides(y),
@@ -384,6 +435,7 @@ def make_launch(
         STORE_LAST=update_state and not each,
         STOCHASTIC=seed is not None,
         ALIGNED=dstate % 8 == 0,
+        SCALED=target,
         NUM_P_BLOCKS=num_p_blocks,
         BLOCK_P=block_p,
         BLOCK_N=block_n,

@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <string>
 
-namespace hybrid_ops {
+#include "common/dtype.h"
 
-enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+namespace hybrid_ops {
 
 // Where to launch: an ordinal of the CUDA runtime and a cudaStream_t.
 struct Target {
@@ -51,8 +51,47 @@ struct SsdTensors {
 // ssd_sm90.cu
 void ssd_fwd(const SsdArgs& args, const SsdTensors& tensors, Target target);
 
+// All of a decoding step but its pointers, which change from call to call: made once for each signature.
+struct SsdUpdateArgs {
+  using TokenStrides = std::array<std::int64_t, 4>;  // sequence, token, head or group, element
+
+  DType state_dtype, dtype, dt_dtype, D_dtype, z_dtype, dt_bias_dtype;  // dtype: of x, B, C, y
+  std::int64_t batch, tokens, total, nslots, nheads, headdim, dstate, ngroups, read_width, write_width;
+  std::array<std::int64_t, 3> state_strides, scale_strides;  // slot, head, p
+  TokenStrides x_strides, z_strides, y_strides, dt_strides, B_strides, C_strides;
+  std::int64_t A_stride, dt_bias_stride;
+  std::array<std::int64_t, 2> D_strides, read_strides, write_strides;
+  std::int64_t accepted_stride, bounds_stride;
+  int null_slot;
+  float dt_min, dt_max;
+  bool dt_softplus, store_each, store_last;
+  int rows, tiles, warps;  // of a lane in a tile; of a warp, one after the other; of a block
+};
+
+// The pointers of SsdUpdateParams, in its order.
+using SsdUpdatePointers = std::array<std::uintptr_t, 16>;
+
+// All of an update of the convolution but its pointers.
+struct Conv1dUpdateArgs {
+  DType dtype, weight_dtype, bias_dtype;  // dtype: of x, y and the state
+  std::int64_t batch, dim, width, nslots;
+  std::int64_t state_slot_stride, state_column_stride, x_stride, y_stride, slots_stride;
+  int null_slot;
+  bool silu;
+  int sequences;  // of a thread
+};
+
+// x, conv_state, weight, bias, slots, y
+using Conv1dUpdatePointers = std::array<std::uintptr_t, 6>;
+
 // conv1d_sm90.cu
 void conv1d_fwd(const Conv1dArgs& args, Target target);
+
+// conv1d_update_sm90.cu
+void conv1d_update(const Conv1dUpdateArgs& args, const Conv1dUpdatePointers& pointers, Target target);
+
+// ssd_update_sm90.cu
+void ssd_update(const SsdUpdateArgs& args, const SsdUpdatePointers& pointers, Target target);
 
 // cutlass_layouts.cu
 std::string cutlass_version();

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _device
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/common/api.h
+from . import DTYPES
 
 
 class Config(NamedTuple):

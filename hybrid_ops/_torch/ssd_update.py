@@ -7,7 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .minifloat import constant, encode_fp8
 from .norm import compute_dtype
+from .quant_fp8 import multiplier
+
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
 
 def ssd_state_update(
@@ -25,6 +29,7 @@ def ssd_state_update(
     num_accepted: Tensor | None,
     cu_seqlens: Tensor | None,
     seed: Tensor | None,
+    state_scale: Tensor | None,
     y: Tensor,
     dt_softplus: bool,
     dt_min: float,
@@ -60,7 +65,7 @@ def ssd_state_update(
     B, C = (t.to(dtype).repeat_interleave(nheads // t.shape[-2], dim=-2) for t in (B, C))  # [tokens, H, N]
     result = torch.zeros_like(xs)
     covered = torch.zeros(len(xs), dtype=torch.bool, device=device)
-    S = state[slot].to(dtype)  # [batch, H, P, N], a copy
+    S = _read(state, state_scale, slot, dtype)  # [batch, H, P, N], a copy
     for t in range(longest):
         active = slice(None) if t < shortest else (t < lengths).nonzero()[:, 0]
         rows = begin[active] + t
@@ -73,11 +78,11 @@ def ssd_state_update(
         if update_state and each is not None and t < each.shape[1]:
             place = each[active, t]
             wanted = _which(_usable(place, nslots, null_slot))
-            _store(state, part[wanted], place[wanted], seed, torch.full_like(place[wanted], t))
+            _store(state, state_scale, part[wanted], place[wanted], seed, torch.full_like(place[wanted], t))
     if update_state and each is None:
         place = slot if write is None else write
         wanted = _which(_usable(place, nslots, None if write is None else null_slot))
-        _store(state, S[wanted], place[wanted], seed, (lengths[wanted] - 1).clamp(min=0))
+        _store(state, state_scale, S[wanted], place[wanted], seed, (lengths[wanted] - 1).clamp(min=0))
 
     if D is not None:
         result.addcmul_(D.to(dtype)[:, None] if D.dim() == 1 else D.to(dtype), xs)
@@ -115,13 +120,34 @@ def _step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_min: f
     return dt.clamp(dt_min, dt_max)
 
 
-def _store(state: Tensor, S: Tensor, place: Tensor, seed: Tensor | None, t: Tensor) -> None:
-    """state[place[b]] = S[b], rounded to nearest, or with the bits of token t[b]."""
+def _read(state: Tensor, state_scale: Tensor | None, slot: Tensor, dtype: torch.dtype) -> Tensor:
+    if state_scale is None:
+        return state[slot].to(dtype)
+    codes = state.view(torch.uint8)[slot].view(state.dtype)  # torch indexes no tensors of 8-bit floats
+    return (codes.float() * state_scale[slot][..., None]).to(dtype)
+
+
+def _store(state: Tensor, state_scale: Tensor | None, S: Tensor, place: Tensor, seed: Tensor | None, t: Tensor) -> None:
+    """state[place[b]] = S[b], rounded to nearest, or with the bits of token t[b]; 8-bit states with their scales."""
+    if state_scale is not None:
+        codes, state_scale[place] = quantize_rows(S.float(), state.dtype)
+        state.view(torch.uint8)[place] = codes
+        return
     if seed is not None:
         elements = state[0].numel()
         index = place[:, None] * elements + torch.arange(elements, device=S.device)
         S = round_stochastic(S.float(), random_bits(seed, index, t[:, None]).view(S.shape), state.dtype)
     state[place] = S.to(state.dtype)
+
+
+def quantize_rows(S: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(codes, as uint8, and scale) of the rows of S; a NaN makes the scale of its row NaN where int8 has none."""
+    s = multiplier(S.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(-1), LARGEST[dtype])
+    v, scale = S * s[..., None], torch.div(constant(1.0, s), s)
+    if dtype == torch.float8_e4m3fn:
+        return encode_fp8(v, "e4m3"), scale
+    codes = v.nan_to_num(nan=0.0).clamp(-127, 127).round().to(torch.int8)
+    return codes.view(torch.uint8), scale.where(~S.isnan().any(-1), torch.nan)
 
 
 def round_stochastic(v: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,83 @@
+// Elements of tensors whose dtype is known at run time only. They are loaded as bits and become numbers later: a
+// conversion beside the load would wait for it before the next load is under way.
+#pragma once
+
+#include "common/dtype.h"
+#include "common/vector.cuh"
+
+namespace hybrid_ops {
+
+__device__ __forceinline__ unsigned load_bits(const void* data, DType dtype, int64 i) {
+  return dtype == DType::float32 ? static_cast<const unsigned*>(data)[i] : static_cast<const unsigned short*>(data)[i];
+}
+
+__device__ __forceinline__ float from_bits(unsigned bits, DType dtype) {
+  const float narrow = dtype == DType::bfloat16 ? __uint_as_float(bits << 16)
+                                                : __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  return dtype == DType::float32 ? __uint_as_float(bits) : narrow;
+}
+
+__device__ __forceinline__ float load_float(const void* data, DType dtype, int64 i) {
+  return from_bits(load_bits(data, dtype, i), dtype);
+}
+
+__device__ __forceinline__ void store_float(void* data, DType dtype, int64 i, float value) {
+  if (dtype == DType::float32) {
+    static_cast<float*>(data)[i] = value;
+  } else {
+    static_cast<unsigned short*>(data)[i] = dtype == DType::bfloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value))
+                                                                     : __half_as_ushort(__float2half_rn(value));
+  }
+}
+
+// kCount elements; in the first half of the words where the dtype has 16 bits and load_runs found them aligned.
+template <int kCount>
+struct Bits {
+  unsigned words[kCount];
+};
+
+// Runs of kRun elements, a multiple of four, that begin kStep apart, the first one at element `first` of a row. The row
+// begins at `base`, its elements are `stride` apart. `aligned`: neighbours in memory, each four of them aligned.
+template <int kCount, int kRun, int kStep>
+__device__ __forceinline__ void load_runs(const void* data, DType dtype, int64 base, int first, int64 stride,
+                                          bool aligned, Bits<kCount>& bits) {
+  base += first * stride;
+  if (aligned && dtype == DType::float32) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += kPerVector) {
+      const float* source = static_cast<const float*>(data) + base + i / kRun * kStep + i % kRun;
+      const uint4 four = __ldg(reinterpret_cast<const uint4*>(source));
+      bits.words[i] = four.x, bits.words[i + 1] = four.y, bits.words[i + 2] = four.z, bits.words[i + 3] = four.w;
+    }
+  } else if (aligned) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += kPerVector) {
+      const unsigned short* source = static_cast<const unsigned short*>(data) + base + i / kRun * kStep + i % kRun;
+      const uint2 four = __ldg(reinterpret_cast<const uint2*>(source));
+      bits.words[i / 2] = four.x, bits.words[i / 2 + 1] = four.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      bits.words[i] = load_bits(data, dtype, base + (i / kRun * kStep + i % kRun) * stride);
+    }
+  }
+}
+
+// What load_runs has loaded.
+template <int kCount>
+__device__ __forceinline__ void runs_to_float(const Bits<kCount>& bits, DType dtype, bool aligned,
+                                              float (&values)[kCount]) {
+  if (!aligned || dtype == DType::float32) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = from_bits(bits.words[i], dtype);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const unsigned word = bits.words[i / 2];
+    values[i] = from_bits(i % 2 == 0 ? word & 0xffff : word >> 16, dtype);
+  }
+}
+
+}  // namespace hybrid_ops

@@ -1,0 +1,113 @@
+// Random bits, and float32 rounded with them to 16-bit numbers: the bits that triton_kernels/ssd_update.py and
+// hybrid_ops/_torch/ssd_update.py make.
+#pragma once
+
+#include "common/vector.cuh"
+
+namespace hybrid_ops {
+
+// Philox4x32-10, Salmon et al. 2011.
+__device__ __forceinline__ uint4 philox(int64 seed, int64 block, int t) {
+  unsigned c0 = static_cast<unsigned>(block), c1 = static_cast<unsigned>(block >> 32), c2 = t, c3 = 0;
+  unsigned k0 = static_cast<unsigned>(seed), k1 = static_cast<unsigned>(seed >> 32);
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    const auto p0 = static_cast<unsigned long long>(c0) * 0xD2511F53u;
+    const auto p1 = static_cast<unsigned long long>(c2) * 0xCD9E8D57u;
+    c0 = static_cast<unsigned>(p1 >> 32) ^ c1 ^ k0, c1 = static_cast<unsigned>(p1);
+    c2 = static_cast<unsigned>(p0 >> 32) ^ c3 ^ k1, c3 = static_cast<unsigned>(p0);
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  return make_uint4(c0, c1, c2, c3);
+}
+
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+__device__ __forceinline__ float min_or_nan(float a, float b) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+// |v| goes to floor(|v| + bits * 2^-16 * step) on the grid of T, saturating; NaN stays NaN, and zero keeps its sign.
+// `usual` says that no such case is among the values: with it, a sum of integers and a truncation are all there is.
+template <typename T>
+struct Stochastic;
+
+template <>
+struct Stochastic<__nv_bfloat16> {
+  static constexpr float kLargest = 3.38953138925153547590e38f;  // 0x7f7f0000
+
+  static __device__ __forceinline__ bool usual(float smallest, float largest) { return largest <= kLargest; }
+
+  // Two values, and two times 16 bits; the result as two patterns.
+  static __device__ __forceinline__ unsigned round_usual(float low, float high, unsigned bits) {
+    // the pattern of a float32 is that of a bfloat16 with 16 more bits behind the point: carries do the rest
+    return __byte_perm(__float_as_uint(low) + (bits & 0xffff), __float_as_uint(high) + (bits >> 16), 0x7632);
+  }
+
+  static __device__ __forceinline__ unsigned round(float low, float high, unsigned bits) {
+    const unsigned rounded = round_usual(clamp(low), clamp(high), bits);
+    return (low == low ? rounded & 0xffff : 0x7fc0) | (high == high ? rounded & 0xffff0000 : 0x7fc00000);
+  }
+
+  static __device__ __forceinline__ float clamp(float v) { return fminf(fmaxf(v, -kLargest), kLargest); }
+};
+
+template <>
+struct Stochastic<__half> {
+  static constexpr float kLargest = 65504.f, kNormal = 0x1p-14f;
+
+  static __device__ __forceinline__ bool usual(float smallest, float largest) {
+    return smallest >= kNormal && largest <= kLargest;
+  }
+
+  // float32 has 13 more bits behind the point than a normal float16; the last three of the 16 would meet zeros.
+  static __device__ __forceinline__ unsigned round_usual(float low, float high, unsigned bits) {
+    return truncate(__uint_as_float(__float_as_uint(low) + ((bits << 16) >> 19)),
+                    __uint_as_float(__float_as_uint(high) + (bits >> 19)));
+  }
+
+  static __device__ __forceinline__ unsigned round(float low, float high, unsigned bits) {
+    return truncate(add(low, bits & 0xffff), add(high, bits >> 16));
+  }
+
+  // v moved away from zero by `bits`, which a truncation completes.
+  static __device__ __forceinline__ float add(float v, unsigned bits) {
+    v = min_or_nan(max_or_nan(v, -kLargest), kLargest);
+    if (fabsf(v) >= kNormal) return __uint_as_float(__float_as_uint(v) + (bits >> 3));
+    // below, and for NaN: the grid is even, steps of 2^-24. 2^-17 + bits 2^-40 is a pattern; the sum is truncated too
+    const float step = __uint_as_float(0x37000000u | bits) - 0x1p-17f;
+    return copysignf(__fadd_rz(fabsf(v), step), v);
+  }
+
+  static __device__ __forceinline__ unsigned truncate(float low, float high) {
+    unsigned packed;
+    asm("cvt.rz.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+  }
+};
+
+// Eight neighbours with the bits of their block.
+template <typename T>
+__device__ __forceinline__ uint4 round_stochastic(const float* v, uint4 bits) {
+  float smallest = fabsf(v[0]), largest = fabsf(v[0]);
+#pragma unroll
+  for (int i = 1; i < 8; ++i) {
+    smallest = fminf(smallest, fabsf(v[i]));
+    largest = max_or_nan(largest, fabsf(v[i]));
+  }
+  using S = Stochastic<T>;
+  if (S::usual(smallest, largest)) {
+    return make_uint4(S::round_usual(v[0], v[1], bits.x), S::round_usual(v[2], v[3], bits.y),
+                      S::round_usual(v[4], v[5], bits.z), S::round_usual(v[6], v[7], bits.w));
+  }
+  return make_uint4(S::round(v[0], v[1], bits.x), S::round(v[2], v[3], bits.y), S::round(v[4], v[5], bits.z),
+                    S::round(v[6], v[7], bits.w));
+}
+
+}  // namespace hybrid_ops

@@ -1,0 +1,118 @@
+// Rows of an SSM state, kLanes lanes of a warp to each: how they are shared, and between memory and float32 registers.
+#pragma once
+
+#include "common/bits.cuh"
+#include "common/eight_bits.cuh"
+
+namespace hybrid_ops {
+
+// How the lanes of a warp share a tile of kRows rows of each lane.
+template <typename State, int kN, int kRows>
+struct Layout {
+  static constexpr int kDstate = kN;
+  static constexpr int kPerLoad = 16 / sizeof(State);                               // elements
+  static constexpr int kLanes = kDstate / kPerLoad < 32 ? kDstate / kPerLoad : 32;  // of a row
+  static constexpr int kLoads = kDstate / (kPerLoad * kLanes);                      // of a lane for a row
+  static constexpr int kColumns = kPerLoad * kLoads;                                // of a lane
+  static constexpr int kStep = kPerLoad * kLanes;  // from one load of a row to the next
+  static constexpr int kGroups = 32 / kLanes;      // rows side by side
+  static constexpr int kTile = kRows * kGroups;
+  static constexpr int kLanesPerSum = kLanes / kRows;  // that end with the same row's sum
+  // of 256 threads, for which registers suffice
+  static constexpr int kBlocks = sizeof(State) == 1 ? 2 : kRows * kLoads < 8 ? 4 : sizeof(State) == 4 ? 3 : 2;
+  static_assert(kRows <= kLanes);
+};
+
+__device__ __forceinline__ uint4 load_state(const void* pointer) {
+  uint4 raw;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+               : "l"(pointer));
+  return raw;
+}
+
+template <typename State>
+inline constexpr bool kIsHalf = false;
+template <>
+inline constexpr bool kIsHalf<__half> = true;
+
+// The elements of a word, the first in its low bits.
+template <typename State>
+__device__ __forceinline__ void unpack_word(unsigned word, float* values) {
+  if constexpr (sizeof(State) == 1) {
+    EightBits<State>::unpack(word, values);
+  } else if constexpr (sizeof(State) == 4) {
+    values[0] = __uint_as_float(word);
+  } else {
+    constexpr DType kDType = kIsHalf<State> ? DType::float16 : DType::bfloat16;
+    values[0] = from_bits(word & 0xffff, kDType);
+    values[1] = kIsHalf<State> ? from_bits(word >> 16, kDType) : __uint_as_float(word & 0xffff0000);
+  }
+}
+
+template <typename State>
+__device__ __forceinline__ unsigned pack_word(const float* v) {
+  if constexpr (sizeof(State) == 1) {
+    return EightBits<State>::pack(v);
+  } else if constexpr (sizeof(State) == 4) {
+    return __float_as_uint(v[0]);
+  } else {
+    unsigned word;
+    if constexpr (kIsHalf<State>) {
+      *reinterpret_cast<__half2*>(&word) = __floats2half2_rn(v[0], v[1]);
+    } else {
+      *reinterpret_cast<__nv_bfloat162*>(&word) = __floats2bfloat162_rn(v[0], v[1]);
+    }
+    return word;
+  }
+}
+
+// `scale`: of the row, with 8-bit states.
+template <typename State, typename L>
+__device__ __forceinline__ void unpack_row(const uint4 (&raw)[L::kLoads], float scale, float (&S)[L::kColumns]) {
+  constexpr int kPerWord = 4 / sizeof(State);
+#pragma unroll
+  for (int i = 0; i < L::kLoads; ++i) {
+    const unsigned words[4] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) unpack_word<State>(words[j], S + i * L::kPerLoad + j * kPerWord);
+  }
+  if constexpr (sizeof(State) == 1) {
+#pragma unroll
+    for (int i = 0; i < L::kColumns; ++i) S[i] *= scale;
+  }
+}
+
+// What a row of 8-bit codes is multiplied by before it is rounded; all lanes of the row take part.
+template <typename State, typename L>
+__device__ __forceinline__ float multiplier_of(const float (&S)[L::kColumns], float& scale) {
+  float amax = fabsf(S[0]);
+#pragma unroll
+  for (int i = 1; i < L::kColumns; ++i) amax = EightBits<State>::max(amax, fabsf(S[i]));
+#pragma unroll
+  for (int offset = L::kLanes / 2; offset >= 1; offset /= 2) {
+    amax = EightBits<State>::max(amax, __shfl_xor_sync(~0u, amax, offset));
+  }
+  return EightBits<State>::multiplier(amax, scale);
+}
+
+// The sums over kLanes lanes of kRows numbers of each: lane `part` of them returns row part / (kLanes / kRows).
+// Each step halves the rows that a lane still carries.
+template <int kLanes, int kRows>
+__device__ __forceinline__ float sum_rows(float (&sums)[kRows], int part) {
+  int offset = kLanes / 2;
+#pragma unroll
+  for (int half = kRows / 2; half >= 1; half /= 2, offset /= 2) {
+    const bool upper = part & offset;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float given = upper ? sums[i] : sums[i + half];
+      sums[i] = (upper ? sums[i + half] : sums[i]) + __shfl_xor_sync(0xffffffff, given, offset);
+    }
+  }
+#pragma unroll
+  for (; offset >= 1; offset /= 2) sums[0] += __shfl_xor_sync(0xffffffff, sums[0], offset);
+  return sums[0];
+}
+
+}  // namespace hybrid_ops

@@ -1,0 +1,74 @@
+#include "conv1d_update_sm90.cuh"
+
+#include "common/api.h"
+#include "common/launch.cuh"
+
+namespace hybrid_ops {
+namespace {
+
+constexpr int kThreads = 128;
+
+template <typename T, int kWidth, bool kColumnsTogether, int kSequences>
+void launch(const Conv1dUpdateParams& p, cudaStream_t stream) {
+  constexpr int kChannelsOfBlock = kThreads * 16 / sizeof(T);
+  const dim3 grid((p.dim + kChannelsOfBlock - 1) / kChannelsOfBlock, (p.batch + kSequences - 1) / kSequences);
+  conv1d_update_kernel<T, kWidth, kColumnsTogether, kSequences, kThreads><<<grid, kThreads, 0, stream>>>(p);
+  check(cudaGetLastError(), "conv1d_update_kernel");
+}
+
+template <typename T, int kWidth>
+void launch_sequences(const Conv1dUpdateParams& p, int sequences, cudaStream_t stream) {
+  const bool together = kWidth == 2 || p.state_column_stride == 1;
+  switch (sequences) {
+    case 1: return together ? launch<T, kWidth, true, 1>(p, stream) : launch<T, kWidth, false, 1>(p, stream);
+    case 2: return together ? launch<T, kWidth, true, 2>(p, stream) : launch<T, kWidth, false, 2>(p, stream);
+    case 4: return together ? launch<T, kWidth, true, 4>(p, stream) : launch<T, kWidth, false, 4>(p, stream);
+    default: throw std::runtime_error("conv1d_update: sequences must be 1, 2 or 4, got " + std::to_string(sequences));
+  }
+}
+
+template <typename T>
+void launch_width(const Conv1dUpdateParams& p, const Conv1dUpdateArgs& a, cudaStream_t stream) {
+  switch (a.width) {
+    case 2: return launch_sequences<T, 2>(p, a.sequences, stream);
+    case 3: return launch_sequences<T, 3>(p, a.sequences, stream);
+    case 4: return launch_sequences<T, 4>(p, a.sequences, stream);
+    default: throw std::runtime_error("conv1d_update: width must be 2, 3 or 4, got " + std::to_string(a.width));
+  }
+}
+
+}  // namespace
+
+void conv1d_update(const Conv1dUpdateArgs& a, const Conv1dUpdatePointers& pointers, Target target) {
+  const auto [x, conv_state, weight, bias, slots, y] = pointers;
+  const Conv1dUpdateParams p{
+      .x = reinterpret_cast<const void*>(x),
+      .conv_state = reinterpret_cast<void*>(conv_state),
+      .weight = reinterpret_cast<const void*>(weight),
+      .bias = reinterpret_cast<const void*>(bias),
+      .slots = reinterpret_cast<const int*>(slots),
+      .y = reinterpret_cast<void*>(y),
+      .state_slot_stride = a.state_slot_stride,
+      .state_column_stride = static_cast<int>(a.state_column_stride),
+      .x_stride = static_cast<int>(a.x_stride),
+      .y_stride = static_cast<int>(a.y_stride),
+      .slots_stride = static_cast<int>(a.slots_stride),
+      .batch = static_cast<int>(a.batch),
+      .dim = static_cast<int>(a.dim),
+      .nslots = static_cast<int>(a.nslots),
+      .null_slot = a.null_slot,
+      .weight_dtype = a.weight_dtype,
+      .bias_dtype = a.bias_dtype,
+      .silu = a.silu,
+  };
+  const DeviceGuard guard(target.device);
+  const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
+  switch (a.dtype) {
+    case DType::float32: return launch_width<float>(p, a, stream);
+    case DType::bfloat16: return launch_width<__nv_bfloat16>(p, a, stream);
+    case DType::float16: return launch_width<__half>(p, a, stream);
+    default: throw std::runtime_error("conv1d_update: x must be float32, bfloat16 or float16");
+  }
+}
+
+}  // namespace hybrid_ops

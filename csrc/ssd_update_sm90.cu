@@ -1,0 +1,147 @@
+#include "ssd_update_sm90.cuh"
+
+#include "common/api.h"
+#include "common/launch.cuh"
+
+namespace hybrid_ops {
+namespace {
+
+template <typename L>
+dim3 grid_of(const SsdUpdateParams& p, int warps) {
+  const int rows = L::kTile * p.tiles * warps;  // of a block
+  return {static_cast<unsigned>((p.headdim + rows - 1) / rows), static_cast<unsigned>(p.nheads),
+          static_cast<unsigned>(p.batch)};
+}
+
+template <typename State, int kDstate, int kRows, bool kStochastic>
+void launch(SsdUpdateParams p, int tiles, int warps, cudaStream_t stream) {
+  constexpr int kRowsOfMany = 4;  // of which the float32 fits into registers
+  if (p.cu_seqlens == nullptr && p.tokens == 1) {
+    p.tiles = tiles;
+    const dim3 grid = grid_of<Layout<State, kDstate, kRows>>(p, warps);
+    ssd_update_one_kernel<State, kDstate, kRows, kStochastic><<<grid, 32 * warps, 0, stream>>>(p);
+  } else {
+    p.tiles = 1;
+    const dim3 grid = grid_of<Layout<State, kDstate, kRowsOfMany>>(p, warps);
+    ssd_update_kernel<State, kDstate, kRowsOfMany, kStochastic><<<grid, 32 * warps, 0, stream>>>(p);
+  }
+  check(cudaGetLastError(), "ssd_update_kernel");
+}
+
+template <typename State, int kDstate, int kRows>
+void launch_rounding(const SsdUpdateParams& p, int tiles, int warps, cudaStream_t stream) {
+  if constexpr (sizeof(State) == 2) {
+    if (p.seed != nullptr) return launch<State, kDstate, kRows, true>(p, tiles, warps, stream);
+  }
+  launch<State, kDstate, kRows, false>(p, tiles, warps, stream);
+}
+
+template <typename State, int kDstate>
+void launch_rows(const SsdUpdateParams& p, const SsdUpdateArgs& a, cudaStream_t stream) {
+  switch (a.rows) {
+    case 2: return launch_rounding<State, kDstate, 2>(p, a.tiles, a.warps, stream);
+    case 4: return launch_rounding<State, kDstate, 4>(p, a.tiles, a.warps, stream);
+    case 8:
+      if constexpr (kDstate <= 128 && sizeof(State) > 1)
+        return launch_rounding<State, kDstate, 8>(p, a.tiles, a.warps, stream);
+      [[fallthrough]];
+    default: throw std::runtime_error("ssd_update: no such tile: rows " + std::to_string(a.rows));
+  }
+}
+
+template <typename State>
+void launch_dstate(const SsdUpdateParams& p, const SsdUpdateArgs& a, cudaStream_t stream) {
+  switch (a.dstate) {
+    case 64: return launch_rows<State, 64>(p, a, stream);
+    case 128: return launch_rows<State, 128>(p, a, stream);
+    case 256: return launch_rows<State, 256>(p, a, stream);
+    default: throw std::runtime_error("ssd_update: dstate must be 64, 128 or 256, got " + std::to_string(a.dstate));
+  }
+}
+
+TokenStrides strides(const SsdUpdateArgs::TokenStrides& s) { return {int(s[0]), int(s[1]), int(s[2]), int(s[3])}; }
+
+// Whether four neighbours of a row always lie in one aligned piece of memory.
+bool aligned(std::uintptr_t pointer, const SsdUpdateArgs::TokenStrides& s, DType dtype) {
+  const int itemsize = dtype == DType::float32 ? 4 : 2;
+  return s[3] == 1 && (s[0] | s[1] | s[2]) % kPerVector == 0 && pointer % (kPerVector * itemsize) == 0;
+}
+
+}  // namespace
+
+void ssd_update(const SsdUpdateArgs& a, const SsdUpdatePointers& pointers, Target target) {
+  const auto [state, x, dt, A, B, C, D, z, dt_bias, read_slots, write_slots, num_accepted, cu_seqlens, seed, scale, y] =
+      pointers;
+  const SsdUpdateParams p{
+      .state = reinterpret_cast<void*>(state),
+      .x = reinterpret_cast<const void*>(x),
+      .dt = reinterpret_cast<const void*>(dt),
+      .A = reinterpret_cast<const float*>(A),
+      .B = reinterpret_cast<const void*>(B),
+      .C = reinterpret_cast<const void*>(C),
+      .D = reinterpret_cast<const void*>(D),
+      .z = reinterpret_cast<const void*>(z),
+      .dt_bias = reinterpret_cast<const void*>(dt_bias),
+      .read_slots = reinterpret_cast<const int*>(read_slots),
+      .write_slots = reinterpret_cast<const int*>(write_slots),
+      .num_accepted = reinterpret_cast<const int*>(num_accepted),
+      .cu_seqlens = reinterpret_cast<const int*>(cu_seqlens),
+      .seed = reinterpret_cast<const int64*>(seed),
+      .state_scale = reinterpret_cast<float*>(scale),
+      .y = reinterpret_cast<void*>(y),
+      .state_slot_stride = a.state_strides[0],
+      .state_head_stride = static_cast<int>(a.state_strides[1]),
+      .state_p_stride = static_cast<int>(a.state_strides[2]),
+      .scale_slot_stride = static_cast<int>(a.scale_strides[0]),
+      .scale_head_stride = static_cast<int>(a.scale_strides[1]),
+      .scale_p_stride = static_cast<int>(a.scale_strides[2]),
+      .x_strides = strides(a.x_strides),
+      .z_strides = strides(a.z_strides),
+      .y_strides = strides(a.y_strides),
+      .dt_strides = strides(a.dt_strides),
+      .B_strides = strides(a.B_strides),
+      .C_strides = strides(a.C_strides),
+      .A_stride = static_cast<int>(a.A_stride),
+      .D_head_stride = static_cast<int>(a.D_strides[0]),
+      .D_p_stride = static_cast<int>(a.D_strides[1]),
+      .dt_bias_stride = static_cast<int>(a.dt_bias_stride),
+      .read_stride = static_cast<int>(a.read_strides[0]),
+      .read_column_stride = static_cast<int>(a.read_strides[1]),
+      .write_stride = static_cast<int>(a.write_strides[0]),
+      .write_column_stride = static_cast<int>(a.write_strides[1]),
+      .accepted_stride = static_cast<int>(a.accepted_stride),
+      .bounds_stride = static_cast<int>(a.bounds_stride),
+      .batch = static_cast<int>(a.batch),
+      .tokens = static_cast<int>(a.tokens),
+      .total = static_cast<int>(a.total),
+      .nslots = static_cast<int>(a.nslots),
+      .nheads = static_cast<int>(a.nheads),
+      .headdim = static_cast<int>(a.headdim),
+      .heads_per_group = static_cast<int>(a.nheads / a.ngroups),
+      .read_width = static_cast<int>(a.read_width),
+      .write_width = static_cast<int>(a.write_width),
+      .null_slot = a.null_slot,
+      .dt_min = a.dt_min,
+      .dt_max = a.dt_max,
+      .dtype = a.dtype,
+      .dt_dtype = a.dt_dtype,
+      .D_dtype = a.D_dtype,
+      .z_dtype = a.z_dtype,
+      .dt_bias_dtype = a.dt_bias_dtype,
+      .columns_aligned = aligned(B, a.B_strides, a.dtype) && aligned(C, a.C_strides, a.dtype),
+      .dt_softplus = a.dt_softplus,
+      .store_each = a.store_each,
+      .store_last = a.store_last,
+  };
+  const DeviceGuard guard(target.device);
+  const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
+  switch (a.state_dtype) {
+    case DType::float32: return launch_dstate<float>(p, a, stream);
+    case DType::bfloat16: return launch_dstate<__nv_bfloat16>(p, a, stream);
+    case DType::float16: return launch_dstate<__half>(p, a, stream);
+    case DType::float8_e4m3: return launch_dstate<E4m3>(p, a, stream);
+    case DType::int8: return launch_dstate<Int8>(p, a, stream);
+  }
+}
+
+}  // namespace hybrid_ops

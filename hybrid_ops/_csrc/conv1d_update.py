@@ -1,0 +1,96 @@
+"""Launcher of csrc/conv1d_update_sm90.cu, and what that kernel does not take."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks, _device
+from . import DTYPES
+
+
+class Config(NamedTuple):
+    sequences: int  # of a thread
+
+
+def config(batch: int, dim: int, itemsize: int, num_sms: int) -> Config:
+    """Several sequences share a thread's weights once there are blocks enough, of 2048 bytes of x, without."""
+    blocks = -(-dim * itemsize // 2048) * batch
+    return Config(sequences=4 if blocks >= 16 * num_sms else 2 if blocks >= 8 * num_sms else 1)
+
+
+def refusal(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rollback: Tensor | None,
+    cu_seqlens: Tensor | None,
+    y_strides: tuple[int, ...],
+) -> str | None:
+    """Why this kernel cannot take the problem; None where it can."""
+    if x.dim() != 2 or rollback is not None or cu_seqlens is not None:
+        return "the CUDA kernel takes one token of each sequence: x (batch, dim), no rollback, no cu_seqlens"
+    if x.dtype not in DTYPES or conv_state.dtype != x.dtype:
+        return (
+            f"the CUDA kernel takes x and conv_state of one dtype of 32 or 16 bits, not {x.dtype}, {conv_state.dtype}"
+        )
+    (batch, dim), (_, _, state_len), number = x.shape, conv_state.shape, 16 // x.element_size()
+    if not 2 <= weight.shape[1] <= 4 or state_len != weight.shape[1] - 1:
+        return f"the CUDA kernel has widths 2 to 4 and width - 1 columns, not {weight.shape[1]} and {state_len}"
+    if not weight.is_contiguous() or (bias is not None and not bias.is_contiguous()):
+        return "the CUDA kernel takes contiguous weights"
+    slot, channel, column = conv_state.stride()
+    if (channel, column) != (state_len, 1) and (channel != 1 or (state_len > 1 and column % number)):
+        return "the CUDA kernel needs the columns of each channel, or the channels of each column, side by side"
+    rows = (x.stride(0), y_strides[0], slot)
+    if dim % number or x.stride(1) != 1 or y_strides[1] != 1 or any(row % number for row in rows):
+        return "the CUDA kernel needs rows of x, y and conv_state of, and at, multiples of 16 bytes"
+    if batch > 65535 or max(x.stride(0), y_strides[0], column, conv_state.shape[0], 4 * dim) >= 2**31:
+        return "the CUDA kernel counts sequences up to 65535, and all but slots in 32 bits"
+    return None
+
+
+@_checks.remembered
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slots: Tensor | None,
+    y_strides: tuple[int, ...],
+    silu: bool,
+    null_slot: int,
+    chosen: Config | None = None,
+) -> Callable[..., None]:
+    """What fills y and moves conv_state on, given the operator's arguments; for those of one signature."""
+    extension = _device.cuda_extension()
+    assert extension is not None  # `choose` has seen it
+    (batch, dim), (nslots, _, state_len), index = x.shape, conv_state.shape, x.device.index
+    if chosen is None:
+        chosen = config(batch, dim, x.element_size(), _device.num_sms(index))
+    # with one column, that is channels side by side too
+    column = 1 if conv_state.stride()[1:] == (state_len, 1) else conv_state.stride(2)
+    launch = extension.Conv1dUpdate(
+        dtypes=tuple(DTYPES[(x if t is None else t).dtype] for t in (x, weight, bias)),
+        sizes=(batch, dim, weight.shape[1], nslots),
+        strides=(conv_state.stride(0), column, x.stride(0), y_strides[0], 0 if slots is None else slots.stride(0)),
+        null_slot=null_slot,
+        silu=silu,
+        sequences=chosen.sequences,
+    )
+
+    def run(*arguments: Any) -> None:
+        """x, conv_state, weight, bias, slots, rollback, cu_seqlens, y, .."""
+        x, conv_state, weight, bias, slots, _, _, y = arguments[:8]
+        if y.numel():
+            pointers = [0 if t is None else t.data_ptr() for t in (x, conv_state, weight, bias, slots, y)]
+            launch(pointers, index, torch._C._cuda_getCurrentRawStream(index))
+
+    return run
+
+
+def misaligned(x: Tensor, conv_state: Tensor, weight: Tensor, y: Tensor) -> bool:
+    """Whether memory does not begin at multiples of 16 bytes, which is no part of a signature."""
+    return (x.data_ptr() | conv_state.data_ptr() | weight.data_ptr() | y.data_ptr()) % 16 != 0

@@ -1,0 +1,135 @@
+"""Launcher of csrc/ssd_update_sm90.cu, and what that kernel does not take."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks, _device
+from . import DTYPES
+
+STATE_DTYPES = {**DTYPES, torch.float8_e4m3fn: 3, torch.int8: 4}
+
+DSTATES = (64, 128, 256)
+
+
+class Config(NamedTuple):
+    rows: int  # 16-byte loads of a lane that are under way at once (twice as many with float32 and dstate 256)
+    tiles: int  # of a warp, one after the other
+    warps: int  # of a block
+
+
+def config(headdim: int, dstate: int, itemsize: int, sequences_times_heads: int, num_sms: int) -> Config:
+    """Tiles of 4 KiB, or 2 of 16-bit states; several a warp once there are enough warps to fill the machine without."""
+    lanes = min(32, dstate * itemsize // 16)  # of a row
+    rows = 8 if (dstate, itemsize) == (128, 4) else 4
+    tiles = math.ceil(headdim / (rows * 32 // lanes))
+    most = sequences_times_heads * tiles // (32 * num_sms)
+    return Config(rows=rows, tiles=max(1, min(4, tiles // 2, most)), warps=2)
+
+
+def refusal(x: Tensor, state: Tensor, others: tuple[Tensor | None, ...], batch: int) -> str | None:
+    """Why this kernel cannot take the problem; None where it can."""
+    for name, tensor, dtypes in (("x", x, DTYPES), ("state", state, STATE_DTYPES)):
+        if tensor.dtype not in dtypes:
+            return f"the CUDA kernel has no {tensor.dtype} for {name}"
+    nslots, nheads, headdim, dstate = state.shape
+    if dstate not in DSTATES:
+        return f"the CUDA kernel has dstate {', '.join(map(str, DSTATES))}, not {dstate}"
+    number = 16 // state.element_size()
+    if state.stride(3) != 1 or any(stride % number for stride in state.stride()[:3]) or state.data_ptr() % 16:
+        return "the CUDA kernel needs rows of the state that begin at multiples of 16 bytes"
+    if max(batch, nheads) > 65535:
+        return f"the CUDA kernel has grids of 65535 sequences by 65535 heads, not {batch} by {nheads}"
+    sizes = (nslots, headdim, *x.shape)
+    strides = (*state.stride()[1:], *(stride for t in (x, *others) if t is not None for stride in t.stride()))
+    if max(*sizes, *strides) >= 2**31:
+        return "the CUDA kernel has 32 bits for every stride but that of slots"
+    return None
+
+
+@_checks.remembered
+def ssd_state_update(
+    x: Tensor,
+    state: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    read_slots: Tensor | None,
+    write_slots: Tensor | None,
+    num_accepted: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state_scale: Tensor | None,
+    y_strides: tuple[int, ...],
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    update_state: bool,
+    null_slot: int,
+    chosen: Config | None = None,
+) -> Callable[..., None]:
+    """What fills y and stores states, given the operator's arguments; for those of one signature."""
+    extension = _device.cuda_extension()
+    assert extension is not None  # `choose` has seen it
+    nslots, nheads, headdim, dstate = state.shape
+    packed = cu_seqlens is not None
+    batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    one_each = not packed and x.dim() == 3
+    each = write_slots is not None and write_slots.dim() == 2
+    read_width = 1 if num_accepted is None or read_slots is None else read_slots.shape[1]
+    write_width = 1 if write_slots is None or not each else write_slots.shape[1]
+
+    def token_strides(strides: tuple[int, ...] | None) -> tuple[int, ...]:  # sequence, token, head, element
+        if strides is None:
+            return 0, 0, 0, 0
+        first, *rest = strides
+        whole = (0, first, *rest) if packed else (first, 0, *rest) if one_each else strides
+        return (*whole, 0)[:4]
+
+    def two(tensor: Tensor | None) -> tuple[int, ...]:
+        return (0, 0) if tensor is None else (*tensor.stride(), 0)[:2]
+
+    index = x.device.index
+    if chosen is None:
+        chosen = config(headdim, dstate, state.element_size(), batch * nheads, _device.num_sms(index))
+    launch = extension.SsdUpdate(
+        dtypes=tuple(STATE_DTYPES[(x if t is None else t).dtype] for t in (state, x, dt, D, z, dt_bias)),
+        sizes=(
+            *(batch, 1 if packed or one_each else x.shape[1], x.shape[0] if packed else 0),
+            *(nslots, nheads, headdim, dstate, B.shape[-2], read_width, write_width),
+        ),
+        state_strides=state.stride()[:3],
+        scale_strides=(0, 0, 0) if state_scale is None else state_scale.stride(),
+        token_strides=tuple(
+            token_strides(s)
+            for s in (x.stride(), None if z is None else z.stride(), y_strides, dt.stride(), B.stride(), C.stride())
+        ),
+        small_strides=(
+            A.stride(0),
+            0 if dt_bias is None else dt_bias.stride(0),
+            *(*two(D), *two(read_slots), *two(write_slots)),
+            0 if num_accepted is None else num_accepted.stride(0),
+            0 if cu_seqlens is None else cu_seqlens.stride(0),
+        ),
+        null_slot=null_slot,
+        dt_limit=(dt_min, dt_max),
+        dt_softplus=dt_softplus,
+        store_each=update_state and each,
+        store_last=update_state and not each,
+        config=chosen,
+    )
+
+    def run(*arguments: Any) -> None:
+        if batch == 0:
+            arguments[15].zero_()  # y, the last of the 16 tensors
+            return
+        pointers = [0 if t is None else t.data_ptr() for t in arguments[:16]]
+        launch(pointers, index, torch._C._cuda_getCurrentRawStream(index))
+
+    return run
