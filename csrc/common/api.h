@@ -27,8 +27,22 @@ struct Conv1dArgs {
   int tokens_per_thread;
 };
 
+struct Conv1dBwdArgs {
+  std::uintptr_t dy, x, weight, bias, initial_states, dfinal_states, dx, dweight, dbias, dinitial_states, partials,
+      cu_seqlens;
+  DType dtype, weight_dtype, bias_dtype, states_dtype;
+  std::int64_t batch, seqlen, dim, width, nseq;
+  std::array<std::int64_t, 2> dy_strides, x_strides, dx_strides;                  // batch, token
+  std::array<std::int64_t, 3> initial_strides, dfinal_strides, dinitial_strides;  // sequence, channel, column
+  bool silu;
+  int tokens_per_thread;
+};
+
 // conv1d_sm90.cu
 void conv1d_fwd(const Conv1dArgs& args, Target target);
+
+// conv1d_bwd_sm90.cu
+void conv1d_bwd(const Conv1dBwdArgs& args, Target target);
 
 // cutlass_layouts.cu
 std::string cutlass_version();
