@@ -1,7 +1,7 @@
 // What both directions of the causal conv1d share: which tokens are a sequence, its parameters and its history.
 #pragma once
 
-#include "vector.cuh"
+#include "common/vector.cuh"
 
 namespace hybrid_ops {
 

@@ -1,9 +1,9 @@
 // Host side of both directions of the causal conv1d: from a problem to the template that is compiled for it.
 #pragma once
 
-#include "api.h"
-#include "conv1d.cuh"
-#include "launch.cuh"
+#include "common/api.h"
+#include "common/conv1d.cuh"
+#include "common/launch.cuh"
 
 namespace hybrid_ops {
 

@@ -152,7 +152,20 @@ def conv1d_bwd(
     tokens = bwd_config(batch, seqlen, dim, _device.num_sms(index), x.element_size()).tokens_per_thread
     partials = x.new_empty((width + 1) * batch * -(-seqlen // tokens) * dim, dtype=torch.float32)
     bias, cu_seqlens = (None if t is None else t.contiguous() for t in (bias, cu_seqlens))
-    tensors = (dy, x, _weight_in_vectors(weight), bias, history, dfinal, dx, dweight, dbias, dhistory, partials, cu_seqlens)
+    tensors = (
+        dy,
+        x,
+        _weight_in_vectors(weight),
+        bias,
+        history,
+        dfinal,
+        dx,
+        dweight,
+        dbias,
+        dhistory,
+        partials,
+        cu_seqlens,
+    )
     extension.conv1d_bwd(
         tuple(0 if t is None else t.data_ptr() for t in tensors),
         tuple(DTYPES[(x if t is None else t).dtype] for t in (x, weight, bias, some_states)),
