@@ -206,7 +206,7 @@ def _norm_bwd(
     if dh is not None:
         du = du + dh.to(du.dtype)
     for target, result in ((dx, du), (dz, dgated), (dresidual, du), (dweight, dw)):
-        if target is not None:
+        if target is not None and result is not None:
             target.copy_(result)
 
 
