@@ -21,20 +21,21 @@ _THREADS_PER_SM = {2: 7 * 128, 4: 5 * 128}
 _BWD_THREADS_PER_SM = {2: 4 * 128, 4: 3 * 128}
 
 
-def config(
-    rows: int, seqlen: int, dim: int, num_sms: int, itemsize: int, threads_per_sm: dict[int, int] = _THREADS_PER_SM
-) -> Config:
-    """Runs so long that all threads are there at once, and begin and end together.
-
-    A run of n tokens reads width - 1 tokens of the run before it once more.
-    """
-    runs = max(1, threads_per_sm[itemsize] * num_sms // max(1, rows * dim // _VECTOR))
-    tokens = -(-seqlen // runs)
-    return Config(tokens_per_thread=max(_STEP, -(-tokens // _STEP) * _STEP))
+def config(rows: int, seqlen: int, dim: int, num_sms: int, itemsize: int) -> Config:
+    """A run of n tokens reads width - 1 tokens of the run before it once more."""
+    return _one_generation(rows, seqlen, dim, _THREADS_PER_SM[itemsize] * num_sms, shortest=_STEP)
 
 
 def bwd_config(rows: int, seqlen: int, dim: int, num_sms: int, itemsize: int) -> Config:
-    return config(rows, seqlen, dim, num_sms, itemsize, _BWD_THREADS_PER_SM)
+    """Each run reads width - 1 tokens before and behind it once more, and leaves sums that are to be added."""
+    return _one_generation(rows, seqlen, dim, _BWD_THREADS_PER_SM[itemsize] * num_sms, shortest=4 * _STEP)
+
+
+def _one_generation(rows: int, seqlen: int, dim: int, threads: int, shortest: int) -> Config:
+    """Runs so long that all threads are on the GPU at once, and begin and end together."""
+    runs = max(1, threads // max(1, rows * dim // _VECTOR))
+    tokens = -(-seqlen // runs)
+    return Config(tokens_per_thread=max(shortest, -(-tokens // _STEP) * _STEP))
 
 
 def refusal(
