@@ -288,6 +288,7 @@ def test_config_is_a_pure_function_of_the_problem():
     assert config(1, 8192, 10240, 132, 4).tokens_per_thread == 252
     assert bwd_config(1, 8192, 10240, 132, 2).tokens_per_thread == 316
     assert bwd_config(1, 1, 8, 132, 2).tokens_per_thread == 16
+    assert config(32, 2048, 8192, 132, 2).tokens_per_thread == 412  # 5 runs in 3 generations
     assert config(1, 1, 8, 132, 2).tokens_per_thread == 4
     assert config(0, 0, 0, 132, 2).tokens_per_thread == 4
     assert hybrid_ops.explain("causal_conv1d", impl="torch").config == {}

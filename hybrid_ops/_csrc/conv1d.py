@@ -23,18 +23,25 @@ _BWD_THREADS_PER_SM = {2: 4 * 128, 4: 3 * 128}
 
 def config(rows: int, seqlen: int, dim: int, num_sms: int, itemsize: int) -> Config:
     """A run of n tokens reads width - 1 tokens of the run before it once more."""
-    return _one_generation(rows, seqlen, dim, _THREADS_PER_SM[itemsize] * num_sms, shortest=_STEP)
+    return _config(rows, seqlen, dim, _THREADS_PER_SM[itemsize] * num_sms, shortest=_STEP)
 
 
 def bwd_config(rows: int, seqlen: int, dim: int, num_sms: int, itemsize: int) -> Config:
     """Each run reads width - 1 tokens before and behind it once more, and leaves sums that are to be added."""
-    return _one_generation(rows, seqlen, dim, _BWD_THREADS_PER_SM[itemsize] * num_sms, shortest=4 * _STEP)
+    return _config(rows, seqlen, dim, _BWD_THREADS_PER_SM[itemsize] * num_sms, shortest=4 * _STEP)
 
 
-def _one_generation(rows: int, seqlen: int, dim: int, threads: int, shortest: int) -> Config:
-    """Runs so long that all threads are on the GPU at once, and begin and end together."""
-    runs = max(1, threads // max(1, rows * dim // _VECTOR))
-    tokens = -(-seqlen // runs)
+def _config(rows: int, seqlen: int, dim: int, threads: int, shortest: int) -> Config:
+    """Runs so long that all are on the GPU at once, and begin and end together, for it holds so many `threads`.
+
+    Where that would leave more than an eighth of it idle, as few generations as do not, up to four.
+    """
+    columns = max(1, rows * dim // _VECTOR)
+    for generations in range(1, 5):
+        runs = generations * threads // columns
+        if 8 * runs * columns >= 7 * generations * threads:
+            break
+    tokens = -(-seqlen // max(1, runs))
     return Config(tokens_per_thread=max(shortest, -(-tokens // _STEP) * _STEP))
 
 
