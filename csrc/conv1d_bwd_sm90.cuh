@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kConvThreads, kMinBlocks)
 #pragma unroll
     for (int k = 0; k < kHistory; ++k) {
       const int back = kHistory - k;
-      if (token - back >= sequence.begin) {
+      if (token - back >= sequence.begin && (!kPacked || sequence.index >= 0)) {
         unpack<T>(load_vector(x - back * x_stride), inputs[k]);
       } else {
         const int column = kHistory - (sequence.begin - (token - back));
