@@ -17,6 +17,7 @@ WIDTH = 4
 def cases(on_gpu: bool) -> Iterator[Case]:
     if not on_gpu:
         yield conv1d("tiny", 256, 2, strided=True)
+        yield conv1d_bwd("tiny", 256, 2)
         yield conv1d_update("tiny", 4)
         return
     yield conv1d("super", 8192, 1, strided=True)
@@ -26,6 +27,9 @@ def cases(on_gpu: bool) -> Iterator[Case]:
     yield conv1d("super", 8192, 1, strided=True, sequences=16)
     yield conv1d("nano3", 2048, 8, strided=True)
     yield conv1d("nano2", 8192, 1, strided=True)
+    yield conv1d_bwd("super", 8192, 1)
+    yield conv1d_bwd("super", 65536, 1)
+    yield conv1d_bwd("nano3", 2048, 8)
     for batch in (1, 64, 256):
         yield conv1d_update("super", batch)
 
@@ -34,6 +38,7 @@ def sweep() -> Iterator[Case]:
     for model, tp in itertools.product(MIXERS, SHARDS):
         for seqlen in PREFILL:
             yield conv1d(model, seqlen, 1, strided=True, tp=tp)
+            yield conv1d_bwd(model, seqlen, 1, tp)
         for batch in DECODE:
             yield conv1d_update(model, batch, tp)
 
@@ -80,6 +85,43 @@ def conv1d(model: str, seqlen: int, batch: int, *, strided: bool = False, sequen
         tokens=1,
         problem={"seqlen": seqlen, "dim": dim, "width": WIDTH},
         peers={} if sequences else {**peers.conv1d(), **peers.eager_and_compiled(torch_conv, model)},
+    )
+
+
+def conv1d_bwd(model: str, seqlen: int, batch: int, tp: int = 1) -> Case:
+    """All gradients by the operator itself, without autograd; x is a slice of in_proj's output."""
+    mixer = mixer_of(model, tp)
+    dim = mixer.conv_dim
+
+    def make(device: torch.device, generator: torch.Generator) -> Tensors:
+        return {
+            "dy": randn(generator, batch, seqlen, dim),
+            "x": randn(generator, batch, seqlen, mixer.in_proj)[..., mixer.inner : mixer.inner + dim],
+            "weight": randn(generator, dim, WIDTH) * 0.5,
+            "bias": randn(generator, dim) * 0.5,
+        }
+
+    def call(t: Tensors, impl: str) -> Tensors:
+        dx, dweight, dbias = (torch.empty_like(t[name]) for name in ("dy", "weight", "bias"))
+        torch.ops.hybrid_ops.conv1d_bwd(
+            t["dy"], None, t["x"], t["weight"], t["bias"], None, None, None, dx, dweight, dbias, None, True, impl
+        )
+        return {"dx": dx, "dweight": dweight, "dbias": dbias[None]}
+
+    return Case(
+        op="conv1d_bwd",
+        public="causal_conv1d",
+        name=prefill(model, seqlen, batch, "strided", *sharded(tp)),
+        dtype=torch.bfloat16,
+        make=make,
+        call=call,
+        expected=lambda t: call(float32(t, "dy", "x", "weight", "bias"), "torch"),
+        axis={"dx": -1, "dweight": -1, "dbias": 0},
+        bytes=2 * (3 * batch * seqlen * dim + 2 * dim * (WIDTH + 1)),
+        flops=0,
+        tokens=1,
+        impls=("cuda",),
+        problem={"seqlen": seqlen, "dim": dim, "width": WIDTH},
     )
 
 

@@ -30,10 +30,12 @@ def cases(on_gpu: bool) -> Iterator[Case]:
     if not on_gpu:
         yield residual_norm("tiny", 256, 2)
         yield gated_norm("tiny", 256, 2)
+        yield gated_norm_bwd("tiny", 256, 2)
         return
     for model in ("super", "nano3", "nano2"):
         yield residual_norm(model, 8192, 1)
         yield gated_norm(model, 8192, 1)
+        yield gated_norm_bwd(model, 8192, 1)
     yield residual_norm("super", 1, 64)
 
 
@@ -44,6 +46,7 @@ def sweep() -> Iterator[Case]:
             yield residual_norm(model, seqlen, batch)
         for model, tp in itertools.product(MIXERS, SHARDS):
             yield gated_norm(model, seqlen, batch, tp)
+            yield gated_norm_bwd(model, seqlen, batch, tp)
 
 
 def residual_norm(model: str, seqlen: int, batch: int) -> Case:
@@ -123,4 +126,41 @@ def gated_norm(model: str, seqlen: int, batch: int, tp: int = 1) -> Case:
         impls=("triton",),
         problem={"group_size": group_size},
         peers={**peers.gated_norm(group_size), **peers.eager_and_compiled(torch_norm, model)},
+    )
+
+
+def gated_norm_bwd(model: str, seqlen: int, batch: int, tp: int = 1) -> Case:
+    """All gradients by the operator itself, without autograd; z is a slice of in_proj's output."""
+    mixer = mixer_of(model, tp)
+    group_size = mixer.inner // mixer.ngroups
+
+    def make(device: torch.device, generator: torch.Generator) -> Tensors:
+        return {
+            "dy": randn(generator, batch, seqlen, mixer.inner),
+            "x": randn(generator, batch, seqlen, mixer.inner),
+            "z": randn(generator, batch, seqlen, mixer.in_proj)[..., : mixer.inner],
+            "weight": 1 + randn(generator, mixer.inner) * 0.1,
+        }
+
+    def call(t: Tensors, impl: str) -> Tensors:
+        dx, dz, dweight = (torch.empty_like(t[name]) for name in ("dy", "dy", "weight"))
+        torch.ops.hybrid_ops.norm_bwd(
+            t["dy"], t["x"], t["z"], t["weight"], None, dx, dz, None, dweight, 1e-5, group_size, False, impl
+        )
+        return {"dx": dx, "dz": dz, "dweight": dweight[None]}
+
+    return Case(
+        op="norm_bwd",
+        public="gated_rms_norm",
+        name=prefill(model, seqlen, batch, "gated", *sharded(tp)),
+        dtype=torch.bfloat16,
+        make=make,
+        call=call,
+        expected=lambda t: call(float32(t, "dy", "x", "z", "weight"), "torch"),
+        axis={"dx": -2, "dz": -2, "dweight": 0},
+        bytes=2 * (5 * batch * seqlen * mixer.inner + 2 * mixer.inner),
+        flops=0,
+        tokens=1,
+        impls=("triton",),
+        problem={"group_size": group_size},
     )

@@ -185,7 +185,7 @@ def _choose(
     chosen, reason = _device.choose(impl, torch.device(device), refusal)
     if chosen == "cuda":
         sms = _device.num_sms(torch.device(device).index or 0) if torch.cuda.is_available() else 132
-        return Choice(chosen, _csrc_conv1d.config(1, seqlen, dim, sms)._asdict(), reason)
+        return Choice(chosen, _csrc_conv1d.config(1, seqlen, dim, sms, x.element_size())._asdict(), reason)
     if chosen != "triton":
         return Choice(chosen, {}, reason)
     from .triton_kernels import conv1d as kernels
@@ -246,6 +246,45 @@ _conv1d_fwd_op = define(
 )
 
 
+def _conv1d_bwd(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor | None,
+    dinitial: Tensor | None,
+    silu: bool,
+    impl: str,
+) -> None:
+    if x.is_cuda and impl in ("auto", "cuda"):
+        states = dfinal if initial_states is None else initial_states
+        refusal = _device.not_sm90(x.device) or _csrc_conv1d.refusal(x, weight, bias, dx, states, seq_idx)
+        if _device.choose(impl, x.device, refusal)[0] == "cuda":
+            _csrc_conv1d.conv1d_bwd(
+                dy, dfinal, x, weight, bias, initial_states, cu_seqlens, dx, dweight, dbias, dinitial, silu
+            )
+            return
+    rows = _torch_conv1d.rows_of(x.shape[0], x.shape[1], weight.shape[1] - 1, x.device, cu_seqlens, seq_idx)
+    results = _torch_conv1d.conv1d_bwd(dy, dfinal, x, weight, bias, initial_states, rows, silu)
+    for target, result in zip((dx, dweight, dbias, dinitial), results, strict=True):
+        if target is not None:
+            target.copy_(result)
+
+
+_conv1d_bwd_op = define(
+    "conv1d_bwd(Tensor dy, Tensor? dfinal, Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, "
+    "Tensor? seq_idx, Tensor? cu_seqlens, Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!)? dbias, Tensor(d!)? dinitial, "
+    "bool silu, str impl)",
+    _conv1d_bwd,
+)
+
+
 def _empty_in_order_of(x: Tensor) -> Tensor:
     """Dense, its strides in the order of x's."""
     order = [0, 1, 2]
@@ -270,21 +309,21 @@ class _CausalConv1d(torch.autograd.Function):
         final = _empty_final_states(x, initial_states, nseq, weight.shape[1]) if return_final_states else None
         _conv1d_fwd_op(x, weight, bias, initial_states, seq_idx, cu_seqlens, None, None, y, final, None, silu, -1, impl)
         ctx.save_for_backward(x, weight, bias, initial_states, seq_idx, cu_seqlens)
-        ctx.silu = silu
+        ctx.options = silu, impl
+        ctx.set_materialize_grads(False)
         return y if final is None else (y, final)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dfinal=None):  # type: ignore[override]
         x, weight, bias, initial_states, seq_idx, cu_seqlens = ctx.saved_tensors
-        rows = _torch_conv1d.rows_of(x.shape[0], x.shape[1], weight.shape[1] - 1, x.device, cu_seqlens, seq_idx)
-        dx, dweight, dbias, dinitial = _torch_conv1d.conv1d_bwd(
-            dy, dfinal, x, weight, bias, initial_states, rows, ctx.silu
+        silu, impl = ctx.options
+        if dy is None:
+            dy = torch.zeros_like(x)
+        dx = _empty_in_order_of(x)
+        dweight = weight.new_empty(weight.shape)
+        dbias, dinitial = (None if t is None else t.new_empty(t.shape) for t in (bias, initial_states))
+        _conv1d_bwd_op(
+            dy, dfinal, x, weight, bias, initial_states, seq_idx, cu_seqlens, dx, dweight, dbias, dinitial, silu, impl
         )
-        return (
-            dx.to(x.dtype),
-            dweight.to(weight.dtype),
-            None if bias is None else dbias.to(bias.dtype),
-            None if initial_states is None else dinitial.to(initial_states.dtype),
-            *(None,) * 6,
-        )
+        return dx, dweight, dbias, dinitial, *(None,) * 6

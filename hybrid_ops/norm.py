@@ -182,37 +182,80 @@ def _gated_rms_norm(
     return y
 
 
+def _norm_bwd(
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    dh: Tensor | None,
+    dx: Tensor,
+    dz: Tensor | None,
+    dresidual: Tensor | None,
+    dweight: Tensor,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    impl: str,
+) -> None:
+    if _device.choose(impl, x.device)[0] == "triton":
+        from .triton_kernels import norm_bwd as kernels
+
+        kernels.norm_bwd(dy, x, z, weight, dh, dx, dz, dresidual, dweight, eps, group_size, norm_before_gate)
+        return
+    du, dgated, dw = _torch_norm.norm_bwd(dy, x, z, weight, eps, group_size, norm_before_gate)
+    if dh is not None:
+        du = du + dh.to(du.dtype)
+    for target, result in ((dx, du), (dz, dgated), (dresidual, du), (dweight, dw)):
+        if target is not None and result is not None:
+            target.copy_(result)
+
+
+# x is what the norm saw: with a residual their sum h, whose other gradient is dh
+_norm_bwd_op = define(
+    "norm_bwd(Tensor dy, Tensor x, Tensor? z, Tensor weight, Tensor? dh, Tensor(a!) dx, Tensor(b!)? dz, "
+    "Tensor(c!)? dresidual, Tensor(d!) dweight, float eps, int group_size, bool norm_before_gate, str impl)",
+    _norm_bwd,
+)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, residual, eps, impl):  # type: ignore[override]
         result = _rms_norm(x, weight, residual, eps, None, impl)
         ctx.save_for_backward(x if residual is None else result[1], weight)
-        ctx.eps, ctx.dtypes = eps, (x.dtype, None if residual is None else residual.dtype)
+        ctx.options = eps, impl
+        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+        ctx.set_materialize_grads(False)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dh=None):  # type: ignore[override]
         h, weight = ctx.saved_tensors
-        grad, _, dweight = _torch_norm.norm_bwd(dy, h, None, weight, ctx.eps, h.shape[-1], False)
-        x_dtype, residual_dtype = ctx.dtypes
-        if residual_dtype is None:
-            return grad.to(x_dtype), dweight.to(weight.dtype), None, None, None
-        grad = grad + dh.to(grad.dtype)
-        return grad.to(x_dtype), dweight.to(weight.dtype), grad.to(residual_dtype), None, None
+        eps, impl = ctx.options
+        dtype, residual_dtype = ctx.dtypes
+        if dy is None:
+            dy = torch.zeros_like(h, dtype=dtype)
+        dx, dweight = h.new_empty(h.shape, dtype=dtype), weight.new_empty(weight.shape)
+        dresidual = None if residual_dtype in (None, dtype) else h.new_empty(h.shape)
+        _norm_bwd_op(dy, h, None, weight, dh, dx, None, dresidual, dweight, eps, h.shape[-1], False, impl)
+        if residual_dtype == dtype:
+            dresidual = dx
+        return dx, dweight, dresidual, None, None
 
 
 class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, z, weight, eps, group_size, norm_before_gate, impl):  # type: ignore[override]
         ctx.save_for_backward(x, z, weight)
-        ctx.options = eps, group_size, norm_before_gate
+        ctx.options = eps, group_size, norm_before_gate, impl
         return _gated_rms_norm(x, z, weight, eps, group_size, norm_before_gate, None, impl)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         x, z, weight = ctx.saved_tensors
-        dx, dz, dweight = _torch_norm.norm_bwd(dy, x, z, weight, *ctx.options)
-        dz = None if dz is None else dz.to(z.dtype)
-        return dx.to(x.dtype), dz, dweight.to(weight.dtype), None, None, None, None
+        dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
+        dz = None if z is None else z.new_empty(z.shape)
+        _norm_bwd_op(dy, x, z, weight, None, dx, dz, None, dweight, *ctx.options)
+        return dx, dz, dweight, None, None, None, None

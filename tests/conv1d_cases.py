@@ -3,6 +3,7 @@
 import functools
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
@@ -171,6 +172,15 @@ def check_pool(case, run, device="cpu"):
     )
     problem.assert_y(y, ref, base)
     np.testing.assert_array_equal(to_numpy(pool), ref_pool)
+
+
+def for_cuda(case):
+    """The nearest case that the CUDA kernel takes."""
+    if hybrid_ops._device.extension_missing() is not None:
+        pytest.skip("the CUDA extension is not built")
+    form = "dense" if case["form"] == "seq_idx" else case["form"]
+    layout = "slice" if case["layout"] == "channel_first" else case["layout"]
+    return case | dict(dim=8 * (1 + case["dim"] // 8), form=form, layout=layout)
 
 
 def implementation(impl):

@@ -56,10 +56,12 @@ def test_a_sweep_repeats_no_other_case():
     "case",
     [
         conv1d.conv1d("tiny", 64, 1, strided=True, tp=2),
+        conv1d.conv1d_bwd("tiny", 64, 1, tp=2),
         conv1d.conv1d_update("tiny", 2, tp=2),
         ssd.ssd("tiny", 64, 1, tp=2),
         ssd.ssd_update("tiny", 2, torch.float32, tp=2),
         norm.gated_norm("tiny", 64, 1, tp=2),
+        norm.gated_norm_bwd("tiny", 64, 1, tp=2),
         grouped_gemm.up("tiny", 64, tp=2),
         grouped_gemm.down("tiny", 64, tp=2),
         moe.routed("tiny", 64, tp=2),
@@ -211,6 +213,8 @@ def test_cases_have_unique_agreed_names(cases):
         ("conv1d_fwd", "super-L8192-b1-strided", torch.bfloat16, 79),
         ("conv1d_fwd", "super-L65536-b1-strided", torch.bfloat16, 632),
         ("conv1d_fwd", "nano3-L2048-b8-strided", torch.bfloat16, 95),
+        ("conv1d_bwd", "super-L8192-b1-strided", torch.bfloat16, 118),
+        ("conv1d_bwd", "super-L65536-b1-strided", torch.bfloat16, 947),
         ("ssd_chunk_scan_fwd", "super-L8192-b1", torch.bfloat16, 72),
         ("ssd_chunk_scan_fwd", "nano3-L8192-b1", torch.bfloat16, 40),
         ("ssd_chunk_scan_fwd", "nano2-L8192-b1", torch.bfloat16, 88),
@@ -218,6 +222,7 @@ def test_cases_have_unique_agreed_names(cases):
         ("ssd_state_update", "super-b64", torch.float32, 125),
         ("ssd_state_update", "super-b64", torch.bfloat16, 63),
         ("norm_fwd", "super-L8192-b1-gated", torch.bfloat16, 95),
+        ("norm_bwd", "super-L8192-b1-gated", torch.bfloat16, 158),
     ],
 )
 def test_floors(op, case, dtype, floor):

@@ -32,9 +32,9 @@ def setup():
 
 KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles all of them
     "conv1d_sm90.cuh": [
-        "hybrid_ops::conv1d_kernel<__nv_bfloat16, 4, false, 4, 128>",
-        "hybrid_ops::conv1d_kernel<__half, 3, true, 4, 128>",
-        "hybrid_ops::conv1d_kernel<float, 2, false, 4, 128>",
+        "hybrid_ops::conv1d_kernel<__nv_bfloat16, 4, true, false, 4, 7>",
+        "hybrid_ops::conv1d_kernel<__half, 3, true, true, 4, 7>",
+        "hybrid_ops::conv1d_kernel<float, 2, false, false, 4, 5>",
         "hybrid_ops::conv1d_final_states_kernel<__nv_bfloat16>",
     ],
     "conv1d_update_sm90.cuh": [
@@ -50,8 +50,15 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::ssd_update_one_kernel<hybrid_ops::E4m3, 64, 2, false>",
         "hybrid_ops::ssd_update_kernel<hybrid_ops::Int8, 128, 4, false>",
     ],
+    "conv1d_bwd_sm90.cuh": [
+        "hybrid_ops::conv1d_bwd_kernel<__nv_bfloat16, 4, true, false, 4, 4>",
+        "hybrid_ops::conv1d_bwd_kernel<__half, 4, true, true, 4, 4>",
+        "hybrid_ops::conv1d_bwd_kernel<float, 4, false, true, 4, 3>",
+        "hybrid_ops::conv1d_bwd_sum_kernel<__nv_bfloat16, 4>",
+        "hybrid_ops::conv1d_bwd_states_kernel<__half, 3, true>",
+    ],
 }
-HOST_HEADERS = {"common/launch.cuh"}
+HOST_HEADERS = {"common/launch.cuh", "common/conv1d_dispatch.cuh"}
 
 
 def headers():
@@ -110,6 +117,9 @@ def test_every_header_is_compiled():
     device_headers = {h for h in headers() if not h.startswith("common/")}
     assert device_headers == set(KERNELS), "name the kernels of each .cuh in KERNELS"
     included = {name for h in headers() for name in re.findall(r'#include "(common/.*[.]cuh)"', (CSRC / h).read_text())}
+    ],
+    device_code = [(CSRC / h).read_text() for h in set(headers()) - HOST_HEADERS]
+    included = {name for text in device_code for name in re.findall(r'#include "(.*)"', text)}
     assert {h for h in headers() if h.startswith("common/")} == included | HOST_HEADERS
 
 
@@ -287,11 +297,15 @@ def test_the_launcher_knows_the_extensions_dtypes(extension):
 
 
 def test_config_is_a_pure_function_of_the_problem():
-    from hybrid_ops._csrc.conv1d import config
+    from hybrid_ops._csrc.conv1d import bwd_config, config
 
-    assert config(1, 8192, 10240, 132).tokens_per_thread == 64
-    assert config(1, 2048, 10240, 132).tokens_per_thread == 32
-    assert config(1, 1, 8, 132).tokens_per_thread == 4
+    assert config(1, 8192, 10240, 132, 2).tokens_per_thread == 180
+    assert config(1, 8192, 10240, 132, 4).tokens_per_thread == 252
+    assert bwd_config(1, 8192, 10240, 132, 2).tokens_per_thread == 316
+    assert bwd_config(1, 1, 8, 132, 2).tokens_per_thread == 16
+    assert config(32, 2048, 8192, 132, 2).tokens_per_thread == 412  # 5 runs in 3 generations
+    assert config(1, 1, 8, 132, 2).tokens_per_thread == 4
+    assert config(0, 0, 0, 132, 2).tokens_per_thread == 4
     assert hybrid_ops.explain("causal_conv1d", impl="torch").config == {}
 
 

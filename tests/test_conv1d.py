@@ -1,24 +1,21 @@
 import doctest
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 
 import hybrid_ops
-from hybrid_ops.reference import conv1d as reference
 
-from .budget import assert_within, to_numpy
 from .conv1d_cases import (
     CPU_DTYPES,
-    ENOUGH,
     INTERPRETER_DTYPES,
     PLAIN,
     Problem,
     cases,
     check_conv1d,
     check_pool,
+    for_cuda,
     implementation,
 )
 
@@ -71,15 +68,6 @@ def test_conv1d_auto_gpu(case):
     check_pool(case, implementation("auto"), "cuda")
 
 
-def for_cuda(case):
-    """The nearest case that the CUDA kernel takes."""
-    if hybrid_ops._device.extension_missing() is not None:
-        pytest.skip("the CUDA extension is not built")
-    form = "dense" if case["form"] == "seq_idx" else case["form"]
-    layout = "slice" if case["layout"] == "channel_first" else case["layout"]
-    return case | dict(dim=8 * (1 + case["dim"] // 8), form=form, layout=layout)
-
-
 @pytest.mark.gpu
 @settings(max_examples=20)
 @given(case=cases(CPU_DTYPES, max_seqlen=150, dims=(1, 300), widths=(2, 4)))
@@ -128,76 +116,6 @@ def test_bad_values_cuda_gpu():
     check_bad_values("cuda", "cuda")
 
 
-# --- gradients
-
-
-@pytest.mark.parametrize("width", [1, 3, 4])
-@pytest.mark.parametrize("form", ["dense", "cu_seqlens", "seq_idx"])
-@pytest.mark.parametrize("activation", [None, "silu"])
-def test_gradients(form, width, activation):
-    torch.manual_seed(0)
-
-    def leaf(*shape):
-        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-    options, batch, nseq = dict(activation=activation), 2, 2
-    if form == "cu_seqlens":
-        options["cu_seqlens"], batch, nseq = torch.tensor([0, 0, 1, 1, 6, 7, 7], dtype=torch.int32), 1, 6
-    elif form == "seq_idx":
-        rows = [[-1, 0, 0, -1, 0, 1, 1], [0, 1, -1, 1, 1, 1, -1]]
-        options["seq_idx"] = torch.tensor(rows, dtype=torch.int32)
-    x, weight, bias, initial = leaf(batch, 7, 3), leaf(3, width), leaf(3), leaf(nseq, 3, width - 1)
-
-    def with_states(x, weight, bias, initial):
-        return hybrid_ops.causal_conv1d(x, weight, bias, initial_states=initial, return_final_states=True, **options)
-
-    assert torch.autograd.gradcheck(with_states, (x, weight, bias, initial))
-    assert torch.autograd.gradcheck(lambda x, w: hybrid_ops.causal_conv1d(x, w, **options), (x, weight))
-
-
-def check_backward(case, device="cpu"):
-    problem = Problem(case, device)
-    named = dict(x=problem.x, weight=problem.weight, bias=problem.bias, initial_states=problem.initial_states)
-    leaves = {name: t.detach().requires_grad_() for name, t in named.items() if t is not None}
-    y, final = hybrid_ops.causal_conv1d(**leaves, return_final_states=True, **problem.sequences)
-    dy = (problem.randn(*y.shape) / problem.scale).to(y)  # the gradients of all channels' weights are alike in size
-    dfinal = (problem.randn(*final.shape) / problem.scale[:, None]).to(final)
-    torch.autograd.backward([y, final], [dy, dfinal])
-    results = []
-    for dtype in (np.float64, np.float32):
-        tensors, options = problem.arrays(dtype)
-        options["initial_states"] = to_numpy(problem.initial_states, dtype)
-        results.append(reference.causal_conv1d_bwd(to_numpy(dy, dtype), to_numpy(dfinal, dtype), *tensors, **options))
-    axes = dict(x=-1 if problem.tokens >= ENOUGH else None)  # the other gradients have too few values a channel
-    for name, ref, base in zip(("x", "weight", "bias", "initial_states"), *results, strict=True):
-        if name in leaves:
-            grad = leaves[name].grad
-            assert_within(f"d{name}", grad, ref, base, case["dtype"], axis=axes.get(name))
-
-
-# sums over tokens may cancel: a few channels at least, so that a gradient's RMS is not the luck of one
-@given(case=cases(CPU_DTYPES, dims=(8, 16)))
-def test_conv1d_backward(case):
-    check_backward(case)
-
-
-@pytest.mark.gpu
-@settings(max_examples=20)
-@given(case=cases(CPU_DTYPES, max_seqlen=150, dims=(8, 300)))
-def test_conv1d_backward_gpu(case):
-    check_backward(case, "cuda")
-
-
-def test_gradients_of_what_is_asked_for():
-    x, weight, bias = torch.randn(2, 5, 3), torch.randn(3, 4), torch.randn(3, requires_grad=True)
-    (grad,) = torch.autograd.grad(hybrid_ops.causal_conv1d(x, weight, bias).sum(), bias)
-    torch.testing.assert_close(grad, torch.full((3,), 10.0))
-    weight.requires_grad_()
-    y, _ = hybrid_ops.causal_conv1d(x, weight, return_final_states=True)
-    (grad,) = torch.autograd.grad(y.sum(), weight)  # nothing flows into the final states
-    torch.testing.assert_close(grad[:, 3], x.sum((0, 1)))
-
-
 # --- properties that need no reference
 
 
@@ -242,23 +160,25 @@ def test_pieces_gpu():
     check_pieces("triton", [[33, 7], [1, 2, 3, 34], [1] * 40], "cuda")
 
 
-def check_same_bits(device="cpu"):
+def check_same_bits(impl, device="cpu"):
     problem = Problem(PLAIN | dict(form="cu_seqlens", dtype=torch.float32, dim=40), device)
     runs = []
     for _ in range(2):
         leaves = [t.detach().requires_grad_() for t in (problem.x, problem.weight, problem.bias)]
-        y = hybrid_ops.causal_conv1d(*leaves, **problem.sequences)
+        y = hybrid_ops.causal_conv1d(*leaves, impl=impl, **problem.sequences)
         runs.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_same_bits():
-    check_same_bits()
+    check_same_bits("torch")
 
 
 @pytest.mark.gpu
-def test_same_bits_gpu():
-    check_same_bits("cuda")
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_same_bits_gpu(impl):
+    for_cuda(PLAIN)
+    check_same_bits(impl, "cuda")
 
 
 def test_padding_hides_nan():
@@ -535,7 +455,7 @@ def test_cuda_graph():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ["dense", "cu_seqlens", "seq_idx"])
-@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("impl", ["auto", "triton", "torch"])
 def test_no_host_sync(form, impl):
     problem = Problem(PLAIN | dict(form=form), "cuda")
     leaves = [t.detach().requires_grad_() for t in (problem.x, problem.weight, problem.bias, problem.initial_states)]

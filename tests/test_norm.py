@@ -141,7 +141,26 @@ def test_gradients():
 # a group of one feature has no gradient but rounding: dn - n * mean(dn * n) cancels
 @given(case=cases(CPU_DTYPES, min_group_size=8), gate=st.booleans(), norm_before_gate=st.booleans())
 def test_gated_rms_norm_backward(case, gate, norm_before_gate):
-    check_gated_backward(case, gate, norm_before_gate)
+    check_gated_backward(case, gate, norm_before_gate, "torch")
+
+
+@given(case=cases(CPU_DTYPES, min_group_size=8), stream_fp32=st.booleans())
+def test_rms_norm_backward(case, stream_fp32):
+    check_residual_backward(case, stream_fp32, "torch")
+
+
+@pytest.mark.interpreter
+@settings(max_examples=15)
+@given(case=cases(INTERPRETER_DTYPES, min_group_size=8), gate=st.booleans(), norm_before_gate=st.booleans())
+def test_gated_rms_norm_backward_interpreter(case, gate, norm_before_gate):
+    check_gated_backward(case, gate, norm_before_gate, "triton")
+
+
+@pytest.mark.interpreter
+@settings(max_examples=15)
+@given(case=cases(INTERPRETER_DTYPES, min_group_size=8), stream_fp32=st.booleans())
+def test_rms_norm_backward_interpreter(case, stream_fp32):
+    check_residual_backward(case, stream_fp32, "triton")
 
 
 @pytest.mark.gpu
@@ -152,16 +171,23 @@ def test_gated_rms_norm_backward(case, gate, norm_before_gate):
     norm_before_gate=st.booleans(),
 )
 def test_gated_rms_norm_backward_gpu(case, gate, norm_before_gate):
-    check_gated_backward(case, gate, norm_before_gate, "cuda")
+    check_gated_backward(case, gate, norm_before_gate, "triton", "cuda")
 
 
-def check_gated_backward(case, gate, norm_before_gate, device="cpu"):
+@pytest.mark.gpu
+@settings(max_examples=13)
+@given(case=cases(CPU_DTYPES, max_rows=300, min_group_size=8, max_group_size=1500), stream_fp32=st.booleans())
+def test_rms_norm_backward_gpu(case, stream_fp32):
+    check_residual_backward(case, stream_fp32, "triton", "cuda")
+
+
+def check_gated_backward(case, gate, norm_before_gate, impl, device="cpu"):
     generator = torch.Generator().manual_seed(case["seed"])
     x, z, dy = (randn(case, generator) for _ in range(3))
     weight = weight_of(case, generator)
     options = dict(group_size=case["group_size"], norm_before_gate=norm_before_gate)
     leaves = [t.to(device).detach().requires_grad_() for t in (x, z, weight)]
-    y = hybrid_ops.gated_rms_norm(leaves[0], leaves[1] if gate else None, leaves[2], **options)
+    y = hybrid_ops.gated_rms_norm(leaves[0], leaves[1] if gate else None, leaves[2], impl=impl, **options)
     y.backward(dy.to(device))
     ref, base = (
         reference.gated_rms_norm_bwd(
@@ -173,6 +199,41 @@ def check_gated_backward(case, gate, norm_before_gate, device="cpu"):
     assert_within("dweight", leaves[2].grad, ref[2], base[2], case["dtype"], axis=None)
     if gate:
         assert_within("dz", leaves[1].grad, ref[1], base[1], case["dtype"], axis=None)
+
+
+def check_residual_backward(case, stream_fp32, impl, device="cpu"):
+    """Both results have a gradient: that of h goes past the norm. The stream may be wider than x."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    x, residual, dy, dh = (randn(case, generator) for _ in range(4))
+    weight, stream = weight_of(case, generator), torch.float32 if stream_fp32 else case["dtype"]
+    residual, dh = residual.to(stream), dh.to(stream)
+    leaves = [t.to(device).detach().requires_grad_() for t in (x, weight, residual)]
+    y, h = hybrid_ops.rms_norm(leaves[0], leaves[1], residual=leaves[2], impl=impl)
+    torch.autograd.backward([y, h], [dy.to(device), dh.to(device)])
+    (ref, _, ref_w), (base, _, base_w) = (
+        reference.gated_rms_norm_bwd(to_numpy(dy, d), to_numpy(h, d), None, to_numpy(weight, d), dtype=d)
+        for d in (np.float64, np.float32)
+    )
+    ref, base = ref + to_numpy(dh), base + to_numpy(dh, np.float32)
+    assert_within("dx", leaves[0].grad, ref, base, case["dtype"], axis=None)
+    assert_within("dresidual", leaves[2].grad, ref, base, stream, axis=None)
+    assert_within("dweight", leaves[1].grad, ref_w, base_w, case["dtype"], axis=None)
+
+
+def check_same_bits(impl, device="cpu"):
+    torch.manual_seed(0)
+    x, z, w, dy = (torch.randn(*shape, device=device) for shape in ((50, 96), (50, 96), (96,), (50, 96)))
+    runs = []
+    for _ in range(2):
+        leaves = [t.clone().requires_grad_() for t in (x, z, w)]
+        y = hybrid_ops.gated_rms_norm(*leaves, group_size=24, impl=impl)
+        runs.append(torch.autograd.grad(y, leaves, dy))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.gpu
+def test_same_bits_gpu():
+    check_same_bits("triton", "cuda")
 
 
 def test_out_and_residual_dtype():
@@ -222,6 +283,14 @@ def launch(dtype, hidden, group_size, gated):
     kernels.norm(x, z if gated else None, residual, w[0], torch.empty_like(x), h, 1e-5, group_size, False)
 
 
+def launch_bwd(dtype, hidden, group_size, gated):
+    from hybrid_ops.triton_kernels import norm_bwd as kernels
+
+    dy, x, z, dx, dz, w = (torch.empty(4, hidden, dtype=dtype) for _ in range(6))
+    z, dz, dh = (z, dz, None) if gated else (None, None, z)
+    kernels.norm_bwd(dy, x, z, w[0], dh, dx, dz, None, torch.empty(hidden), 1e-5, group_size, False)
+
+
 @pytest.mark.parametrize("sm", [80, 89, 90, 100, 120])
 def test_compiles(sm, monkeypatch):
     from .triton_targets import check, compiling_for
@@ -230,6 +299,8 @@ def test_compiles(sm, monkeypatch):
         for dtype in [torch.bfloat16] if sm not in (90, 100) else CPU_DTYPES:
             launch(dtype, 4096, 4096, False)
             launch(dtype, 7680, 960, True)
+            launch_bwd(dtype, 4096, 4096, False)
+            launch_bwd(dtype, 7680, 960, True)
     check(compiled, sm)
 
 
@@ -239,6 +310,10 @@ def test_opcheck():
     op = torch.ops.hybrid_ops.norm_fwd.default
     torch.library.opcheck(op, (x, None, r, w, y, h, 1e-5, 12, False, "torch"))
     torch.library.opcheck(op, (x, z, None, w, y, None, 1e-5, 4, True, "torch"))
+    dx, dz, dr, dw = torch.empty(5, 2, 12), torch.empty(5, 2, 12), torch.empty(5, 2, 12).double(), torch.empty(12)
+    op = torch.ops.hybrid_ops.norm_bwd.default
+    torch.library.opcheck(op, (r, x, z, w, None, dx, dz, None, dw, 1e-5, 4, True, "torch"))
+    torch.library.opcheck(op, (r, x, None, w, z, dx, None, dr, dw, 1e-5, 12, False, "torch"))
 
 
 def compiled_layer(x, z, r, w):

@@ -27,6 +27,17 @@ struct Conv1dArgs {
   int tokens_per_thread;
 };
 
+struct Conv1dBwdArgs {
+  std::uintptr_t dy, x, weight, bias, initial_states, dfinal_states, dx, dweight, dbias, dinitial_states, partials,
+      cu_seqlens;
+  DType dtype, weight_dtype, bias_dtype, states_dtype;
+  std::int64_t batch, seqlen, dim, width, nseq;
+  std::array<std::int64_t, 2> dy_strides, x_strides, dx_strides;                  // batch, token
+  std::array<std::int64_t, 3> initial_strides, dfinal_strides, dinitial_strides;  // sequence, channel, column
+  bool silu;
+  int tokens_per_thread;
+};
+
 // What an SSD scan is made of, but for the addresses: made once for all calls of a kind.
 struct SsdArgs {
   DType dt_dtype, dt_bias_dtype, D_dtype, initial_dtype, final_dtype, interval_dtype;
@@ -92,6 +103,9 @@ void conv1d_update(const Conv1dUpdateArgs& args, const Conv1dUpdatePointers& poi
 
 // ssd_update_sm90.cu
 void ssd_update(const SsdUpdateArgs& args, const SsdUpdatePointers& pointers, Target target);
+
+// conv1d_bwd_sm90.cu
+void conv1d_bwd(const Conv1dBwdArgs& args, Target target);
 
 // cutlass_layouts.cu
 std::string cutlass_version();

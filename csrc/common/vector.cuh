@@ -33,6 +33,15 @@ __device__ __forceinline__ void unpack(const Vector<T>& raw, float (&values)[kPe
   for (int i = 0; i < kPerVector; ++i) values[i] = to_float(elements[i]);
 }
 
+// A bfloat16 is the upper half of a float32: one instruction a value.
+template <>
+__device__ __forceinline__ void unpack<__nv_bfloat16>(const uint2& raw, float (&values)[kPerVector]) {
+  values[0] = __uint_as_float(raw.x << 16);
+  values[1] = __uint_as_float(raw.x & 0xffff0000u);
+  values[2] = __uint_as_float(raw.y << 16);
+  values[3] = __uint_as_float(raw.y & 0xffff0000u);
+}
+
 // One rounding to nearest per value, two values per instruction.
 template <typename T>
 __device__ __forceinline__ Vector<T> pack(const float (&values)[kPerVector]);
@@ -72,6 +81,21 @@ __device__ __forceinline__ Vector<T> load_vector(const T* pointer) {
                  : "l"(pointer));
   }
   return raw;
+}
+
+// As a predicated instruction: a branch would keep what lies before it from overlapping with what lies behind.
+template <typename T>
+__device__ __forceinline__ void store_vector_if(bool condition, T* pointer, const Vector<T>& raw) {
+  if constexpr (sizeof(T) == 2) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.v2.u32 [%1], {%2, %3};}" ::"r"(unsigned(condition)),
+                 "l"(pointer), "r"(raw.x), "r"(raw.y)
+                 : "memory");
+  } else {
+    asm volatile(
+        "{.reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.v4.u32 [%1], {%2, %3, %4, %5};}" ::"r"(unsigned(condition)),
+        "l"(pointer), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w)
+        : "memory");
+  }
 }
 
 template <typename T>

@@ -14,16 +14,34 @@ class Config(NamedTuple):
 
 
 _VECTOR = 4  # channels of a thread
+_STEP = 4  # tokens that a thread has under way: kLoads
+# by bytes of an element, what a multiprocessor holds at once: kMinBlocks blocks of kConvThreads
+_THREADS_PER_SM = {2: 7 * 128, 4: 5 * 128}
+_BWD_THREADS_PER_SM = {2: 4 * 128, 4: 3 * 128}
 
 
-def config(rows: int, seqlen: int, dim: int, num_sms: int) -> Config:
-    """Runs as long as leaves every multiprocessor about 1024 threads, three or so generations of blocks.
+def config(rows: int, seqlen: int, dim: int, num_sms: int, itemsize: int) -> Config:
+    """A run of n tokens reads width - 1 tokens of the run before it once more."""
+    return _config(rows, seqlen, dim, _THREADS_PER_SM[itemsize] * num_sms, shortest=_STEP)
 
-    A run of n tokens reads width - 1 tokens of the run before it once more; short runs keep the GPU full to the end.
+
+def bwd_config(rows: int, seqlen: int, dim: int, num_sms: int, itemsize: int) -> Config:
+    """Each run reads width - 1 tokens before and behind it once more, and leaves sums that are to be added."""
+    return _config(rows, seqlen, dim, _BWD_THREADS_PER_SM[itemsize] * num_sms, shortest=4 * _STEP)
+
+
+def _config(rows: int, seqlen: int, dim: int, threads: int, shortest: int) -> Config:
+    """Runs so long that all are on the GPU at once, and begin and end together, for it holds so many `threads`.
+
+    Where that would leave more than an eighth of it idle, as few generations as do not, up to four.
     """
-    threads_per_token = rows * dim // _VECTOR
-    run = seqlen * threads_per_token // (1024 * num_sms)
-    return Config(tokens_per_thread=max(4, min(64, 1 << max(run, 1).bit_length() - 1)))
+    columns = max(1, rows * dim // _VECTOR)
+    for generations in range(1, 5):
+        runs = generations * threads // columns
+        if 8 * runs * columns >= 7 * generations * threads:
+            break
+    tokens = -(-seqlen // max(1, runs))
+    return Config(tokens_per_thread=max(shortest, -(-tokens // _STEP) * _STEP))
 
 
 def refusal(
@@ -46,10 +64,22 @@ def refusal(
         return f"the CUDA kernel needs dim to be a multiple of {_VECTOR}, not {x.shape[2]}"
     if x.stride(2) != 1 or y.stride(2) != 1:
         return "the CUDA kernel is channel-last"
-    strides = [t.stride(i) for t in (x, y) for i in (0, 1) if t.shape[i] > 1]
-    if any(stride % _VECTOR for stride in strides) or (x.data_ptr() | y.data_ptr()) % nbytes:
+    if not (_in_vectors(x) and _in_vectors(y)):
         return f"the CUDA kernel needs rows that start at multiples of {nbytes} bytes"
+    if max(x.stride(1), y.stride(1)) >= 2**32:
+        return "the CUDA kernel has token strides of 32 bits"
     return None
+
+
+def _in_vectors(x: Tensor) -> bool:
+    """Whether each token's channels are a whole number of the vectors that a thread reads at once."""
+    strides = [x.stride(i) for i in (0, 1) if x.shape[i] > 1]
+    return x.data_ptr() % (_VECTOR * x.element_size()) == 0 and all(stride % _VECTOR == 0 for stride in strides)
+
+
+def _weight_in_vectors(weight: Tensor) -> Tensor:
+    weight = weight.contiguous()
+    return weight.clone() if weight.data_ptr() % 16 else weight
 
 
 def conv1d(
@@ -73,11 +103,8 @@ def conv1d(
     index = x.device.index
     nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     some_states = history if history is not None else state
-    weight = weight.contiguous()
-    if weight.data_ptr() % 16:  # the kernel reads it in vectors
-        weight = weight.clone()
-    bias = None if bias is None else bias.contiguous()
-    tensors = (x, weight, bias, history, y, state, cu_seqlens, read_slots, write_slots)
+    bias, *indices = (None if t is None else t.contiguous() for t in (bias, cu_seqlens, read_slots, write_slots))
+    tensors = (x, _weight_in_vectors(weight), bias, history, y, state, *indices)
     extension.conv1d_fwd(
         tuple(0 if t is None else t.data_ptr() for t in tensors),
         tuple(DTYPES[(x if t is None else t).dtype] for t in (x, weight, bias, some_states)),
@@ -96,7 +123,64 @@ def conv1d(
         (0, 0, 0) if state is None else state.stride(),
         null_slot,
         silu,
-        config(batch, seqlen, dim, _device.num_sms(index)).tokens_per_thread,
+        config(batch, seqlen, dim, _device.num_sms(index), x.element_size()).tokens_per_thread,
+        index,
+        torch.cuda.current_stream(x.device).cuda_stream,
+    )
+
+
+def conv1d_bwd(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    history: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor | None,
+    dhistory: Tensor | None,
+    silu: bool,
+) -> None:
+    """Fill the gradients, of which dweight and dbias are contiguous and each has the dtype of what it belongs to.
+
+    The forward has taken the problem; a `dy` whose strides the kernel does not take is copied.
+    """
+    extension = _device.cuda_extension()
+    assert extension is not None  # `choose` has seen it
+    batch, seqlen, dim = x.shape
+    width = weight.shape[1]
+    index = x.device.index
+    if dy.stride(2) != 1 or not _in_vectors(dy) or dy.stride(1) >= 2**32:
+        dy = dy.contiguous()
+    nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    some_states = history if history is not None else dfinal
+    tokens = bwd_config(batch, seqlen, dim, _device.num_sms(index), x.element_size()).tokens_per_thread
+    partials = x.new_empty((width + 1) * batch * -(-seqlen // tokens) * dim, dtype=torch.float32)
+    bias, cu_seqlens = (None if t is None else t.contiguous() for t in (bias, cu_seqlens))
+    tensors = (
+        dy,
+        x,
+        _weight_in_vectors(weight),
+        bias,
+        history,
+        dfinal,
+        dx,
+        dweight,
+        dbias,
+        dhistory,
+        partials,
+        cu_seqlens,
+    )
+    extension.conv1d_bwd(
+        tuple(0 if t is None else t.data_ptr() for t in tensors),
+        tuple(DTYPES[(x if t is None else t).dtype] for t in (x, weight, bias, some_states)),
+        (batch, seqlen, dim, width, nseq),
+        tuple(t.stride()[:2] for t in (dy, x, dx)),
+        tuple((0, 0, 0) if t is None else t.stride() for t in (history, dfinal, dhistory)),
+        silu,
+        tokens,
         index,
         torch.cuda.current_stream(x.device).cuda_stream,
     )

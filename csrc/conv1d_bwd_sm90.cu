@@ -1,0 +1,69 @@
+#include "conv1d_bwd_sm90.cuh"
+
+#include "common/api.h"
+#include "common/conv1d_dispatch.cuh"
+
+namespace hybrid_ops {
+namespace {
+
+constexpr int kLoads = 4;  // in flight per thread, of x and of dy
+template <typename T>
+constexpr int kMinBlocks = sizeof(T) == 2 ? 4 : 3;  // on a multiprocessor: BWD_THREADS_PER_SM of _csrc/conv1d.py
+
+}  // namespace
+
+void conv1d_bwd(const Conv1dBwdArgs& a, Target target) {
+  const Conv1dBwdParams p{
+      .dy = reinterpret_cast<const void*>(a.dy),
+      .x = reinterpret_cast<const void*>(a.x),
+      .weight = reinterpret_cast<const void*>(a.weight),
+      .bias = reinterpret_cast<const void*>(a.bias),
+      .initial_states = reinterpret_cast<const void*>(a.initial_states),
+      .dfinal_states = reinterpret_cast<const void*>(a.dfinal_states),
+      .dx = reinterpret_cast<void*>(a.dx),
+      .dweight = reinterpret_cast<void*>(a.dweight),
+      .dbias = reinterpret_cast<void*>(a.dbias),
+      .dinitial_states = reinterpret_cast<void*>(a.dinitial_states),
+      .partials = reinterpret_cast<void*>(a.partials),
+      .cu_seqlens = reinterpret_cast<const int*>(a.cu_seqlens),
+      .dy_batch_stride = a.dy_strides[0],
+      .x_batch_stride = a.x_strides[0],
+      .dx_batch_stride = a.dx_strides[0],
+      .dy_token_stride = static_cast<unsigned>(a.dy_strides[1]),
+      .x_token_stride = static_cast<unsigned>(a.x_strides[1]),
+      .dx_token_stride = static_cast<unsigned>(a.dx_strides[1]),
+      .initial_strides = {a.initial_strides[0], a.initial_strides[1], a.initial_strides[2]},
+      .dfinal_strides = {a.dfinal_strides[0], a.dfinal_strides[1], a.dfinal_strides[2]},
+      .dinitial_strides = {a.dinitial_strides[0], a.dinitial_strides[1], a.dinitial_strides[2]},
+      .batch = static_cast<int>(a.batch),
+      .seqlen = static_cast<int>(a.seqlen),
+      .dim = static_cast<int>(a.dim),
+      .nseq = static_cast<int>(a.nseq),
+      .runs = static_cast<unsigned>((a.seqlen + a.tokens_per_thread - 1) / a.tokens_per_thread),
+      .tokens_per_thread = a.tokens_per_thread,
+      .weight_fp32 = a.weight_dtype == DType::float32,
+      .bias_fp32 = a.bias_dtype == DType::float32,
+      .states_fp32 = a.states_dtype == DType::float32,
+  };
+  if (p.dim == 0) return;
+  const unsigned blocks = conv1d_blocks(static_cast<int64>(p.runs) * p.batch * (p.dim / kPerVector));
+  const unsigned state_blocks = p.dinitial_states == nullptr ? 0 : conv1d_blocks(static_cast<int64>(p.nseq) * p.dim);
+  const DeviceGuard guard(target.device);
+  const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
+  const auto run = [&]<typename T, int kWidth, bool kSilu, bool kPacked>() {
+    if (blocks > 0) {
+      conv1d_bwd_kernel<T, kWidth, kSilu, kPacked, kLoads, kMinBlocks<T>><<<blocks, kConvThreads, 0, stream>>>(p);
+      check(cudaGetLastError(), "conv1d_bwd_kernel");
+    }
+    const dim3 sums((p.dim + kSumChannels - 1) / kSumChannels, kWidth + (p.dbias != nullptr));
+    conv1d_bwd_sum_kernel<T, kWidth><<<sums, dim3(kSumChannels, kSumRows), 0, stream>>>(p);
+    check(cudaGetLastError(), "conv1d_bwd_sum_kernel");
+    if (state_blocks > 0) {
+      conv1d_bwd_states_kernel<T, kWidth, kSilu><<<state_blocks, kConvThreads, 0, stream>>>(p);
+      check(cudaGetLastError(), "conv1d_bwd_states_kernel");
+    }
+  };
+  conv1d_dispatch(a.dtype, a.width, a.silu, p.cu_seqlens != nullptr, run);
+}
+
+}  // namespace hybrid_ops
