@@ -7,7 +7,7 @@
 #pragma once
 
 #include "common/bits.cuh"
-#include "conv1d_sm90.cuh"
+#include "common/conv1d.cuh"
 
 namespace hybrid_ops {
 
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads) conv1d_update_kernel(const __grid_co
 #pragma unroll
       for (int k = 0; k < kPieces; ++k) sum = fmaf(weight[c * kWidth + k], to_float(at(c, k)), sum);
       sum = fmaf(weight[c * kWidth + kPieces], to_float(tokens[c]), sum);
-      reinterpret_cast<T*>(&result)[c] = T(p.silu ? silu<T>(sum) : sum);
+      reinterpret_cast<T*>(&result)[c] = T(p.silu ? sum * sigmoid<T>(sum) : sum);
 #pragma unroll
       for (int k = 0; k + 1 < kPieces; ++k) at(c, k) = at(c, k + 1);
       at(c, kPieces - 1) = tokens[c];
