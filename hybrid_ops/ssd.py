@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _checks, _device
+from ._csrc import ssd as _csrc_ssd
 from ._library import Choice, define, explains
 from ._torch import ssd as _torch_ssd
 from ._torch import ssd_bwd as _torch_ssd_bwd
@@ -89,7 +90,7 @@ def ssd_chunk_scan(
         batch_invariant: a sequence's bits depend neither on the others nor on cuts at positions that are multiples of
             chunk_size (>= 128), given float32 states and `seq_offsets`.
         out: y is written here; x's shape and dtype. Not where a gradient is needed.
-        impl: "auto", "triton" or "torch".
+        impl: "auto", "cuda", "triton" or "torch".
 
     Returns:
         y in x's dtype and shape, followed by the final states and the interval states where asked for; with a pool y
@@ -301,14 +302,25 @@ def _choose(
     device: str = "cuda",
     impl: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
+    batch: int = 1,
+    seqlen: int = 8192,
     nheads: int = 128,
     headdim: int = 64,
     ngroups: int = 8,
     dstate: int = 128,
     state_interval: int = 0,
+    batch_invariant: bool = False,
     **_: Any,
 ) -> Choice:
-    chosen, reason = _device.choose(impl, torch.device(device))
+    x = torch.empty(batch, seqlen, nheads, headdim, dtype=dtype, device="meta")
+    B = torch.empty(batch, seqlen, ngroups, dstate, dtype=dtype, device="meta")
+    inputs = (x, x[..., 0], x[0, 0, :, 0].float(), B, B, None, None, None, None)
+    refusal = _device.not_sm90(torch.device(device)) or _csrc_ssd.refusal(*inputs, (), x, None, (), state_interval)
+    chosen, reason = _device.choose(impl, torch.device(device), refusal)
+    if chosen == "cuda":
+        sms = _device.num_sms(torch.device(device).index or 0) if torch.cuda.is_available() else 132
+        problem = (batch, batch * seqlen, nheads, headdim, ngroups, batch_invariant)
+        return Choice(chosen, _csrc_ssd.config(*problem, sms)._asdict(), reason)
     if chosen != "triton":
         return Choice(chosen, dict(Q=_torch_ssd.chunk_of(headdim, dstate, state_interval)), reason)
     from .triton_kernels import ssd as kernels
@@ -318,15 +330,69 @@ def _choose(
     return Choice(chosen, config._asdict(), reason)
 
 
+@_checks.remembered
+def _choice(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_offsets: Tensor | None,
+    read_slots: Tensor | None,
+    write_slots: Tensor | None,
+    interval_slots: Tensor | None,
+    y: Tensor,
+    final_states: Tensor | None,
+    interval_states: Tensor | None,
+    ssm_state: Tensor | None,
+    state_interval: int,
+    aligned: bool,
+    impl: str,
+) -> str:
+    refusal = None
+    if impl in ("auto", "cuda"):
+        small = (cu_seqlens, seq_offsets, read_slots, write_slots, interval_slots)
+        initial, kept = initial_states, (final_states, interval_states)
+        if ssm_state is not None:
+            initial, kept = ssm_state, (ssm_state,)
+        refusal = _device.not_sm90(x.device) or _csrc_ssd.refusal(
+            *(x, dt, A, B, C, D, z, dt_bias, seq_idx, small, y, initial, kept, state_interval)
+        )
+        if refusal is None and not aligned:
+            refusal = "the CUDA kernel needs x, B, C, z, y and states that begin at multiples of 16 bytes"
+    return _device.choose(impl, x.device, refusal)[0]
+
+
 def _ssd_fwd(*arguments: Any) -> None:
     *tensors_and_options, impl = arguments
-    x = tensors_and_options[0]
-    if _device.choose(impl, x.device)[0] == "triton":
-        from .triton_kernels import ssd as kernels
-
-        kernels.ssd_chunk_scan(*tensors_and_options)
-    else:
+    tensors: Any = tensors_and_options[:19]
+    options = tensors_and_options[19:]
+    x, dt, A, B, C, D, z, dt_bias, initial_states, _, cu_seqlens, seq_offsets, *slots, y = tensors[:16]
+    aligned = not _csrc_ssd.misaligned(x, B, C, z, initial_states, *tensors[15:])
+    chosen = _choice(*tensors, options[3], aligned, impl)
+    if chosen == "torch":
         _torch_ssd.ssd_chunk_scan(*tensors_and_options)
+        return
+    from .triton_kernels import ssd as kernels
+
+    if chosen == "triton":
+        kernels.ssd_chunk_scan(*tensors_and_options)
+        return
+    interval_states, pool = tensors[17:]
+    initial, final, interval = kernels.sources(initial_states, *tensors[16:], *slots)
+    interval_base = None
+    if interval_states is not None:
+        interval_states.zero_()
+        if cu_seqlens is not None:
+            interval_base = kernels.first_interval(cu_seqlens, seq_offsets, options[3])
+    inputs = (x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, seq_offsets)
+    _csrc_ssd.scan(*inputs, tuple(slots), y, final, interval, pool, interval_base, *options)
 
 
 _ssd_fwd_op = define(

@@ -32,6 +32,7 @@ def cases(
     signs=("both",),
     state_dtypes=(None, None, torch.float32, torch.bfloat16, torch.float16),
     rounds_operands=False,
+    aligned=False,
 ):
     layout = draw(st.sampled_from(layouts))
     interval = 0 if layout == "seq_idx" else draw(st.sampled_from(intervals))
@@ -57,6 +58,7 @@ def cases(
         regime=draw(st.sampled_from(["usual", "usual", "steep", "zero", "large"])),
         scale=draw(st.sampled_from([1e-2, 1.0, 10.0])),
         strided=draw(st.booleans()),
+        aligned=aligned,  # slices begin at multiples of 16 bytes, and indices and states are contiguous
         D=draw(st.sampled_from([None, "head", "feature"])),
         z=draw(st.booleans()),
         dt_bias=draw(st.booleans()),
@@ -96,7 +98,8 @@ def problem(case):
         dt = dt + torch.log(-torch.expm1(-dt.clamp(min=1e-3)))  # its inverse, to the same range
     widths = (nheads * P, nheads * P, G * N, G * N)
     if case["strided"]:
-        parts = randn(batch, seqlen, sum(widths) + 5).to(dtype)[..., 5:].split(widths, -1)
+        beside = 8 if case["aligned"] else 5
+        parts = randn(batch, seqlen, sum(widths) + beside).to(dtype)[..., beside:].split(widths, -1)
     else:
         parts = [randn(batch, seqlen, width).to(dtype) for width in widths]
     z, x, B, C = (t.unflatten(-1, (-1, n)) for t, n in zip(parts, (P, P, N, N), strict=True))
@@ -132,7 +135,8 @@ def problem(case):
     elif case["initial"]:
         tensors["initial_states"] = (randn(nseq, *states) * case["scale"]).to(stored)
     if case["strided"]:
-        for name in set(tensors) - {"x", "z", "B", "C", "ssm_state"}:
+        apart = {"dt", "dt_bias", "D"} if case["aligned"] else set(tensors) - {"x", "z", "B", "C", "ssm_state"}
+        for name in apart & set(tensors):
             if tensors[name] is not None:
                 tensors[name] = torch.stack([tensors[name]] * 2, dim=-1)[..., 0]  # elements lie apart
     return tensors, options

@@ -1,10 +1,15 @@
+import contextlib
+import functools
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import hybrid_ops
+from hybrid_ops._csrc import ssd as csrc
 from hybrid_ops.reference import ssd as reference
 
 from .budget import assert_within, to_numpy
@@ -95,6 +100,7 @@ PREFIX = dict(
     regime="usual",
     scale=1.0,
     strided=False,
+    aligned=False,
     D="head",
     z=True,
     dt_bias=True,
@@ -152,13 +158,15 @@ def test_pieces_gpu(cuts):
     check_pieces("triton", "cuda", cuts)
 
 
-def check_batch_invariant(impl, device, lengths=(300, 0, 129, 40), headdim=16, dstate=32, nheads=4):
+def check_batch_invariant(
+    impl, device, lengths=(300, 0, 129, 40), headdim=16, dstate=32, nheads=4, dtype=torch.float32
+):
     """Bits do not depend on other sequences, on dense or packed, nor on cuts at multiples of chunk_size."""
     torch.manual_seed(0)
     total = sum(lengths)
-    x, z = torch.randn(1, total, nheads, headdim, device=device), torch.randn(1, total, nheads, headdim, device=device)
+    x, z = (torch.randn(1, total, nheads, headdim, device=device, dtype=dtype) for _ in range(2))
     dt, A = torch.rand(1, total, nheads, device=device), -torch.rand(nheads, device=device)
-    B, C = (torch.randn(1, total, 2, dstate, device=device) for _ in range(2))
+    B, C = (torch.randn(1, total, 2, dstate, device=device, dtype=dtype) for _ in range(2))
     cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
     offsets = torch.tensor([5, 0, 128, 3], dtype=torch.int32, device=device)
     options = dict(return_final_states=True, batch_invariant=True, impl=impl)
@@ -192,6 +200,110 @@ def test_batch_invariant_interpreter():
 @pytest.mark.gpu
 def test_batch_invariant_gpu():
     check_batch_invariant("triton", "cuda", lengths=(1000, 0, 129, 40), headdim=64, dstate=128, nheads=16)
+
+
+# --- the CUDA kernel
+
+CUDA_CASES = dict(
+    dtypes=[torch.bfloat16],
+    layouts=("dense", "packed"),
+    lengths=st.one_of(st.sampled_from([0, 1, 63, 64, 65, 127, 128, 129, 256]), st.integers(1, 400)),
+    headdims=st.sampled_from([8, 64, 72, 80, 128]),
+    dstates=st.sampled_from([72, 96, 128]),
+    heads_per_group=(2, 4, 16),
+    intervals=(0, 64, 192),
+    state_dtypes=(None, torch.float32),
+    rounds_operands=True,
+    aligned=True,
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chosen", [None, (1, 0), (2, 0), (1, 2), (2, 3)])
+@settings(max_examples=15)
+@given(data=st.data())
+def test_ssd_cuda(chosen, data):
+    """As it is chosen; and with 1 or 2 heads a block, whole sequences or segments of 2 or 3 chunks."""
+    headdims = st.just(64) if chosen and chosen[0] == 2 else CUDA_CASES["headdims"]
+    case = data.draw(cases(**CUDA_CASES | dict(headdims=headdims)))
+    assume(case["dtype"] == torch.bfloat16 and case["batch"] * sum(case["lengths"]) > 0)
+    assume(case["layout"] == "packed" or case["lengths"][0] > 0)
+    with configured(chosen):
+        check_ssd(case, "cuda", "cuda")
+
+
+@contextlib.contextmanager
+def configured(chosen):
+    whole = csrc.ssd_chunk_scan
+    if chosen is not None:
+        csrc.ssd_chunk_scan = functools.partial(whole.__wrapped__, chosen=csrc.Config(chosen[0], 1, chosen[1]))
+    try:
+        yield
+    finally:
+        csrc.ssd_chunk_scan = whole
+
+
+@pytest.mark.gpu
+@settings(max_examples=6)
+@given(data=st.data())
+def test_long_sequences_cuda(data):
+    lengths = dict(lengths=st.integers(1000, 3000), ngroups=(1, 8), intervals=(0, 256))
+    check_ssd(data.draw(cases(**CUDA_CASES | lengths)), "cuda", "cuda", run_torch)
+
+
+@pytest.mark.gpu
+def test_batch_invariant_cuda():
+    check_batch_invariant(
+        "cuda", "cuda", lengths=(1000, 0, 129, 40), headdim=64, dstate=128, nheads=16, dtype=torch.bfloat16
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chosen", [(1, 0), (2, 0), (1, 2)])
+def test_neighbours_may_hold_anything_cuda(chosen):
+    """Sequences of a packed batch are copied in boxes that reach into each other."""
+    torch.manual_seed(0)
+    lengths = (100, 1, 0, 63, 200)
+    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device="cuda")
+    tensors = [
+        torch.randn(1, sum(lengths), *shape, device="cuda", dtype=torch.bfloat16)
+        for shape in ((4, 64), (4,), (2, 128), (2, 128), (4, 64))
+    ]
+    A = -torch.rand(4, device="cuda")
+
+    def run(x, dt, B, C, z):
+        options = dict(cu_seqlens=cu_seqlens, return_final_states=True, dt_softplus=True, impl="cuda")
+        with configured(chosen):
+            return hybrid_ops.ssd_chunk_scan(x, dt, A, B, C, z=z, **options)
+
+    expected = run(*tensors)
+    for s, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        dirty = [t.clone() for t in tensors]
+        for t in dirty:
+            t[:, begin:end] = float("nan")
+        y, final = run(*dirty)
+        outside = [t for t in range(sum(lengths)) if not begin <= t < end]
+        assert torch.equal(y[:, outside], expected[0][:, outside])
+        others = [i for i in range(len(lengths)) if i != s]
+        assert torch.equal(final[others], expected[1][others])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chosen", [(1, 0), (2, 0), (1, 4)])
+def test_same_bits_cuda(chosen):
+    """Every time, 1000 times: a race would show."""
+    torch.manual_seed(0)
+    x, z = (torch.randn(1, 1000, 16, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    B, C = (torch.randn(1, 1000, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    dt, A = torch.randn(1, 1000, 16, device="cuda"), -torch.rand(16, device="cuda")
+    options = dict(z=z, dt_softplus=True, return_final_states=True, impl="cuda")
+    with configured(chosen):
+        expected = hybrid_ops.ssd_chunk_scan(x, dt, A, B, C, **options)
+        differ = torch.zeros((), dtype=torch.bool, device="cuda")
+        for _ in range(1000):
+            for got, first in zip(hybrid_ops.ssd_chunk_scan(x, dt, A, B, C, **options), expected, strict=True):
+                differ |= (got != first).any()
+    assert not differ
 
 
 # --- what only a GPU can show

@@ -1,0 +1,205 @@
+"""Launcher of csrc/ssd_sm90.cu, and what that kernel does not take."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks, _device
+from . import DTYPES
+
+CHUNK = 64  # kChunk of csrc/ssd_sm90.cuh
+
+
+class Config(NamedTuple):
+    heads: int  # of a block, which share C, B and C B^T
+    cluster: int  # blocks that send each other B and C
+    segment_chunks: int  # a sequence is cut into segments of so many chunks, which run side by side; 0: it is not
+
+
+# microseconds of a block for a chunk: whole, with two heads, and its state alone; and of a pass over segments
+_CHUNK_US, _PAIR_US, _STATE_US, _PASS_US = 1.4, 2.2, 0.7, 6.0
+
+
+@functools.cache
+def config(
+    nseq: int, seqlen: int, nheads: int, headdim: int, ngroups: int, batch_invariant: bool, num_sms: int
+) -> Config:
+    """Two heads a block where there are blocks enough; segments where there are too few, and they save more time than
+    their pass over the states takes."""
+    paired = headdim <= 64 and nheads // ngroups % 2 == 0 and nseq * nheads > num_sms
+    if paired or batch_invariant:
+        return Config(heads=2 if paired else 1, cluster=1, segment_chunks=0)
+    chunks = -(-seqlen // (CHUNK * max(nseq, 1)))
+
+    def cost(segments: int) -> float:
+        length, blocks = -(-chunks // segments), nseq * nheads
+        passes = -(-blocks * segments // num_sms) * length * _CHUNK_US
+        if segments > 1:
+            passes += -(-blocks * (segments - 1) // num_sms) * length * _STATE_US + _PASS_US
+        return passes
+
+    best = min((1, 2, 4, 8, 16), key=cost)
+    return Config(heads=1, cluster=1, segment_chunks=0 if best == 1 else -(-chunks // best))
+
+
+def refusal(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    seq_idx: Tensor | None,
+    small: tuple[Tensor | None, ...],
+    y: Tensor,
+    initial: Tensor | None,
+    kept: tuple[Tensor | None, ...],
+    state_interval: int,
+) -> str | None:
+    """Why this kernel cannot take the problem; None where it can. `small`: indices; `kept`: states that are written."""
+    headdim, dstate = x.shape[3], B.shape[3]
+    if x.dtype != torch.bfloat16:
+        return f"the CUDA kernel is for bfloat16, not {x.dtype}"
+    if z is not None and z.dtype != torch.bfloat16:
+        return f"the CUDA kernel takes z in bfloat16, not {z.dtype}"
+    if not 64 < dstate <= 128 or dstate % 8:
+        return f"the CUDA kernel has dstate 72 to 128 in steps of 8, not {dstate}"
+    if headdim > 128 or headdim % 8:
+        return f"the CUDA kernel has headdim up to 128 in steps of 8, not {headdim}"
+    if seq_idx is not None:
+        return "the CUDA kernel has no seq_idx"
+    if state_interval % CHUNK:
+        return f"the CUDA kernel has chunks of {CHUNK} tokens, which do not divide state_interval={state_interval}"
+    if any(t is not None and t.dtype != torch.float32 for t in kept):
+        return "the CUDA kernel keeps states in float32"
+    if x.numel() == 0 or x.shape[1] >= 2**31 - CHUNK:
+        return f"the CUDA kernel has between 1 and 2^31 - {CHUNK} tokens, not {x.shape[1]}"
+    for name, t in (("x", x), ("B", B), ("C", C), ("z", z), ("y", y)):
+        if t is not None and not _boxes(t):
+            return f"the CUDA kernel needs rows of {name} that begin at multiples of 16 bytes"
+    if not A.is_contiguous() or any(t is not None and not t.is_contiguous() for t in small):
+        return "the CUDA kernel needs contiguous A and indices"
+    if any(t is not None and not (t[:1].is_contiguous() and t.stride(0) % 2 == 0) for t in (initial, *kept)):
+        return "the CUDA kernel needs contiguous states in each slot"
+    return None
+
+
+def _boxes(t: Tensor) -> bool:
+    """Whether TMA takes it: unit stride, and 16 bytes under every other one that is ever taken."""
+    return t.stride(3) == 1 and all(t.shape[i] == 1 or t.stride(i) % 8 == 0 for i in range(3))
+
+
+def misaligned(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.data_ptr() % 16 for t in tensors)
+
+
+@_checks.remembered
+def ssd_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    y: Tensor,
+    final: Tensor | None,
+    interval: Tensor | None,
+    num_intervals: int,
+    num_slots: int,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    state_interval: int,
+    null_slot: int,
+    batch_invariant: bool,
+    chosen: Config | None = None,
+) -> Callable[..., None]:
+    """What fills y and the states, given tensors in the order of SsdTensors in api.h but the last two; for those of one
+    signature."""
+    extension = _device.cuda_extension()
+    assert extension is not None  # `choose` has seen it
+    batch, seqlen, nheads, headdim = x.shape
+    ngroups, dstate = B.shape[2:]
+    nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    index = x.device.index
+    if chosen is None:
+        total = seqlen if cu_seqlens is not None else batch * seqlen
+        chosen = config(nseq, total, nheads, headdim, ngroups, batch_invariant, _device.num_sms(index))
+    slots, length = nseq, chosen.segment_chunks
+    if length and cu_seqlens is None:
+        slots = nseq * -(-(seqlen // CHUNK + 2) // length)  # a sequence may begin and end within a chunk
+    elif length:
+        slots = seqlen // (CHUNK * length) + 2 * nseq
+
+    def strides(t: Tensor | None) -> tuple[int, ...]:
+        return (0, 0, 0) if t is None else t.stride()[:3]
+
+    launch = extension.SsdScan(
+        dtypes=tuple(DTYPES[(A if t is None else t).dtype] for t in (dt, dt_bias, D, initial, final, interval)),
+        sizes=(batch, seqlen, nheads, headdim, ngroups, dstate, nseq, num_slots, num_intervals, state_interval),
+        strides=(
+            *(strides(t) for t in (x, B, C, z, y, dt)),
+            tuple(0 if t is None else t.stride(-4) for t in (initial, final, interval)),
+        ),
+        dt_bias_stride=0 if dt_bias is None else dt_bias.stride(0),
+        D_strides=(0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0),
+        dt_softplus=dt_softplus,
+        dt_min=dt_min,
+        dt_max=dt_max,
+        null_slot=null_slot,
+        config=(chosen.heads, chosen.cluster, length, slots),
+    )
+
+    def run(*tensors: Tensor | None) -> None:
+        segments: tuple[Tensor, ...] = ()
+        if length:
+            segments = (
+                y.new_empty((slots, nheads, headdim, dstate), dtype=torch.float32),
+                y.new_empty((slots, nheads), dtype=torch.float32),
+            )
+        pointers = [0 if t is None else t.data_ptr() for t in (*tensors, *segments)]
+        launch(pointers + [0] * (20 - len(pointers)), index, torch._C._cuda_getCurrentRawStream(index))
+
+    return run
+
+
+def scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_offsets: Tensor | None,
+    slots: tuple[Tensor | None, ...],
+    y: Tensor,
+    final: Tensor | None,
+    interval: Tensor | None,
+    pool: Tensor | None,
+    interval_base: Tensor | None,
+    *options: Any,
+) -> None:
+    """Fill y and the states; `initial`, `final` and `interval` may be the pool."""
+    num_intervals = 0
+    if slots[2] is not None:
+        num_intervals = slots[2].shape[1]
+    elif interval is not None:
+        num_intervals = interval.shape[-4]
+    run = ssd_chunk_scan(
+        *(x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, y, final, interval),
+        *(num_intervals, 0 if pool is None else pool.shape[0], *options),
+    )
+    run(*(x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, seq_offsets, *slots), y, final, interval, interval_base)
