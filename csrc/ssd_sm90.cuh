@@ -114,11 +114,10 @@ struct SsdConfig {
   static constexpr int kStage = kStageLoads + kHeads * kDecayBytes;
 
   // behind the stages
-  static constexpr int kBuffers = 2;                                      // of M
+  static constexpr int kBuffers = kTiles == 1 ? 3 : 2;  // of M and what goes with it
   static constexpr int kMixed = (kStatesOnly ? 0 : kHeads * kTileBytes);  // M of all heads
-  static constexpr int kScaled = kTiles * kTileBytes;                     // x, as it enters the state
-  static constexpr int kOutput = kStatesOnly ? 0 : kTiles * kTileBytes;   // y on its way out
-  static constexpr int kTail = kBuffers * (kMixed + kScaled + kHeads * kChunk * 4) + kOutput + 256;
+  static constexpr int kScaled = kTiles * kTileBytes;  // x, as it enters the state; then y on its way out
+  static constexpr int kTail = kBuffers * (kMixed + kScaled + kHeads * kChunk * 4) + 256;
   static constexpr int kLimit = 232448 - 1024;  // a CTA's shared memory, less what aligning it takes
   static constexpr int kStages = (kLimit - kTail) / kStage > 4 ? 4 : (kLimit - kTail) / kStage;
   static_assert(kStages >= 2 && kGroupLoads >= 1);
@@ -134,12 +133,11 @@ struct SharedMemory {
   __device__ __forceinline__ uint32 mixed(int m) const {
     return base + Config::kStages * Config::kStage + m * Config::kMixed;
   }
-  __device__ __forceinline__ uint32 scaled(int m) const { return mixed(Config::kBuffers) + m * Config::kScaled; }
-  __device__ __forceinline__ uint32 output(int tile) const {
-    return scaled(Config::kBuffers) + tile * Config::kTileBytes;
+  __device__ __forceinline__ uint32 scaled(int m, int tile = 0) const {
+    return mixed(Config::kBuffers) + m * Config::kScaled + tile * Config::kTileBytes;
   }
   __device__ __forceinline__ uint32 own(int m) const {  // (heads, 64) float32
-    return scaled(Config::kBuffers) + Config::kOutput + m * Config::kHeads * kChunk * 4;
+    return scaled(Config::kBuffers) + m * Config::kHeads * kChunk * 4;
   }
   __device__ __forceinline__ uint32 barrier(int i) const { return own(Config::kBuffers) + 8 * i; }
   __device__ __forceinline__ uint32 full(int s) const { return barrier(s); }
@@ -148,10 +146,9 @@ struct SharedMemory {
   __device__ __forceinline__ uint32 mixed_empty(int m) const {
     return barrier(2 * Config::kStages + Config::kBuffers + m);
   }
-  __device__ __forceinline__ uint32 output_full(int tile) const {
-    return barrier(2 * (Config::kStages + Config::kBuffers) + tile);
+  __device__ __forceinline__ uint32 output_full(int m, int tile) const {
+    return barrier(2 * (Config::kStages + Config::kBuffers) + m * Config::kTiles + tile);
   }
-  __device__ __forceinline__ uint32 output_empty(int tile) const { return output_full(Config::kTiles + tile); }
 };
 
 __device__ __forceinline__ float load_shared(uint32 address) {
@@ -396,15 +393,15 @@ __device__ __forceinline__ void store_chunks(const SsdParams& p, const SharedMem
   for_each_chunk<Config>(
       p, [](const Unit&, int) {},
       [&](const Unit& unit, int c, int iteration) {
-        const int token = unit.first + c * kChunk;
+        const int token = unit.first + c * kChunk, m = iteration % Config::kBuffers;
         const int low = max(unit.begin - token, 0), high = min(unit.end - token, kChunk);
 #pragma unroll
         for (int tile = 0; tile < Config::kTiles; ++tile) {
           const int head = unit.head + (Config::kHeads == 1 ? 0 : tile), feature = Config::kHeads == 1 ? tile * 64 : 0;
-          wait(shared.output_full(tile), iteration & 1);
+          wait(shared.output_full(m, tile), (iteration / Config::kBuffers) & 1);
           if (high - low == kChunk) {
             if (lane == 0) {
-              store_box(p.y_map, shared.output(tile), feature, head, token, unit.row);
+              store_box(p.y_map, shared.scaled(m, tile), feature, head, token, unit.row);
               wait_for_stores<false>();
             }
           } else {
@@ -414,7 +411,7 @@ __device__ __forceinline__ void store_chunks(const SsdParams& p, const SharedMem
               uint4 v;
               asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                            : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                           : "r"(swizzled(shared.output(tile), row, column))
+                           : "r"(swizzled(shared.scaled(m, tile), row, column))
                            : "memory");
               if (row >= low && row < high && feature + 8 * column < p.headdim) {
                 *reinterpret_cast<uint4*>(y + static_cast<int64>(token + row) * p.y_strides[1] + 8 * column) = v;
@@ -422,7 +419,7 @@ __device__ __forceinline__ void store_chunks(const SsdParams& p, const SharedMem
             }
           }
           __syncwarp();
-          if (lane == 0) arrive(shared.output_empty(tile));
+          if (lane == 0) arrive(shared.mixed_empty(m));  // whose M was read before y was made
         }
       });
   if (lane == 0) wait_for_stores<true>();
@@ -552,7 +549,7 @@ __device__ __forceinline__ void mix_chunks(const SsdParams& p, const SharedMemor
         for (int tile = 0; tile < Config::kTiles; ++tile) {
           const uint32 decay = stage + Config::kDecay + (Config::kHeads == 1 ? 0 : tile) * Config::kDecayBytes;
           scale_rows(stage + Config::kX + tile * Config::kTileBytes, decay,
-                     shared.scaled(m) + tile * Config::kTileBytes, thread);
+                     shared.scaled(m, tile), thread);
         }
         if constexpr (!Config::kStatesOnly) {
           wgmma_wait<0>();
@@ -690,13 +687,12 @@ struct Finish {
     }
   }
 
-  __device__ __forceinline__ void end(int s, int m, int iteration) {
-    __syncwarp();
-    if (lane == 0) arrive(shared.mixed_empty(m));
+  // y takes the place of the scaled x, which has entered the state by now.
+  __device__ __forceinline__ void end(int s, int m) {
     release<Config>(shared, s);
-    wait(shared.output_empty(tile), (iteration + 1) & 1);
-    hand_over(shared.output(tile), warp, packed);
-    if (lane == 0) arrive(shared.output_full(tile));
+    if constexpr (!Config::kOverlap) sync_threads(2 + tile, 128);  // all warps' products have read the scaled x
+    hand_over(shared.scaled(m, tile), warp, packed);
+    if (lane == 0) arrive(shared.output_full(m, tile));
   }
 };
 
@@ -741,6 +737,7 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
   const auto walk_chunk = [&](int iteration, bool pending) {
     const int s = iteration % Config::kStages, m = iteration % Config::kBuffers;
     const int s_before = (iteration + Config::kStages - 1) % Config::kStages;
+    const int m_before = (iteration + Config::kBuffers - 1) % Config::kBuffers;
     const uint32 stage = shared.stage(s);
     const uint32 decay = stage + Config::kDecay + head_of_cta * Config::kDecayBytes;
     wait(shared.full(s), (iteration / Config::kStages) & 1);
@@ -750,7 +747,7 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
 #pragma unroll
       for (int i = 0; i < kStates / 2; ++i) state[i] *= keep;
     } else {
-      if constexpr (Config::kOverlap) finish.begin(s_before, 1 - m);
+      if constexpr (Config::kOverlap) finish.begin(s_before, m_before);
 #pragma unroll
       for (int half = 0; half < kStates / 128; ++half) {  // Y^T = S C^T
         uint32 entering[32];
@@ -771,17 +768,17 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
         wgmma_commit();
         if (half + 1 < kStates / 128) wgmma_wait<0>();  // before the registers are filled again
       }
-      if (Config::kOverlap && pending) finish.end(s_before, 1 - m, iteration - 1);
     }
 
     wait(shared.mixed_full(m), (iteration / Config::kBuffers) & 1);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {  // S += (scaled X)^T B
-      wgmma<true, true>(state, swizzled_operand(shared.scaled(m) + tile * Config::kTileBytes, k * 2048),
+      wgmma<true, true>(state, swizzled_operand(shared.scaled(m, tile), k * 2048),
                         swizzled_operand(stage, Config::kB + k * 2048, Config::kTileBytes), true);
     }
     wgmma_commit();
+    if (Config::kOverlap && pending) finish.end(s_before, m_before);
     if constexpr (Config::kStatesOnly) {
       wgmma_wait<0>();
       __syncwarp();
@@ -810,7 +807,7 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
         finish.begin(s, m);
 #pragma unroll
         for (int j = 0; j < 8; ++j) finish.step(j, y);
-        finish.end(s, m, iteration);
+        finish.end(s, m);
       }
     }
   };
@@ -846,7 +843,7 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
           finish.begin(s, m);
 #pragma unroll
           for (int j = 0; j < 8; ++j) finish.step(j, y_before);
-          finish.end(s, m, iteration - 1);
+          finish.end(s, m);
         }
 #pragma unroll 1
         for (int copy = 0; copy < 2; ++copy) {
@@ -876,11 +873,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
     }
     for (int m = 0; m < Config::kBuffers; ++m) {
       init_barrier(shared.mixed_full(m), 4);
-      init_barrier(shared.mixed_empty(m), 4 * Config::kTiles);
-    }
-    for (int tile = 0; tile < Config::kTiles; ++tile) {
-      init_barrier(shared.output_full(tile), 4);
-      init_barrier(shared.output_empty(tile), 1);
+      init_barrier(shared.mixed_empty(m), Config::kTiles * (Config::kStatesOnly ? 4 : 1));
+      for (int tile = 0; tile < Config::kTiles; ++tile) init_barrier(shared.output_full(m, tile), 4);
     }
     fence_barrier_init();
   }

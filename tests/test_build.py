@@ -117,7 +117,6 @@ def test_every_header_is_compiled():
     device_headers = {h for h in headers() if not h.startswith("common/")}
     assert device_headers == set(KERNELS), "name the kernels of each .cuh in KERNELS"
     included = {name for h in headers() for name in re.findall(r'#include "(common/.*[.]cuh)"', (CSRC / h).read_text())}
-    ],
     device_code = [(CSRC / h).read_text() for h in set(headers()) - HOST_HEADERS]
     included = {name for text in device_code for name in re.findall(r'#include "(.*)"', text)}
     assert {h for h in headers() if h.startswith("common/")} == included | HOST_HEADERS
