@@ -2,7 +2,8 @@
 
 #include <cuda.h>
 
-#include <mutex>
+#include <algorithm>
+#include <atomic>
 
 #include "common/api.h"
 #include "common/launch.cuh"
@@ -35,67 +36,38 @@ TensorMap tensor_map(std::uintptr_t data, const std::array<std::int64_t, 4>& siz
   return map;
 }
 
-// How many clusters of a kernel fit on a device at once; found once.
+// Lets a kernel have its shared memory; found out once for each device.
 template <typename Config>
-int clusters_at_once(int device) {
-  static std::mutex mutex;
-  static int found[64] = {};
-  const std::lock_guard lock(mutex);
-  int& clusters = found[device % 64];
-  if (clusters == 0) {
-    const auto kernel = ssd_kernel<Config>;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes),
-          "cudaFuncSetAttribute");
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {Config::kCluster, 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = Config::kCluster;
-    config.blockDim = Config::kThreads;
-    config.dynamicSmemBytes = Config::kSharedBytes;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "cudaOccupancyMaxActiveClusters");
-  }
-  return clusters;
+void allow_shared_memory(int device) {
+  static std::atomic<std::uint64_t> allowed = 0;
+  const std::uint64_t bit = std::uint64_t{1} << (device % 64);
+  if (allowed & bit) return;
+  check(cudaFuncSetAttribute(ssd_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes),
+        "cudaFuncSetAttribute");
+  allowed |= bit;
 }
 
 template <typename Config>
-void launch(const SsdParams& p, int device, cudaStream_t stream) {
-  const int units = p.slots * (p.nheads / (Config::kHeads * Config::kCluster));
-  if (units == 0) return;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {Config::kCluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = std::min(units, clusters_at_once<Config>(device)) * Config::kCluster;
-  config.blockDim = Config::kThreads;
-  config.dynamicSmemBytes = Config::kSharedBytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, ssd_kernel<Config>, p), "ssd_kernel");
+void launch(const SsdParams& p, int num_sms, int device, cudaStream_t stream) {
+  const int units = p.slots * (Config::kStatesOnly ? p.parts : 1) * (p.nheads / Config::kHeads);
+  allow_shared_memory<Config>(device);
+  ssd_kernel<Config><<<std::min(units, num_sms), Config::kThreads, Config::kSharedBytes, stream>>>(p);
+  check(cudaGetLastError(), "ssd_kernel");
 }
 
-template <int kTiles, int kHeads, int kStates, int kCluster>
-void launch_gated(const SsdParams& p, bool gated, int device, cudaStream_t stream) {
+template <int kTiles, int kHeads>
+void launch_all(const SsdParams& p, bool gated, int num_sms, int device, cudaStream_t stream) {
+  constexpr int kStates = 128;
   if (p.segment_chunks > 0) {
-    launch<SsdConfig<kTiles, kHeads, kStates, kCluster == 4 ? 2 : kCluster, false, true>>(p, device, stream);
+    launch<SsdConfig<kTiles, kHeads, kStates, false, true>>(p, num_sms, device, stream);
+    const unsigned blocks = (p.headdim * p.dstate / 4 + 255) / 256;
+    ssd_join_kernel<<<dim3(blocks, p.nheads, p.nseq), 256, 0, stream>>>(p);
+    check(cudaGetLastError(), "ssd_join_kernel");
   }
   if (gated) {
-    launch<SsdConfig<kTiles, kHeads, kStates, kCluster, true, false>>(p, device, stream);
+    launch<SsdConfig<kTiles, kHeads, kStates, true, false>>(p, num_sms, device, stream);
   } else {
-    launch<SsdConfig<kTiles, kHeads, kStates, kCluster, false, false>>(p, device, stream);
-  }
-}
-
-template <int kTiles, int kHeads, int kStates>
-void launch_cluster(const SsdParams& p, int cluster, bool gated, int device, cudaStream_t stream) {
-  switch (cluster) {
-    case 1: return launch_gated<kTiles, kHeads, kStates, 1>(p, gated, device, stream);
-    case 2: return launch_gated<kTiles, kHeads, kStates, 2>(p, gated, device, stream);
-    case 4: return launch_gated<kTiles, kHeads, kStates, 4>(p, gated, device, stream);
-    default: throw std::runtime_error("ssd_fwd: cluster must be 1, 2 or 4, got " + std::to_string(cluster));
+    launch<SsdConfig<kTiles, kHeads, kStates, false, false>>(p, num_sms, device, stream);
   }
 }
 
@@ -135,6 +107,7 @@ void ssd_fwd(const SsdArgs& a, const SsdTensors& t, Target target) {
   p.dt_min = a.dt_min;
   p.dt_max = a.dt_max;
   p.segment_chunks = a.segment_chunks;
+  p.parts = a.parts;
   p.slots = a.slots;
   p.seqlen = static_cast<int>(a.seqlen);
   p.nseq = static_cast<int>(a.nseq);
@@ -151,9 +124,9 @@ void ssd_fwd(const SsdArgs& a, const SsdTensors& t, Target target) {
   const DeviceGuard guard(target.device);
   const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
   const bool gated = t.z != 0;
-  if (a.headdim > 64) return launch_cluster<2, 1, 128>(p, a.cluster, gated, target.device, stream);
-  if (a.heads == 2) return launch_cluster<2, 2, 128>(p, a.cluster, gated, target.device, stream);
-  return launch_cluster<1, 1, 128>(p, a.cluster, gated, target.device, stream);
+  if (a.headdim > 64) return launch_all<2, 1>(p, gated, a.num_sms, target.device, stream);
+  if (a.heads == 2) return launch_all<2, 2>(p, gated, a.num_sms, target.device, stream);
+  return launch_all<1, 1>(p, gated, a.num_sms, target.device, stream);
 }
 
 }  // namespace hybrid_ops

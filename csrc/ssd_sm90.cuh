@@ -11,10 +11,9 @@
 // no product may round: after steep steps there is nothing else.
 //
 // Warpgroups of a CTA, which hand chunks on through mbarriers:
-//     0        warp 0 copies B, C, x, z with TMA into a ring of stages; the CTAs of a cluster hold heads of one group
-//     and
-//              send each other their share of B and C. Warps 1 and 2 turn dt into a, b and their powers of two; warp 3
-//              stores y
+//     0        warp 0 copies B, C, x, z with TMA into a ring of stages. Warps 1 and 2 turn dt into a, b and their
+//     powers of
+//              two; warp 3 stores y
 //     1        M and own of each head, from one C B^T for all heads of the CTA
 //     2..      a state of 64 rows each: a head, or a part of one whose headdim is above 64
 #pragma once
@@ -69,10 +68,12 @@ struct SsdParams {
   const int* seq_offsets;  // (nseq,) or null: a sequence's first token has this position
   States initial, final, interval;
   const int* interval_base;  // (nseq,) or null: a packed sequence's first row of `interval`
-  float* segment_states;     // (slots, nheads, headdim, dstate): what each segment adds to the state
-  float* segment_decay;      // (slots, nheads): log2 of what is left of a state after it
+  float* segment_states;  // (slots, parts, nheads, headdim, dstate): what a part of a segment adds to the state; then,
+                          // in part 0, the state that enters the segment
+  float* segment_decay;   // (slots, parts, nheads): log2 of what is left of a state after a part
   float dt_min, dt_max;
   int segment_chunks;  // chunks of a segment; 0: sequences are not split
+  int parts;           // of a segment, whose states are made side by side
   int slots;           // places for segments, or sequences
   int seqlen, nseq, nheads, headdim, dstate, heads_per_group;
   int num_slots, null_slot, num_intervals, state_interval;
@@ -81,12 +82,11 @@ struct SsdParams {
 
 constexpr int kChunk = 64;
 
-template <int kTiles_, int kHeads_, int kStates_, int kCluster_, bool kGated_, bool kStatesOnly_>
+template <int kTiles_, int kHeads_, int kStates_, bool kGated_, bool kStatesOnly_>
 struct SsdConfig {
   static constexpr int kTiles = kTiles_;    // of 64 rows of states in a CTA
   static constexpr int kHeads = kHeads_;    // of a CTA: kTiles, or 1 with several tiles
   static constexpr int kStates = kStates_;  // dstate, padded: 128 or 256
-  static constexpr int kCluster = kCluster_;
   static constexpr bool kGated = kGated_;
   static constexpr bool kStatesOnly = kStatesOnly_;  // the segments' states, without y
 
@@ -94,14 +94,14 @@ struct SsdConfig {
       kTiles == 1;  // a chunk is finished during the next: several tiles overlap each other
 
   static constexpr int kThreads = 128 * (2 + kTiles);
-  static constexpr int kProducerRegisters = kTiles == 1 ? 64 : 40;
+  static constexpr int kProducerRegisters = kTiles == 1 ? 64 : 56;
   static constexpr int kDecayRegisters = kTiles == 1 ? 120 : 88;
-  static constexpr int kStateRegisters = kTiles == 1 ? 240 : 192;
+  static constexpr int kStateRegisters = kTiles == 1 ? 240 : 184;
 
   static constexpr int kTileBytes = kChunk * 64 * 2;  // 64 tokens of 128 bytes, swizzled
   static constexpr int kGroupTiles = kStates / 64;    // of B, and of C
   static constexpr int kGroupBytes = kGroupTiles * kTileBytes;
-  static constexpr int kGroupLoads = kGroupTiles * (kStatesOnly ? 1 : 2) / kCluster;  // by each CTA of the cluster
+  static constexpr int kGroupLoads = kGroupTiles * (kStatesOnly ? 1 : 2);
 
   // a stage, in bytes from its beginning
   static constexpr int kB = 0;
@@ -114,13 +114,13 @@ struct SsdConfig {
   static constexpr int kStage = kStageLoads + kHeads * kDecayBytes;
 
   // behind the stages
-  static constexpr int kBuffers = kTiles == 1 ? 3 : 2;  // of M and what goes with it
+  static constexpr int kBuffers = kTiles == 1 ? 3 : 2;                    // of M and what goes with it
   static constexpr int kMixed = (kStatesOnly ? 0 : kHeads * kTileBytes);  // M of all heads
   static constexpr int kScaled = kTiles * kTileBytes;  // x, as it enters the state; then y on its way out
   static constexpr int kTail = kBuffers * (kMixed + kScaled + kHeads * kChunk * 4) + 256;
   static constexpr int kLimit = 232448 - 1024;  // a CTA's shared memory, less what aligning it takes
   static constexpr int kStages = (kLimit - kTail) / kStage > 4 ? 4 : (kLimit - kTail) / kStage;
-  static_assert(kStages >= 2 && kGroupLoads >= 1);
+  static_assert(kStages >= 2);
   static constexpr int kSharedBytes = kStages * kStage + kTail + 1024;
 };
 
@@ -193,7 +193,7 @@ __device__ __forceinline__ uint32 swizzled(uint32 tile, int row, int column) {
 
 // ---------------------------------------------------------------------------------------------------- work units
 
-// A sequence, or a segment of one, for the heads of a cluster.
+// A sequence, or a segment of one, for the heads of a CTA.
 struct Unit {
   int sequence, row, begin, end;  // its tokens [begin, end) of a batch row
   int first;                      // token at the first place of this segment's first chunk; may lie before `begin`
@@ -203,66 +203,73 @@ struct Unit {
   bool last;  // no segment of the sequence follows
 };
 
-template <typename Config>
-__device__ __forceinline__ int unit_count(const SsdParams& p) {
-  return p.slots * (p.nheads / (Config::kHeads * Config::kCluster));
+// The tokens of a sequence, and where its chunks begin: at multiples of kChunk, counted from seq_offsets.
+__device__ __forceinline__ void find_sequence(const SsdParams& p, int sequence, Unit& unit) {
+  const bool packed = p.cu_seqlens != nullptr;
+  unit.sequence = sequence;
+  unit.row = packed ? 0 : sequence;
+  unit.begin = packed ? min(max(p.cu_seqlens[sequence], 0), p.seqlen) : 0;
+  unit.end = packed ? min(max(p.cu_seqlens[sequence + 1], unit.begin), p.seqlen) : p.seqlen;
+  const int offset = p.seq_offsets == nullptr ? 0 : p.seq_offsets[sequence], lead = offset % kChunk;
+  unit.first = unit.begin - lead;
+  unit.position = offset - lead;
+  unit.chunks = (lead + unit.end - unit.begin + kChunk - 1) / kChunk;
+}
+
+// A sequence's first place for segments: those of different sequences never meet.
+__device__ __forceinline__ int first_slot(const SsdParams& p, int sequence) {
+  if (p.segment_chunks == 0) return sequence;
+  if (p.cu_seqlens == nullptr) return sequence * (p.slots / p.nseq);
+  return min(max(p.cu_seqlens[sequence], 0), p.seqlen) / (p.segment_chunks * kChunk) + 2 * sequence;
 }
 
 // False where there is nothing to do.
 template <typename Config>
 __device__ __forceinline__ bool find_unit(const SsdParams& p, int index, Unit& unit) {
-  const int head_blocks = p.nheads / (Config::kHeads * Config::kCluster);
-  unit.slot = index / head_blocks;
-  const int rank = Config::kCluster > 1 ? static_cast<int>(cluster_rank()) : 0;
-  unit.head = ((index % head_blocks) * Config::kCluster + rank) * Config::kHeads;
-  const bool packed = p.cu_seqlens != nullptr;
-  const int segment_tokens = p.segment_chunks * kChunk;
-  int first_slot;
-  if (p.segment_chunks == 0) {
-    unit.sequence = first_slot = unit.slot;
-  } else if (!packed) {
-    const int per_sequence = p.slots / p.nseq;
-    unit.sequence = unit.slot / per_sequence;
-    first_slot = unit.sequence * per_sequence;
-  } else {  // the last sequence whose first slot is not beyond this one; slots of different ones never meet
-    int low = 0, high = p.nseq;
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      const int begin = min(max(p.cu_seqlens[middle], 0), p.seqlen);
-      if (begin / segment_tokens + 2 * middle <= unit.slot) {
-        low = middle;
-      } else {
-        high = middle;
-      }
+  const int head_blocks = p.nheads / Config::kHeads, parts = Config::kStatesOnly ? p.parts : 1;
+  const int part = index / head_blocks % parts;
+  unit.slot = index / head_blocks / parts;
+  unit.head = index % head_blocks * Config::kHeads;
+  int low = 0, high = p.nseq;  // the last sequence whose first slot is not beyond this one
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (first_slot(p, middle) <= unit.slot) {
+      low = middle;
+    } else {
+      high = middle;
     }
-    unit.sequence = low;
-    first_slot = min(max(p.cu_seqlens[low], 0), p.seqlen) / segment_tokens + 2 * low;
   }
-  unit.segment = unit.slot - first_slot;
-  unit.row = packed ? 0 : unit.sequence;
-  unit.begin = packed ? min(max(p.cu_seqlens[unit.sequence], 0), p.seqlen) : 0;
-  unit.end = packed ? min(max(p.cu_seqlens[unit.sequence + 1], unit.begin), p.seqlen) : p.seqlen;
-  const int offset = p.seq_offsets == nullptr ? 0 : p.seq_offsets[unit.sequence], lead = offset % kChunk;
-  const int chunks = (lead + unit.end - unit.begin + kChunk - 1) / kChunk;
-  const int first_chunk = unit.segment * p.segment_chunks;
-  unit.first = unit.begin - lead + first_chunk * kChunk;
-  unit.position = offset - lead + first_chunk * kChunk;
-  unit.chunks = p.segment_chunks == 0 ? chunks : min(p.segment_chunks, chunks - first_chunk);
-  unit.last = p.segment_chunks == 0 || first_chunk + p.segment_chunks >= chunks;
-  if (Config::kStatesOnly) return !unit.last;
-  return unit.segment == 0 || unit.chunks > 0;
+  find_sequence(p, low, unit);
+  unit.segment = unit.slot - first_slot(p, low);
+  unit.last = true;
+  if (p.segment_chunks == 0) return true;
+  int first_chunk = unit.segment * p.segment_chunks, length = p.segment_chunks;
+  unit.last = first_chunk + length >= unit.chunks;
+  if (unit.segment > 0 && first_chunk >= unit.chunks) return false;
+  int last_chunk = min(first_chunk + length, unit.chunks);
+  if (Config::kStatesOnly) {  // of every segment but the last, in parts
+    if (unit.last) return false;
+    unit.slot = unit.slot * parts + part;
+    length = (length + parts - 1) / parts;
+    first_chunk += part * length;
+    last_chunk = min(first_chunk + length, last_chunk);
+  }
+  unit.first += first_chunk * kChunk;
+  unit.position += first_chunk * kChunk;
+  unit.chunks = max(last_chunk - first_chunk, 0);
+  return true;
 }
 
 template <typename Config, typename Body>
 __device__ __forceinline__ void for_each_unit(const SsdParams& p, Body body) {
-  const int count = unit_count<Config>(p);
-  for (int index = blockIdx.x / Config::kCluster; index < count; index += gridDim.x / Config::kCluster) {
+  const int count = p.slots * (Config::kStatesOnly ? p.parts : 1) * (p.nheads / Config::kHeads);
+  for (int index = blockIdx.x; index < count; index += gridDim.x) {
     Unit unit;
     if (find_unit<Config>(p, index, unit)) body(unit);
   }
 }
 
-// chunk(unit, c, iteration) for every chunk of every unit of this cluster; all roles count alike.
+// chunk(unit, c, iteration) for every chunk of every unit of this CTA; all roles count alike.
 template <typename Config, typename Enter, typename Chunk>
 __device__ __forceinline__ void for_each_chunk(const SsdParams& p, Enter enter, Chunk chunk) {
   int iteration = 0;
@@ -276,8 +283,6 @@ __device__ __forceinline__ void for_each_chunk(const SsdParams& p, Enter enter, 
 
 template <typename Config>
 __device__ __forceinline__ void copy_chunks(const SsdParams& p, const SharedMemory<Config>& shared) {
-  const uint32 rank = Config::kCluster > 1 ? cluster_rank() : 0;
-  constexpr unsigned short kEveryone = (1 << Config::kCluster) - 1;
   for_each_chunk<Config>(
       p, [](const Unit&, int) {},
       [&](const Unit& unit, int c, int iteration) {
@@ -288,15 +293,8 @@ __device__ __forceinline__ void copy_chunks(const SsdParams& p, const SharedMemo
         arrive_expecting(full, Config::kStageLoads);
 #pragma unroll
         for (int i = 0; i < Config::kGroupLoads; ++i) {
-          const int tile = rank * Config::kGroupLoads + i;  // of B, then of C
-          const TensorMap& map = tile < Config::kGroupTiles ? p.B_map : p.C_map;
-          const int n = tile % Config::kGroupTiles * 64;
-          const uint32 destination = stage + tile * Config::kTileBytes;
-          if constexpr (Config::kCluster > 1) {
-            load_box_multicast(destination, map, full, n, group, token, unit.row, kEveryone);
-          } else {
-            load_box(destination, map, full, n, group, token, unit.row);
-          }
+          const TensorMap& map = i < Config::kGroupTiles ? p.B_map : p.C_map;
+          load_box(stage + i * Config::kTileBytes, map, full, i % Config::kGroupTiles * 64, group, token, unit.row);
         }
 #pragma unroll
         for (int tile = 0; tile < Config::kTiles; ++tile) {
@@ -395,7 +393,7 @@ __device__ __forceinline__ void store_chunks(const SsdParams& p, const SharedMem
       [&](const Unit& unit, int c, int iteration) {
         const int token = unit.first + c * kChunk, m = iteration % Config::kBuffers;
         const int low = max(unit.begin - token, 0), high = min(unit.end - token, kChunk);
-#pragma unroll
+#pragma unroll 1
         for (int tile = 0; tile < Config::kTiles; ++tile) {
           const int head = unit.head + (Config::kHeads == 1 ? 0 : tile), feature = Config::kHeads == 1 ? tile * 64 : 0;
           wait(shared.output_full(m, tile), (iteration / Config::kBuffers) & 1);
@@ -406,6 +404,7 @@ __device__ __forceinline__ void store_chunks(const SsdParams& p, const SharedMem
             }
           } else {
             bf16* y = p.y + unit.row * p.y_strides[0] + head * p.y_strides[2] + feature;
+#pragma unroll 1
             for (int i = lane; i < kChunk * 8; i += 32) {
               const int row = i / 8, column = i % 8;
               uint4 v;
@@ -423,18 +422,6 @@ __device__ __forceinline__ void store_chunks(const SsdParams& p, const SharedMem
         }
       });
   if (lane == 0) wait_for_stores<true>();
-}
-
-// A warp is through with a stage: tell the copying warps of all CTAs that write into it.
-template <typename Config>
-__device__ __forceinline__ void release(const SharedMemory<Config>& shared, int s) {
-  __syncwarp();
-  const int lane = threadIdx.x % 32;
-  if constexpr (Config::kCluster > 1) {
-    if (lane < Config::kCluster) arrive_remote(shared.empty(s), lane);
-  } else {
-    if (lane == 0) arrive(shared.empty(s));
-  }
 }
 
 // -------------------------------------------------------------------------------------------- warpgroup 1: M
@@ -548,8 +535,7 @@ __device__ __forceinline__ void mix_chunks(const SsdParams& p, const SharedMemor
 #pragma unroll
         for (int tile = 0; tile < Config::kTiles; ++tile) {
           const uint32 decay = stage + Config::kDecay + (Config::kHeads == 1 ? 0 : tile) * Config::kDecayBytes;
-          scale_rows(stage + Config::kX + tile * Config::kTileBytes, decay,
-                     shared.scaled(m, tile), thread);
+          scale_rows(stage + Config::kX + tile * Config::kTileBytes, decay, shared.scaled(m, tile), thread);
         }
         if constexpr (!Config::kStatesOnly) {
           wgmma_wait<0>();
@@ -564,7 +550,7 @@ __device__ __forceinline__ void mix_chunks(const SsdParams& p, const SharedMemor
         fence_async_proxy();
         __syncwarp();
         if (lane == 0) arrive(shared.mixed_full(m));
-        release<Config>(shared, s);
+        if (lane == 0) arrive(shared.empty(s));
       });
 }
 
@@ -576,11 +562,16 @@ __device__ __forceinline__ bool find_slot(const SsdParams& p, const int* slots, 
   return slots == nullptr || (slot >= 0 && slot < p.num_slots && slot != p.null_slot);
 }
 
+__device__ __forceinline__ States segment_states(const SsdParams& p) {
+  return {p.segment_states, Stored::float32, static_cast<int64>(p.nheads) * p.headdim * p.dstate, nullptr};
+}
+
 // A thread's part of a state: rows `feature` and `feature` + 8, columns 8 j + 2 (lane % 4) + {0, 1}. `value(i)` is
 // where registers i and i + 1 are.
 template <int kStates, typename Body>
 __device__ __forceinline__ void for_each_pair(const SsdParams& p, int head, int feature, Body body) {
   const int lane = threadIdx.x % 32;
+  asm volatile("" : "+r"(feature));  // what is found out here is not worth a register from one use to the next
 #pragma unroll
   for (int i = 0; i < kStates / 2; i += 2) {
     const int row = feature + (i & 2) * 4, column = i / 4 * 8 + 2 * (lane % 4);
@@ -611,23 +602,20 @@ __device__ __forceinline__ void load_state(const SsdParams& p, const Unit& unit,
                                            float (&state)[kStates / 2]) {
 #pragma unroll
   for (int i = 0; i < kStates / 2; ++i) state[i] = 0.f;
-  int64 slot;
-  if (p.initial.data != nullptr && find_slot(p, p.initial.slots, unit.sequence, slot)) {
-    const Floats source{p.initial.data, p.initial.dtype};
-    const int64 base = slot * p.initial.stride;
+  States states = p.initial;
+  int64 slot = static_cast<int64>(unit.slot) * p.parts;
+  bool found = true;
+  if (unit.segment > 0) {
+    states = segment_states(p);
+  } else {
+    found = states.data != nullptr && find_slot(p, states.slots, unit.sequence, slot);
+  }
+  if (found) {
+    const Floats source{states.data, states.dtype};
+    const int64 base = slot * states.stride;
     for_each_pair<kStates>(p, head, feature, [&](int i, int64 place) {
       state[i] = source[base + place];
       state[i + 1] = source[base + place + 1];
-    });
-  }
-  for (int segment = 0; segment < unit.segment; ++segment) {  // what the segments before this one made of it
-    const int64 before = (unit.slot - unit.segment + segment);
-    const float keep = exp2f(p.segment_decay[before * p.nheads + head]);
-    const float* added = p.segment_states + before * p.nheads * p.headdim * p.dstate;
-    for_each_pair<kStates>(p, head, feature, [&](int i, int64 place) {
-      const float2 pair = *reinterpret_cast<const float2*>(added + place);
-      state[i] = fmaf(state[i], keep, pair.x);
-      state[i + 1] = fmaf(state[i + 1], keep, pair.y);
     });
   }
 }
@@ -689,7 +677,7 @@ struct Finish {
 
   // y takes the place of the scaled x, which has entered the state by now.
   __device__ __forceinline__ void end(int s, int m) {
-    release<Config>(shared, s);
+    if (lane == 0) arrive(shared.empty(s));
     if constexpr (!Config::kOverlap) sync_threads(2 + tile, 128);  // all warps' products have read the scaled x
     hand_over(shared.scaled(m, tile), warp, packed);
     if (lane == 0) arrive(shared.output_full(m, tile));
@@ -783,7 +771,7 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
       wgmma_wait<0>();
       __syncwarp();
       if (lane == 0) arrive(shared.mixed_empty(m));
-      release<Config>(shared, s);
+      if (lane == 0) arrive(shared.empty(s));
     } else {
       float2 reach[8];
 #pragma unroll
@@ -820,9 +808,7 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
       for (int i = 0; i < kStates / 2; ++i) state[i] = 0.f;
       log_decay = 0.f;
       for (int c = 0; c < unit.chunks; ++c, ++iteration) walk_chunk(iteration, false);
-      const States segments{p.segment_states, Stored::float32, static_cast<int64>(p.nheads) * p.headdim * p.dstate,
-                            nullptr};
-      store_state<kStates>(p, segments, unit.slot, head, feature, state);
+      store_state<kStates>(p, segment_states(p), unit.slot, head, feature, state);
       if (thread == 0 && (Config::kHeads > 1 || tile == 0)) {
         p.segment_decay[static_cast<int64>(unit.slot) * p.nheads + head] = log_decay;
       }
@@ -831,8 +817,8 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
       finish.D0 = finish.D1 = 0.f;
       if (p.D.data != nullptr) {
         const int64 D = head * p.D_strides[0];
-        if (feature < p.headdim) finish.D0 = p.D[D + feature * p.D_strides[1]];
-        if (feature + 8 < p.headdim) finish.D1 = p.D[D + (feature + 8) * p.D_strides[1]];
+        finish.D0 = p.D[D + min(feature, p.headdim - 1) * p.D_strides[1]];  // of no row beyond the last is y stored
+        finish.D1 = p.D[D + min(feature + 8, p.headdim - 1) * p.D_strides[1]];
       }
       int c = 0;
       do {  // from state to state that is kept: what stores them would be in the way of the loop over chunks
@@ -869,7 +855,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
   if (threadIdx.x == 0) {
     for (int s = 0; s < Config::kStages; ++s) {
       init_barrier(shared.full(s), 1 + Config::kHeads);
-      init_barrier(shared.empty(s), 4 * (1 + Config::kTiles) * Config::kCluster);
+      init_barrier(shared.empty(s), 4 * (1 + Config::kTiles));
     }
     for (int m = 0; m < Config::kBuffers; ++m) {
       init_barrier(shared.mixed_full(m), 4);
@@ -878,17 +864,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
     }
     fence_barrier_init();
   }
-  if constexpr (Config::kCluster > 1) {
-    cluster_sync();
-  } else {
-    __syncthreads();
-  }
+  __syncthreads();
 
   if (warpgroup == 0) {
     give_registers<Config::kProducerRegisters>();
     if (warp == 0) {
       if (threadIdx.x == 0) copy_chunks<Config>(p, shared);
-      __syncwarp();
     } else if (warp <= 2) {
       make_decays<Config>(p, shared, warp - 1);
     } else if (!Config::kStatesOnly) {
@@ -901,10 +882,39 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
     take_registers<Config::kStateRegisters>();
     walk_states<Config>(p, shared, warpgroup - 2);
   }
-  // others may still write here, and count on barriers here
-  if constexpr (Config::kCluster > 1) {
-    __syncthreads();
-    cluster_sync();
+}
+
+// Between the states of the segments and the scan: from what each part adds to the state that enters each segment. A
+// thread has four elements of a sequence's state.
+__global__ void __launch_bounds__(256) ssd_join_kernel(const __grid_constant__ SsdParams p) {
+  const int sequence = blockIdx.z, head = blockIdx.y;
+  const int elements = p.headdim * p.dstate, element = (blockIdx.x * 256 + threadIdx.x) * 4;
+  if (element >= elements) return;
+  Unit unit;
+  find_sequence(p, sequence, unit);
+  const int64 place = static_cast<int64>(head) * elements + element;
+  float state[4] = {};
+  int64 slot;
+  if (p.initial.data != nullptr && find_slot(p, p.initial.slots, sequence, slot)) {
+    const Floats source{p.initial.data, p.initial.dtype};
+    for (int i = 0; i < 4; ++i) state[i] = source[slot * p.initial.stride + place + i];
+  }
+  slot = static_cast<int64>(first_slot(p, sequence)) * p.parts;
+  for (int chunk = 0; chunk < unit.chunks; chunk += p.segment_chunks, slot += p.parts) {
+    const bool last = chunk + p.segment_chunks >= unit.chunks;
+    float entering[4];
+    for (int i = 0; i < 4; ++i) entering[i] = state[i];
+    for (int part = 0; part < p.parts && !last; ++part) {
+      const float keep = exp2f(p.segment_decay[(slot + part) * p.nheads + head]);
+      const float4 added =
+          *reinterpret_cast<const float4*>(p.segment_states + (slot + part) * p.nheads * elements + place);
+      state[0] = fmaf(state[0], keep, added.x);
+      state[1] = fmaf(state[1], keep, added.y);
+      state[2] = fmaf(state[2], keep, added.z);
+      state[3] = fmaf(state[3], keep, added.w);
+    }
+    *reinterpret_cast<float4*>(p.segment_states + slot * p.nheads * elements + place) =
+        make_float4(entering[0], entering[1], entering[2], entering[3]);
   }
 }
 

@@ -358,9 +358,8 @@ def _choice(
     refusal = None
     if impl in ("auto", "cuda"):
         small = (cu_seqlens, seq_offsets, read_slots, write_slots, interval_slots)
-        initial, kept = initial_states, (final_states, interval_states)
-        if ssm_state is not None:
-            initial, kept = ssm_state, (ssm_state,)
+        pooled = ssm_state is not None
+        initial, kept = (ssm_state, (ssm_state,)) if pooled else (initial_states, (final_states, interval_states))
         refusal = _device.not_sm90(x.device) or _csrc_ssd.refusal(
             *(x, dt, A, B, C, D, z, dt_bias, seq_idx, small, y, initial, kept, state_interval)
         )
@@ -371,11 +370,11 @@ def _choice(
 
 def _ssd_fwd(*arguments: Any) -> None:
     *tensors_and_options, impl = arguments
-    tensors: Any = tensors_and_options[:19]
+    tensors: list[Any] = tensors_and_options[:19]
     options = tensors_and_options[19:]
     x, dt, A, B, C, D, z, dt_bias, initial_states, _, cu_seqlens, seq_offsets, *slots, y = tensors[:16]
     aligned = not _csrc_ssd.misaligned(x, B, C, z, initial_states, *tensors[15:])
-    chosen = _choice(*tensors, options[3], aligned, impl)
+    chosen: str = _choice(*(*tensors, options[3], aligned, impl))
     if chosen == "torch":
         _torch_ssd.ssd_chunk_scan(*tensors_and_options)
         return

@@ -219,7 +219,7 @@ CUDA_CASES = dict(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("chosen", [None, (1, 0), (2, 0), (1, 2), (2, 3)])
+@pytest.mark.parametrize("chosen", [None, (1, 0, 1), (2, 0, 1), (1, 2, 1), (2, 3, 2)])
 @settings(max_examples=15)
 @given(data=st.data())
 def test_ssd_cuda(chosen, data):
@@ -236,7 +236,7 @@ def test_ssd_cuda(chosen, data):
 def configured(chosen):
     whole = csrc.ssd_chunk_scan
     if chosen is not None:
-        csrc.ssd_chunk_scan = functools.partial(whole.__wrapped__, chosen=csrc.Config(chosen[0], 1, chosen[1]))
+        csrc.ssd_chunk_scan = functools.partial(whole.__wrapped__, chosen=csrc.Config(*chosen))
     try:
         yield
     finally:
@@ -261,7 +261,7 @@ def test_batch_invariant_cuda():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("chosen", [(1, 0), (2, 0), (1, 2)])
+@pytest.mark.parametrize("chosen", [(1, 0, 1), (2, 0, 1), (1, 2, 2)])
 def test_neighbours_may_hold_anything_cuda(chosen):
     """Sequences of a packed batch are copied in boxes that reach into each other."""
     torch.manual_seed(0)
@@ -291,7 +291,7 @@ def test_neighbours_may_hold_anything_cuda(chosen):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("chosen", [(1, 0), (2, 0), (1, 4)])
+@pytest.mark.parametrize("chosen", [(1, 0, 1), (2, 0, 1), (1, 4, 3)])
 def test_same_bits_cuda(chosen):
     """Every time, 1000 times: a race would show."""
     torch.manual_seed(0)

@@ -50,8 +50,9 @@ struct SsdArgs {
   bool dt_softplus;
   float dt_min, dt_max;
   int null_slot;
-  int heads, cluster;         // heads of a CTA, CTAs of a cluster
-  int segment_chunks, slots;  // chunks of a segment (0: sequences are not split), places for segments or sequences
+  int heads;                         // of a CTA
+  int segment_chunks, parts, slots;  // chunks of a segment (0: sequences are not split), its parts, places for segments
+  int num_sms;
 };
 
 struct SsdTensors {

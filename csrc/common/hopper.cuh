@@ -22,24 +22,13 @@ __device__ __forceinline__ void init_barrier(uint32 barrier, uint32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 
-// Makes initialised barriers visible to the other CTAs of the cluster and to TMA.
+// Makes initialised barriers visible to TMA.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
 __device__ __forceinline__ void arrive(uint32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// On the barrier at the same place in another CTA of the cluster. Says that something was read: a release at the scope
-// of the cluster, for what was written, would take a thousand cycles.
-__device__ __forceinline__ void arrive_remote(uint32 barrier, uint32 cta) {
-  asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
-      "r"(cta)
-      : "memory");
 }
 
 __device__ __forceinline__ void arrive_expecting(uint32 barrier, uint32 bytes) {
@@ -71,16 +60,6 @@ __device__ __forceinline__ void load_box(uint32 destination, const TensorMap& ma
       : "memory");
 }
 
-// The same into the same place of all CTAs in `mask`, each counting on a barrier of its own.
-__device__ __forceinline__ void load_box_multicast(uint32 destination, const TensorMap& map, uint32 barrier, int i0,
-                                                   int i1, int i2, int i3, unsigned short mask) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(destination),
-      "l"(&map), "r"(barrier), "r"(i0), "r"(i1), "r"(i2), "r"(i3), "h"(mask)
-      : "memory");
-}
-
 // A box from shared memory to a 4-D tensor; what lies outside of it is not written.
 __device__ __forceinline__ void store_box(const TensorMap& map, uint32 source, int i0, int i1, int i2, int i3) {
   asm volatile(
@@ -103,7 +82,7 @@ __device__ __forceinline__ void wait_for_stores() {
 // Ordinary writes to shared memory before this are seen by TMA and wgmma after it.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// ------------------------------------------------------------------------------------------- warps and clusters
+// -------------------------------------------------------------------------------------------------------- warps
 
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
@@ -118,16 +97,6 @@ __device__ __forceinline__ void give_registers() {
 // Barrier `id` (1 to 15) among `threads` threads.
 __device__ __forceinline__ void sync_threads(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ uint32 cluster_rank() {
-  uint32 rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // -------------------------------------------------------------------------------------- 8 x 8 matrices of a warp
@@ -162,8 +131,7 @@ __device__ __forceinline__ void store_matrices_transposed(uint32 row, uint32 r0,
 // An operand in shared memory with 128-byte swizzle, at base + offset: atoms of 8 rows of 128 bytes, 1024 bytes apart
 // along the rows; `wide_stride` apart along the other dimension where that is the contiguous one and longer than 64.
 __device__ __forceinline__ uint64 swizzled_operand(uint32 base, uint32 offset, uint32 wide_stride = 16) {
-  // in a cluster, the upper bits of an address are the CTA
-  const uint32 low = ((base & 0x3FFFF) >> 4) + ((offset >> 4) | (wide_stride >> 4) << 16);
+  const uint32 low = (base >> 4) + ((offset >> 4) | (wide_stride >> 4) << 16);  // one addition: the rest are constants
   return (static_cast<uint64>((1u << 30) | (1024 >> 4)) << 32) | low;
 }
 

@@ -15,34 +15,42 @@ CHUNK = 64  # kChunk of csrc/ssd_sm90.cuh
 
 class Config(NamedTuple):
     heads: int  # of a block, which share C, B and C B^T
-    cluster: int  # blocks that send each other B and C
     segment_chunks: int  # a sequence is cut into segments of so many chunks, which run side by side; 0: it is not
+    parts: int  # of a segment, whose states are found side by side before
 
 
-# microseconds of a block for a chunk: whole, with two heads, and its state alone; and of a pass over segments
-_CHUNK_US, _PAIR_US, _STATE_US, _PASS_US = 1.4, 2.2, 0.7, 6.0
+# microseconds: of a block for a chunk, for a chunk's state alone, and to find the states that enter segments
+_CHUNK_US, _STATE_US, _JOIN_US = 1.15, 0.7, 9.0
 
 
 @functools.cache
 def config(
-    nseq: int, seqlen: int, nheads: int, headdim: int, ngroups: int, batch_invariant: bool, num_sms: int
+    nseq: int, total: int, nheads: int, headdim: int, ngroups: int, batch_invariant: bool, num_sms: int
 ) -> Config:
-    """Two heads a block where there are blocks enough; segments where there are too few, and they save more time than
-    their pass over the states takes."""
-    paired = headdim <= 64 and nheads // ngroups % 2 == 0 and nseq * nheads > num_sms
+    """For `total` tokens of `nseq` sequences: two heads a block where there are blocks enough; segments where there
+    are too few, and where that saves more time than it takes to find their states."""
+    blocks = nseq * nheads
+    paired = headdim <= 64 and nheads // ngroups % 2 == 0 and blocks > num_sms
     if paired or batch_invariant:
-        return Config(heads=2 if paired else 1, cluster=1, segment_chunks=0)
-    chunks = -(-seqlen // (CHUNK * max(nseq, 1)))
+        return Config(heads=2 if paired else 1, segment_chunks=0, parts=1)
+    chunks = -(-total // (CHUNK * max(nseq, 1)))
+
+    def parts_of(segments: int) -> int:
+        return max(1, min(4, num_sms // (blocks * max(1, segments - 1))))
 
     def cost(segments: int) -> float:
-        length, blocks = -(-chunks // segments), nseq * nheads
-        passes = -(-blocks * segments // num_sms) * length * _CHUNK_US
-        if segments > 1:
-            passes += -(-blocks * (segments - 1) // num_sms) * length * _STATE_US + _PASS_US
-        return passes
+        length, waves = -(-chunks // segments), -(-blocks * segments // num_sms)
+        scan = waves * length * _CHUNK_US
+        if segments == 1:
+            return scan
+        parts = parts_of(segments)
+        waves = -(-blocks * (segments - 1) * parts // num_sms)
+        return scan + waves * -(-length // parts) * _STATE_US + _JOIN_US
 
-    best = min((1, 2, 4, 8, 16), key=cost)
-    return Config(heads=1, cluster=1, segment_chunks=0 if best == 1 else -(-chunks // best))
+    segments = min(range(1, 17), key=cost)
+    if segments == 1:
+        return Config(heads=1, segment_chunks=0, parts=1)
+    return Config(heads=1, segment_chunks=-(-chunks // segments), parts=parts_of(segments))
 
 
 def refusal(
@@ -156,15 +164,15 @@ def ssd_chunk_scan(
         dt_min=dt_min,
         dt_max=dt_max,
         null_slot=null_slot,
-        config=(chosen.heads, chosen.cluster, length, slots),
+        config=(chosen.heads, length, chosen.parts, slots, _device.num_sms(index)),
     )
 
     def run(*tensors: Tensor | None) -> None:
         segments: tuple[Tensor, ...] = ()
         if length:
             segments = (
-                y.new_empty((slots, nheads, headdim, dstate), dtype=torch.float32),
-                y.new_empty((slots, nheads), dtype=torch.float32),
+                y.new_empty((slots * chosen.parts, nheads, headdim, dstate), dtype=torch.float32),
+                y.new_empty((slots * chosen.parts, nheads), dtype=torch.float32),
             )
         pointers = [0 if t is None else t.data_ptr() for t in (*tensors, *segments)]
         launch(pointers + [0] * (20 - len(pointers)), index, torch._C._cuda_getCurrentRawStream(index))
