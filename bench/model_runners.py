@@ -115,12 +115,17 @@ def why_no_transformers() -> str | None:
     return None
 
 
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:  # on the path, without having been installed
+        return "of unknown version"
+
+
 def versions() -> str:
     """What transformers runs on here."""
     parts = []
     for library in ("mamba_ssm", "causal_conv1d"):
         there = importlib.util.find_spec(library) is not None
-        parts.append(
-            f"{library} {importlib.metadata.version(library)}" if there else f"no {library}: its own torch code"
-        )
+        parts.append(f"{library} {_version(library)}" if there else f"no {library}: its own torch code")
     return f"transformers {importlib.metadata.version('transformers')} ({', '.join(parts)})"

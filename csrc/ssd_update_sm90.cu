@@ -14,47 +14,46 @@ dim3 grid_of(const SsdUpdateParams& p, int warps) {
 }
 
 template <typename State, int kDstate, int kRows, bool kStochastic>
-void launch(SsdUpdateParams p, int tiles, int warps, cudaStream_t stream) {
-  constexpr int kRowsOfMany = 4;  // of which the float32 fits into registers
-  if (p.cu_seqlens == nullptr && p.tokens == 1) {
-    p.tiles = tiles;
-    const dim3 grid = grid_of<Layout<State, kDstate, kRows>>(p, warps);
-    ssd_update_one_kernel<State, kDstate, kRows, kStochastic><<<grid, 32 * warps, 0, stream>>>(p);
-  } else {
-    p.tiles = 1;
-    const dim3 grid = grid_of<Layout<State, kDstate, kRowsOfMany>>(p, warps);
-    ssd_update_kernel<State, kDstate, kRowsOfMany, kStochastic><<<grid, 32 * warps, 0, stream>>>(p);
-  }
+void launch_one(SsdUpdateParams p, const SsdUpdateArgs& a, cudaStream_t stream) {
+  p.tiles = a.tiles;
+  const dim3 grid = grid_of<Layout<State, kDstate, kRows>>(p, a.warps);
+  ssd_update_one_kernel<State, kDstate, kRows, kStochastic><<<grid, 32 * a.warps, 0, stream>>>(p);
   check(cudaGetLastError(), "ssd_update_kernel");
 }
 
-template <typename State, int kDstate, int kRows>
-void launch_rounding(const SsdUpdateParams& p, int tiles, int warps, cudaStream_t stream) {
-  if constexpr (sizeof(State) == 2) {
-    if (p.seed != nullptr) return launch<State, kDstate, kRows, true>(p, tiles, warps, stream);
+template <typename State, int kDstate, bool kStochastic>
+void launch_many(SsdUpdateParams p, const SsdUpdateArgs& a, cudaStream_t stream) {
+  constexpr int kRows = 4;  // of which the float32 fits into registers
+  p.tiles = 1;
+  const dim3 grid = grid_of<Layout<State, kDstate, kRows>>(p, a.warps);
+  ssd_update_kernel<State, kDstate, kRows, kStochastic><<<grid, 32 * a.warps, 0, stream>>>(p);
+  check(cudaGetLastError(), "ssd_update_kernel");
+}
+
+template <typename State, int kDstate, bool kStochastic>
+void launch(const SsdUpdateParams& p, const SsdUpdateArgs& a, cudaStream_t stream) {
+  if (p.cu_seqlens != nullptr || p.tokens != 1) return launch_many<State, kDstate, kStochastic>(p, a, stream);
+  if (a.rows == 2) return launch_one<State, kDstate, 2, kStochastic>(p, a, stream);
+  if constexpr (kStochastic || sizeof(State) == 1) {  // those for which _csrc/ssd_update.py chooses 4
+    if (a.rows == 4) return launch_one<State, kDstate, 4, kStochastic>(p, a, stream);
   }
-  launch<State, kDstate, kRows, false>(p, tiles, warps, stream);
+  throw std::runtime_error("ssd_update: no such tile: rows " + std::to_string(a.rows));
 }
 
 template <typename State, int kDstate>
-void launch_rows(const SsdUpdateParams& p, const SsdUpdateArgs& a, cudaStream_t stream) {
-  switch (a.rows) {
-    case 2: return launch_rounding<State, kDstate, 2>(p, a.tiles, a.warps, stream);
-    case 4: return launch_rounding<State, kDstate, 4>(p, a.tiles, a.warps, stream);
-    case 8:
-      if constexpr (kDstate <= 128 && sizeof(State) > 1)
-        return launch_rounding<State, kDstate, 8>(p, a.tiles, a.warps, stream);
-      [[fallthrough]];
-    default: throw std::runtime_error("ssd_update: no such tile: rows " + std::to_string(a.rows));
+void launch_rounding(const SsdUpdateParams& p, const SsdUpdateArgs& a, cudaStream_t stream) {
+  if constexpr (sizeof(State) == 2) {
+    if (p.seed != nullptr) return launch<State, kDstate, true>(p, a, stream);
   }
+  launch<State, kDstate, false>(p, a, stream);
 }
 
 template <typename State>
 void launch_dstate(const SsdUpdateParams& p, const SsdUpdateArgs& a, cudaStream_t stream) {
   switch (a.dstate) {
-    case 64: return launch_rows<State, 64>(p, a, stream);
-    case 128: return launch_rows<State, 128>(p, a, stream);
-    case 256: return launch_rows<State, 256>(p, a, stream);
+    case 64: return launch_rounding<State, 64>(p, a, stream);
+    case 128: return launch_rounding<State, 128>(p, a, stream);
+    case 256: return launch_rounding<State, 256>(p, a, stream);
     default: throw std::runtime_error("ssd_update: dstate must be 64, 128 or 256, got " + std::to_string(a.dstate));
   }
 }

@@ -35,8 +35,9 @@ def remembered(check: Callable[P, Found]) -> Callable[P, Found]:
             return check(*args, **kwargs)
         signature = tuple([(a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else a for a in args])
         try:
-            if signature in passed:
-                return passed[signature]
+            return passed[signature]
+        except KeyError:
+            pass
         except TypeError:  # a list, or a symbolic size
             return check(*args, **kwargs)
         if len(passed) >= 4096:
@@ -117,7 +118,7 @@ def no_gradient(**given: Tensor | None) -> None:
     if not torch.is_grad_enabled():
         return
     for name, value in given.items():
-        if needs_grad(value):
+        if value is not None and value.requires_grad:
             raise ValueError(f"{name} must not require a gradient, got one that does: use torch.no_grad() or detach()")
 
 

@@ -165,7 +165,7 @@ def _choose(
     chosen, reason = _choice(impl, torch.device(device), refusal)
     if chosen == "cuda":
         sms = _device.num_sms(torch.device(device).index or 0) if torch.cuda.is_available() else 132
-        return Choice(chosen, _csrc_conv1d_update.config(batch, dim, dtype.itemsize, sms)._asdict(), reason)
+        return Choice(chosen, _csrc_conv1d_update.config(batch, dim, dtype.itemsize, False, sms)._asdict(), reason)
     if chosen != "triton":
         return Choice(chosen, {}, reason)
     from .triton_kernels import conv1d_update as kernels

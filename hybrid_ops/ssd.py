@@ -1,6 +1,7 @@
 """The state space dual scan of Mamba-2 over whole sequences: `ssd_chunk_scan`."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -115,9 +116,9 @@ def ssd_chunk_scan(
     _device.check_impl(impl)
     slots = (read_slots, write_slots, interval_slots)
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, seq_offsets)
-    compute, low, high = _check(
+    compute, low, high, run = _check(
         *(*tensors, *slots, ssm_state, null_slot, return_final_states, state_dtype),
-        *(dt_limit, chunk_size, state_interval, batch_invariant),
+        *(dt_limit, chunk_size, state_interval, batch_invariant, dt_softplus, out, impl),
     )
     needs_grad = _checks.needs_grad(*tensors[:9])
     _checks.out(out, x, needs_grad)
@@ -126,13 +127,13 @@ def ssd_chunk_scan(
         if needs_grad or _checks.needs_grad(ssm_state):
             raise ValueError("ssm_state must be None where a gradient is needed: pools are not differentiable")
         y = x.new_empty(x.shape) if out is None else out
-        _ssd_fwd_op(*tensors, *slots, y, None, None, ssm_state, *options)
+        _ssd_fwd_op(*tensors, *slots, y, None, None, ssm_state, *options, run=run)
         return y
     stored = state_dtype or compute
     if needs_grad:
         results = _SSDChunkScan.apply(*tensors, return_final_states, stored, options)
     else:
-        results = _ssd_chunk_scan(*tensors, return_final_states, stored, options, out)
+        results = _ssd_chunk_scan(*tensors, return_final_states, stored, options, out, run)
     return results[0] if len(results) == 1 else results
 
 
@@ -161,8 +162,12 @@ def _check(
     chunk_size: int,
     state_interval: int,
     batch_invariant: bool,
-) -> tuple[torch.dtype, float, float]:
-    """The dtype that states have unless asked otherwise, and the bounds of dt'."""
+    dt_softplus: bool,
+    out: Tensor | None,
+    impl: str,
+) -> tuple[torch.dtype, float, float, Callable[..., None] | None]:
+    """The dtype that states have unless asked otherwise, the bounds of dt', and the CUDA kernel's launch, where that is
+    what a plain call comes to."""
     compute = _check_inputs(x, dt, A, B, C, D, z, dt_bias)
     low, high = _check_options(dt_limit, chunk_size, state_interval, batch_invariant)
     nseq = _check_sequences(x, seq_idx, cu_seqlens, seq_offsets, state_interval)
@@ -180,11 +185,16 @@ def _check(
                 "states are read from and written to the pool"
             )
         _check_pool(x, ssm_state, state_shape, slots, state_interval, null_slot, floats)
-        return compute, low, high
-    for name, value in slots.items():
-        if value is not None:
-            raise ValueError(f"{name} must be None without ssm_state, got a tensor")
-    return compute, low, high
+    else:
+        for name, value in slots.items():
+            if value is not None:
+                raise ValueError(f"{name} must be None without ssm_state, got a tensor")
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, seq_offsets, *slots.values())
+    run = None
+    if not torch.compiler.is_compiling() and x.is_cuda:
+        options = (dt_softplus, low, high, state_interval, null_slot, batch_invariant)
+        run = _cuda_launch(impl, tensors, out, return_final_states, state_dtype or compute, ssm_state, *options)
+    return compute, low, high, run
 
 
 def _floats(compute: torch.dtype) -> tuple[torch.dtype, ...]:
@@ -330,68 +340,63 @@ def _choose(
     return Choice(chosen, config._asdict(), reason)
 
 
-@_checks.remembered
-def _choice(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_states: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seq_offsets: Tensor | None,
-    read_slots: Tensor | None,
-    write_slots: Tensor | None,
-    interval_slots: Tensor | None,
-    y: Tensor,
-    final_states: Tensor | None,
-    interval_states: Tensor | None,
-    ssm_state: Tensor | None,
-    state_interval: int,
-    aligned: bool,
-    impl: str,
-) -> str:
+def _choice(impl: str, tensors: tuple[Any, ...], state_interval: int, aligned: bool = True) -> str:
+    """`tensors`: those of the operator."""
+    x, *inputs, initial, seq_idx, cu_seqlens, seq_offsets = tensors[:12]
+    read, write, interval_slots, y, final, interval, pool = tensors[12:]
     refusal = None
     if impl in ("auto", "cuda"):
-        small = (cu_seqlens, seq_offsets, read_slots, write_slots, interval_slots)
-        pooled = ssm_state is not None
-        initial, kept = (ssm_state, (ssm_state,)) if pooled else (initial_states, (final_states, interval_states))
+        small = (cu_seqlens, seq_offsets, read, write, interval_slots)
+        states = (initial, final, interval) if pool is None else (pool, pool, pool)
         refusal = _device.not_sm90(x.device) or _csrc_ssd.refusal(
-            *(x, dt, A, B, C, D, z, dt_bias, seq_idx, small, y, initial, kept, state_interval)
+            *(x, *inputs, seq_idx, small, y, states[0], states[1:], state_interval)
         )
         if refusal is None and not aligned:
             refusal = "the CUDA kernel needs x, B, C, z, y and states that begin at multiples of 16 bytes"
     return _device.choose(impl, x.device, refusal)[0]
 
 
+def _cuda_launch(
+    impl: str,
+    tensors: tuple[Any, ...],
+    out: Tensor | None,
+    return_final_states: bool,
+    state_dtype: torch.dtype,
+    pool: Tensor | None,
+    *options: Any,
+) -> Callable[..., None] | None:
+    """What the operator comes to for results that are yet to be allocated; None where it is not the CUDA kernel."""
+    x, state_interval = tensors[0], options[3]
+    if pool is None:
+        B, cu_seqlens = tensors[3], tensors[10]
+        results = _new_results(x, B, cu_seqlens, return_final_states, state_dtype, state_interval, out, "meta")
+    else:
+        results = (torch.empty(x.shape, dtype=x.dtype, device="meta") if out is None else out, None, None)
+    if _choice(impl, (*tensors, *results, pool), state_interval) != "cuda":
+        return None
+    launch = _csrc_ssd.ssd_chunk_scan(*(*tensors, *results, pool, *options))
+
+    def run(*arguments: Any) -> None:
+        if _csrc_ssd.misaligned(arguments):  # no part of a signature
+            _ssd_fwd(*arguments)
+        else:
+            launch(*arguments)
+
+    return run
+
+
 def _ssd_fwd(*arguments: Any) -> None:
     *tensors_and_options, impl = arguments
-    tensors: list[Any] = tensors_and_options[:19]
-    options = tensors_and_options[19:]
-    x, dt, A, B, C, D, z, dt_bias, initial_states, _, cu_seqlens, seq_offsets, *slots, y = tensors[:16]
-    aligned = not _csrc_ssd.misaligned(x, B, C, z, initial_states, *tensors[15:])
-    chosen: str = _choice(*(*tensors, options[3], aligned, impl))
-    if chosen == "torch":
-        _torch_ssd.ssd_chunk_scan(*tensors_and_options)
-        return
-    from .triton_kernels import ssd as kernels
+    tensors = arguments[:19]
+    chosen = _choice(impl, tensors, arguments[22], not _csrc_ssd.misaligned(arguments))
+    if chosen == "cuda":
+        _csrc_ssd.ssd_chunk_scan(*tensors_and_options)(*arguments)
+    elif chosen == "triton":
+        from .triton_kernels import ssd as kernels
 
-    if chosen == "triton":
         kernels.ssd_chunk_scan(*tensors_and_options)
-        return
-    interval_states, pool = tensors[17:]
-    initial, final, interval = kernels.sources(initial_states, *tensors[16:], *slots)
-    interval_base = None
-    if interval_states is not None:
-        interval_states.zero_()
-        if cu_seqlens is not None:
-            interval_base = kernels.first_interval(cu_seqlens, seq_offsets, options[3])
-    inputs = (x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, seq_offsets)
-    _csrc_ssd.scan(*inputs, tuple(slots), y, final, interval, pool, interval_base, *options)
+    else:
+        _torch_ssd.ssd_chunk_scan(*tensors_and_options)
 
 
 _ssd_fwd_op = define(
@@ -402,6 +407,31 @@ _ssd_fwd_op = define(
     "bool batch_invariant, str impl)",
     _ssd_fwd,
 )
+
+
+def _new_results(
+    x: Tensor,
+    B: Tensor,
+    cu_seqlens: Tensor | None,
+    return_final_states: bool,
+    state_dtype: torch.dtype,
+    state_interval: int,
+    out: Tensor | None,
+    device: torch.device | str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y, final states and interval states; the last two where they are asked for."""
+    batch, seqlen, nheads, headdim = x.shape
+    state = (nheads, headdim, B.shape[3])
+    y = x.new_empty(x.shape, device=device) if out is None else out
+    nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final_states = interval_states = None
+    if return_final_states:
+        final_states = x.new_empty((nseq, *state), dtype=state_dtype, device=device)
+    if state_interval:
+        kept = seqlen // state_interval
+        places = (batch, kept + 1) if cu_seqlens is None else (kept + nseq,)
+        interval_states = x.new_empty((*places, *state), dtype=state_dtype, device=device)
+    return y, final_states, interval_states
 
 
 def _ssd_chunk_scan(
@@ -421,23 +451,17 @@ def _ssd_chunk_scan(
     state_dtype: torch.dtype,
     options: tuple[Any, ...],
     out: Tensor | None = None,
+    run: Callable[..., None] | None = None,
 ) -> tuple[Tensor, ...]:
     """Allocate the results, fill them, and return those that were asked for."""
-    batch, seqlen, nheads, headdim = x.shape
-    state = (nheads, headdim, B.shape[3])
-    state_interval = options[3]
-    y = x.new_empty(x.shape) if out is None else out
-    nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final_states = x.new_empty((nseq, *state), dtype=state_dtype) if return_final_states else None
-    interval_states = None
-    if state_interval:
-        kept = seqlen // state_interval
-        places = (batch, kept + 1) if cu_seqlens is None else (kept + nseq,)
-        interval_states = x.new_empty((*places, *state), dtype=state_dtype)
+    y, final_states, interval_states = _new_results(
+        x, B, cu_seqlens, return_final_states, state_dtype, options[3], out, x.device
+    )
     _ssd_fwd_op(
         *(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, seq_offsets),
         *(None, None, None, y, final_states, interval_states, None),
         *options,
+        run=run,
     )
     return tuple(t for t in (y, final_states, interval_states) if t is not None)
 

@@ -159,12 +159,12 @@ def _check(
     low, high = float(dt_limit[0]), float(dt_limit[1])
     if torch.compiler.is_compiling() or not x.is_cuda or not state.is_cuda:
         return low, high, None
-    tensors = (x, state, dt, A, B, C, D, z, dt_bias, read_slots, write_slots, num_accepted, cu_seqlens, state_scale)
-    if _choice(impl, *tensors, batch)[0] != "cuda":
+    tensors = (x, state, dt, A, B, C, D, z, dt_bias, read_slots, write_slots, num_accepted, cu_seqlens)
+    if _choice(impl, *tensors, state_scale, batch)[0] != "cuda":
         return low, high, None
     strides = torch.empty(x.shape, device="meta").stride() if out is None else out.stride()
     options = (strides, dt_softplus, low, high, update_state, null_slot)
-    return low, high, _csrc_ssd_update.ssd_state_update(*tensors, *options)
+    return low, high, _csrc_ssd_update.ssd_state_update(*tensors, seed, state_scale, *options)
 
 
 def _check_inputs(
@@ -329,20 +329,22 @@ def _choose(
     headdim: int = 64,
     dstate: int = 128,
     state_dtype: torch.dtype = torch.float32,
+    rounding: str = "nearest",
     **_: Any,
 ) -> Choice:
     x, state = torch.empty(0, device="meta"), torch.empty(1, nheads, headdim, dstate, dtype=state_dtype, device="meta")
     refusal = _device.not_sm90(torch.device(device)) or _csrc_ssd_update.refusal(x, state, (), batch)
     chosen, reason = _device.choose(impl, torch.device(device), refusal)
-    problem = (headdim, dstate, state_dtype.itemsize, batch * nheads)
+    problem = (headdim, dstate, state_dtype.itemsize)
     if chosen == "cuda":
         sms = _device.num_sms(torch.device(device).index or 0) if torch.cuda.is_available() else 132
-        return Choice(chosen, _csrc_ssd_update.config(*problem, sms)._asdict(), reason)
+        stochastic = rounding == "stochastic"
+        return Choice(chosen, _csrc_ssd_update.config(*problem, stochastic, batch * nheads, sms)._asdict(), reason)
     if chosen != "triton":
         return Choice(chosen, {}, reason)
     from .triton_kernels import ssd_update as kernels
 
-    return Choice(chosen, kernels.config(*problem)._asdict(), reason)
+    return Choice(chosen, kernels.config(*problem, batch * nheads)._asdict(), reason)
 
 
 def _ssd_state_update(
@@ -374,7 +376,7 @@ def _ssd_state_update(
     batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chosen = _choice(impl, x, state, *inputs, *slots, state_scale, batch)[0]
     if chosen == "cuda":
-        launch = _csrc_ssd_update.ssd_state_update(x, state, *inputs, *slots, state_scale, y.stride(), *options)
+        launch = _csrc_ssd_update.ssd_state_update(x, state, *inputs, *slots, seed, state_scale, y.stride(), *options)
         launch(state, x, *inputs, *slots, seed, state_scale, y)
         return
     if chosen == "triton":

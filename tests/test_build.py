@@ -39,15 +39,21 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
     ],
     "conv1d_update_sm90.cuh": [
         "hybrid_ops::conv1d_update_kernel<__nv_bfloat16, 4, true, 4, 128>",
-        "hybrid_ops::conv1d_update_kernel<__half, 3, false, 2, 128>",
+        "hybrid_ops::conv1d_update_kernel<__half, 3, false, 4, 128>",
         "hybrid_ops::conv1d_update_kernel<float, 2, true, 1, 128>",
     ],
+    "ssd_sm90.cuh": [
+        "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<1, 1, 128, false, false>>",
+        "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<2, 2, 128, true, false>>",
+        "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<2, 1, 128, false, true>>",
+        "hybrid_ops::ssd_join_kernel",
+    ],
     "ssd_update_sm90.cuh": [
-        "hybrid_ops::ssd_update_one_kernel<float, 128, 8, false>",
+        "hybrid_ops::ssd_update_one_kernel<float, 128, 2, false>",
         "hybrid_ops::ssd_update_one_kernel<__half, 256, 4, true>",
         "hybrid_ops::ssd_update_kernel<__nv_bfloat16, 64, 4, true>",
         "hybrid_ops::ssd_update_kernel<float, 256, 4, false>",
-        "hybrid_ops::ssd_update_one_kernel<hybrid_ops::E4m3, 64, 2, false>",
+        "hybrid_ops::ssd_update_one_kernel<hybrid_ops::E4m3, 64, 4, false>",
         "hybrid_ops::ssd_update_kernel<hybrid_ops::Int8, 128, 4, false>",
     ],
     "conv1d_bwd_sm90.cuh": [
@@ -116,9 +122,8 @@ def resource_usage(path):
 def test_every_header_is_compiled():
     device_headers = {h for h in headers() if not h.startswith("common/")}
     assert device_headers == set(KERNELS), "name the kernels of each .cuh in KERNELS"
-    included = {name for h in headers() for name in re.findall(r'#include "(common/.*[.]cuh)"', (CSRC / h).read_text())}
     device_code = [(CSRC / h).read_text() for h in set(headers()) - HOST_HEADERS]
-    included = {name for text in device_code for name in re.findall(r'#include "(.*)"', text)}
+    included = {name for text in device_code for name in re.findall(r'#include "(.*[.]cuh)"', text)}
     assert {h for h in headers() if h.startswith("common/")} == included | HOST_HEADERS
 
 
@@ -311,6 +316,22 @@ def test_config_is_a_pure_function_of_the_problem():
 def test_config_of_ssd_update():
     from hybrid_ops._csrc.ssd_update import Config, config
 
-    assert config(64, 128, 4, 1 * 128, 132) == Config(rows=8, tiles=1, warps=2)
-    assert config(64, 128, 2, 256 * 128, 132).tiles == 4
-    assert config(1, 64, 4, 1, 132).tiles == 1
+    def of(batch, itemsize, stochastic=False, headdim=64, dstate=128):
+        return config(headdim, dstate, itemsize, stochastic, batch * 128, 132)
+
+    assert of(1, 4) == of(1, 2) == of(1, 2, stochastic=True) == Config(rows=2, tiles=1, warps=4)
+    assert of(16, 4) == of(16, 2) == of(256, 2, headdim=80) == Config(rows=2, tiles=2, warps=4)
+    assert of(64, 4, dstate=256) == Config(rows=2, tiles=1, warps=4)
+    assert of(16, 2, stochastic=True) == Config(rows=4, tiles=2, warps=4)
+    assert of(64, 1) == Config(rows=4, tiles=4, warps=1)
+    assert config(1, 64, 4, False, 1, 132) == Config(rows=2, tiles=1, warps=1)
+
+
+def test_config_of_conv1d_update():
+    from hybrid_ops._csrc.conv1d_update import config
+
+    def of(channel_last):
+        return [config(batch, 10240, 2, channel_last, 132).sequences for batch in (1, 32, 128, 512)]
+
+    assert of(channel_last=True) == [1, 1, 4, 4]
+    assert of(channel_last=False) == [1, 1, 4, 1]

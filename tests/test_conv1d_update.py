@@ -168,15 +168,14 @@ def check_sequences_of_a_thread(device):
         before = before.transpose(1, 2) if layout else before
         slots = int32(8, -1, 0, 2, 9, 1, 7).to(device)
         results = []
-        for sequences in (1, 2, 4):
+        for sequences in (1, 4):
             pool, y = before.clone(), torch.full_like(x, float("nan"))
             arguments, config = (x, pool, weight, bias, slots), csrc.Config(sequences)
             csrc.causal_conv1d_update(*arguments, y.stride(), True, -1, config)(*arguments, None, None, y)
             results.append((y, pool))
         assert (results[0][0][[1, 4]] == 0).all()
-        for y, pool in results[1:]:
-            assert torch.equal(y, results[0][0])
-            assert torch.equal(pool, results[0][1])
+        for first, other in zip(*results, strict=True):
+            assert torch.equal(first, other)
 
 
 def test_what_the_cuda_kernel_takes():

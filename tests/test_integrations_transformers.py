@@ -270,6 +270,9 @@ def test_gradients_through_a_cache(name, models):
 def test_bfloat16(name, device, models):
     skip_where_transformers_is_wrong(name)
     rounded = copy.deepcopy(models(name)).to(torch.bfloat16)
+    for buffer_name, buffer in rounded.named_buffers():
+        if buffer_name.endswith("e_score_correction_bias"):  # so large that rounding swaps no experts
+            buffer.copy_(2.0 * torch.randperm(len(buffer), generator=torch.Generator().manual_seed(0)))
     exact = copy.deepcopy(rounded).float()  # the same weights
     rounded.to(device)
     with patched(exact):  # transformers 5.17 takes mamba_ssm's kernels on the CPU too, where it finds them

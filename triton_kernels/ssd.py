@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .launch import Launch, architecture, cdiv, dense, next_power_of_2, on_device, plan, traits
 from .ssd_kernels import chunk_decay_kernel, chunk_scan_kernel, state_walk_kernel
+from .ssd_states import first_interval, sources
 
 
 class Config(NamedTuple):
@@ -220,23 +221,6 @@ def make_plan(
     )
 
 
-def sources(
-    initial_states: Tensor | None,
-    final_states: Tensor | None,
-    interval_states: Tensor | None,
-    ssm_state: Tensor | None,
-    read_slots: Tensor | None,
-    write_slots: Tensor | None,
-    interval_slots: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Where states are read from, where the last and where the kept ones go: the pool, wherever slots say so."""
-    return (
-        initial_states if read_slots is None else ssm_state,
-        final_states if write_slots is None else ssm_state,
-        interval_states if interval_slots is None else ssm_state,
-    )
-
-
 def run_numbers(seq_idx: Tensor) -> Tensor:
     """(batch, seqlen) int32: how often the sequence has changed so far in the row; the complement of it at padding."""
     position = torch.arange(seq_idx.shape[1], device=seq_idx.device)
@@ -246,10 +230,3 @@ def run_numbers(seq_idx: Tensor) -> Tensor:
     changed = (seq_idx >= 0) & (last >= 0) & (seq_idx != previous)
     run = changed.cumsum(1, dtype=torch.int32)
     return torch.where(seq_idx >= 0, run, ~run)
-
-
-def first_interval(cu_seqlens: Tensor, seq_offsets: Tensor | None, state_interval: int) -> Tensor:
-    """(nseq,) int32: the row of `interval_states` at which each packed sequence begins."""
-    begin = torch.zeros_like(cu_seqlens[1:]) if seq_offsets is None else seq_offsets
-    count = (begin + cu_seqlens.diff()) // state_interval - begin // state_interval
-    return (count.cumsum(0) - count).to(torch.int32)

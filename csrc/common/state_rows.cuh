@@ -19,7 +19,7 @@ struct Layout {
   static constexpr int kTile = kRows * kGroups;
   static constexpr int kLanesPerSum = kLanes / kRows;  // that end with the same row's sum
   // of 256 threads, for which registers suffice
-  static constexpr int kBlocks = sizeof(State) == 1 ? 2 : kRows * kLoads < 8 ? 4 : sizeof(State) == 4 ? 3 : 2;
+  static constexpr int kBlocks = sizeof(State) == 1 ? 2 : 4;
   static_assert(kRows <= kLanes);
 };
 

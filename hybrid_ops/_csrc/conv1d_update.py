@@ -14,10 +14,15 @@ class Config(NamedTuple):
     sequences: int  # of a thread
 
 
-def config(batch: int, dim: int, itemsize: int, num_sms: int) -> Config:
-    """Several sequences share a thread's weights once there are blocks enough, of 2048 bytes of x, without."""
+def config(batch: int, dim: int, itemsize: int, channel_last: bool, num_sms: int) -> Config:
+    """Four sequences share a thread's weights where its blocks, of 2048 bytes of x, would not all run at once with one.
+
+    A contiguous pool's windows go through shared memory one after the other: it gains only while all the fours run at
+    once. By their registers 7 blocks of one sequence, or 3 of four, fit on a multiprocessor.
+    """
     blocks = -(-dim * itemsize // 2048) * batch
-    return Config(sequences=4 if blocks >= 16 * num_sms else 2 if blocks >= 8 * num_sms else 1)
+    four = blocks > 7 * num_sms and (channel_last or blocks <= 4 * 3 * num_sms)
+    return Config(sequences=4 if four else 1)
 
 
 def refusal(
@@ -68,10 +73,10 @@ def causal_conv1d_update(
     extension = _device.cuda_extension()
     assert extension is not None  # `choose` has seen it
     (batch, dim), (nslots, _, state_len), index = x.shape, conv_state.shape, x.device.index
-    if chosen is None:
-        chosen = config(batch, dim, x.element_size(), _device.num_sms(index))
     # with one column, that is channels side by side too
     column = 1 if conv_state.stride()[1:] == (state_len, 1) else conv_state.stride(2)
+    if chosen is None:
+        chosen = config(batch, dim, x.element_size(), column != 1, _device.num_sms(index))
     launch = extension.Conv1dUpdate(
         dtypes=tuple(DTYPES[(x if t is None else t).dtype] for t in (x, weight, bias)),
         sizes=(batch, dim, weight.shape[1], nslots),

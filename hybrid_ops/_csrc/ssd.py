@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _device
+from ..triton_kernels.ssd_states import first_interval, sources
 from . import DTYPES
 
 CHUNK = 64  # kChunk of csrc/ssd_sm90.cuh
@@ -102,7 +103,9 @@ def _boxes(t: Tensor) -> bool:
     return t.stride(3) == 1 and all(t.shape[i] == 1 or t.stride(i) % 8 == 0 for i in range(3))
 
 
-def misaligned(*tensors: Tensor | None) -> bool:
+def misaligned(arguments: tuple[Any, ...]) -> bool:
+    """Whether x, B, C, z, y or a state, of the operator's arguments, does not begin at a multiple of 16 bytes."""
+    tensors = (arguments[i] for i in (0, 3, 4, 6, 8, 15, 16, 17, 18))
     return any(t is not None and t.data_ptr() % 16 for t in tensors)
 
 
@@ -116,13 +119,17 @@ def ssd_chunk_scan(
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
-    initial: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: None,
     cu_seqlens: Tensor | None,
+    seq_offsets: Tensor | None,
+    read_slots: Tensor | None,
+    write_slots: Tensor | None,
+    interval_slots: Tensor | None,
     y: Tensor,
-    final: Tensor | None,
-    interval: Tensor | None,
-    num_intervals: int,
-    num_slots: int,
+    final_states: Tensor | None,
+    interval_states: Tensor | None,
+    ssm_state: Tensor | None,
     dt_softplus: bool,
     dt_min: float,
     dt_max: float,
@@ -131,32 +138,36 @@ def ssd_chunk_scan(
     batch_invariant: bool,
     chosen: Config | None = None,
 ) -> Callable[..., None]:
-    """What fills y and the states, given tensors in the order of SsdTensors in api.h but the last two; for those of one
-    signature."""
+    """What fills y and the states, given the operator's arguments; for those of one signature."""
     extension = _device.cuda_extension()
     assert extension is not None  # `choose` has seen it
     batch, seqlen, nheads, headdim = x.shape
     ngroups, dstate = B.shape[2:]
     nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     index = x.device.index
+    num_sms = _device.num_sms(index)
     if chosen is None:
-        total = seqlen if cu_seqlens is not None else batch * seqlen
-        chosen = config(nseq, total, nheads, headdim, ngroups, batch_invariant, _device.num_sms(index))
-    slots, length = nseq, chosen.segment_chunks
+        chosen = config(nseq, batch * seqlen, nheads, headdim, ngroups, batch_invariant, num_sms)
+    places, length = nseq, chosen.segment_chunks
     if length and cu_seqlens is None:
-        slots = nseq * -(-(seqlen // CHUNK + 2) // length)  # a sequence may begin and end within a chunk
+        places = nseq * -(-(seqlen // CHUNK + 2) // length)  # a sequence may begin and end within a chunk
     elif length:
-        slots = seqlen // (CHUNK * length) + 2 * nseq
-
-    def strides(t: Tensor | None) -> tuple[int, ...]:
-        return (0, 0, 0) if t is None else t.stride()[:3]
-
+        places = seqlen // (CHUNK * length) + 2 * nseq
+    states = sources(initial_states, final_states, interval_states, ssm_state, read_slots, write_slots, interval_slots)
+    num_intervals = 0
+    if interval_slots is not None:
+        num_intervals = interval_slots.shape[1]
+    elif interval_states is not None:
+        num_intervals = interval_states.shape[-4]
     launch = extension.SsdScan(
-        dtypes=tuple(DTYPES[(A if t is None else t).dtype] for t in (dt, dt_bias, D, initial, final, interval)),
-        sizes=(batch, seqlen, nheads, headdim, ngroups, dstate, nseq, num_slots, num_intervals, state_interval),
+        dtypes=tuple(DTYPES[(A if t is None else t).dtype] for t in (dt, dt_bias, D, *states)),
+        sizes=(
+            *(batch, seqlen, nheads, headdim, ngroups, dstate, nseq),
+            *(0 if ssm_state is None else ssm_state.shape[0], num_intervals, state_interval),
+        ),
         strides=(
-            *(strides(t) for t in (x, B, C, z, y, dt)),
-            tuple(0 if t is None else t.stride(-4) for t in (initial, final, interval)),
+            *((0, 0, 0) if t is None else t.stride()[:3] for t in (x, B, C, z, y, dt)),
+            tuple(0 if t is None else t.stride(-4) for t in states),
         ),
         dt_bias_stride=0 if dt_bias is None else dt_bias.stride(0),
         D_strides=(0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0),
@@ -164,50 +175,24 @@ def ssd_chunk_scan(
         dt_min=dt_min,
         dt_max=dt_max,
         null_slot=null_slot,
-        config=(chosen.heads, length, chosen.parts, slots, _device.num_sms(index)),
+        config=(chosen.heads, length, chosen.parts, places, num_sms),
     )
+    segments = (places * chosen.parts, nheads, headdim, dstate)
 
-    def run(*tensors: Tensor | None) -> None:
-        segments: tuple[Tensor, ...] = ()
+    def run(*arguments: Any) -> None:
+        *inputs, initial, _, cu_seqlens, offsets, read, write, interval_slots, y, final, interval, pool = arguments[:19]
+        base = added = decay = None
+        if interval is not None:
+            interval.zero_()
+            if cu_seqlens is not None:
+                base = first_interval(cu_seqlens, offsets, state_interval)
+        if pool is not None:
+            initial, final, interval = sources(initial, final, interval, pool, read, write, interval_slots)
         if length:
-            segments = (
-                y.new_empty((slots * chosen.parts, nheads, headdim, dstate), dtype=torch.float32),
-                y.new_empty((slots * chosen.parts, nheads), dtype=torch.float32),
-            )
-        pointers = [0 if t is None else t.data_ptr() for t in (*tensors, *segments)]
-        launch(pointers + [0] * (20 - len(pointers)), index, torch._C._cuda_getCurrentRawStream(index))
+            added = y.new_empty(segments, dtype=torch.float32)
+            decay = y.new_empty(segments[:2], dtype=torch.float32)
+        tensors = (*inputs, initial, cu_seqlens, offsets, read, write, interval_slots, y, final, interval, base, added)
+        pointers = [0 if t is None else t.data_ptr() for t in (*tensors, decay)]
+        launch(pointers, index, torch._C._cuda_getCurrentRawStream(index))
 
     return run
-
-
-def scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seq_offsets: Tensor | None,
-    slots: tuple[Tensor | None, ...],
-    y: Tensor,
-    final: Tensor | None,
-    interval: Tensor | None,
-    pool: Tensor | None,
-    interval_base: Tensor | None,
-    *options: Any,
-) -> None:
-    """Fill y and the states; `initial`, `final` and `interval` may be the pool."""
-    num_intervals = 0
-    if slots[2] is not None:
-        num_intervals = slots[2].shape[1]
-    elif interval is not None:
-        num_intervals = interval.shape[-4]
-    run = ssd_chunk_scan(
-        *(x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, y, final, interval),
-        *(num_intervals, 0 if pool is None else pool.shape[0], *options),
-    )
-    run(*(x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, seq_offsets, *slots), y, final, interval, interval_base)

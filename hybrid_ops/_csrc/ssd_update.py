@@ -16,18 +16,25 @@ DSTATES = (64, 128, 256)
 
 
 class Config(NamedTuple):
-    rows: int  # 16-byte loads of a lane that are under way at once (twice as many with float32 and dstate 256)
+    rows: int  # of a lane in a tile, whose loads are under way at once
     tiles: int  # of a warp, one after the other
     warps: int  # of a block
 
 
-def config(headdim: int, dstate: int, itemsize: int, sequences_times_heads: int, num_sms: int) -> Config:
-    """Tiles of 4 KiB, or 2 of 16-bit states; several a warp once there are enough warps to fill the machine without."""
+def config(
+    headdim: int, dstate: int, itemsize: int, stochastic: bool, sequences_times_heads: int, num_sms: int
+) -> Config:
+    """By the loads (16 bytes) of a lane: the more arithmetic a load brings, the more of them share dt, B and C.
+
+    Fewer where a multiprocessor would get less than 32 warps. Powers of two, which leave no warp with less than others.
+    """
     lanes = min(32, dstate * itemsize // 16)  # of a row
-    rows = 8 if (dstate, itemsize) == (128, 4) else 4
-    tiles = math.ceil(headdim / (rows * 32 // lanes))
-    most = sequences_times_heads * tiles // (32 * num_sms)
-    return Config(rows=rows, tiles=max(1, min(4, tiles // 2, most)), warps=2)
+    wanted = (16 if itemsize == 1 else 8 if stochastic else 4) * 16 * lanes // (dstate * itemsize)  # rows of a lane
+    filling = sequences_times_heads * headdim * lanes // (32 * 32 * num_sms)
+    mine = max(2, min(wanted, filling))
+    mine = 1 << mine.bit_length() - 1
+    rows = 4 if mine > 4 else 2
+    return Config(rows=rows, tiles=mine // rows, warps=min(4, math.ceil(headdim * lanes / (32 * mine))))
 
 
 def refusal(x: Tensor, state: Tensor, others: tuple[Tensor | None, ...], batch: int) -> str | None:
@@ -65,6 +72,7 @@ def ssd_state_update(
     write_slots: Tensor | None,
     num_accepted: Tensor | None,
     cu_seqlens: Tensor | None,
+    seed: Tensor | None,
     state_scale: Tensor | None,
     y_strides: tuple[int, ...],
     dt_softplus: bool,
@@ -97,7 +105,8 @@ def ssd_state_update(
 
     index = x.device.index
     if chosen is None:
-        chosen = config(headdim, dstate, state.element_size(), batch * nheads, _device.num_sms(index))
+        problem = (headdim, dstate, state.element_size(), seed is not None, batch * nheads)
+        chosen = config(*problem, _device.num_sms(index))
     launch = extension.SsdUpdate(
         dtypes=tuple(STATE_DTYPES[(x if t is None else t).dtype] for t in (state, x, dt, D, z, dt_bias)),
         sizes=(

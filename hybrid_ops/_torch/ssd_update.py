@@ -4,7 +4,6 @@ Everything that does not depend on the state is computed for all tokens at once;
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .minifloat import constant, encode_fp8
@@ -87,7 +86,9 @@ def ssd_state_update(
     if D is not None:
         result.addcmul_(D.to(dtype)[:, None] if D.dim() == 1 else D.to(dtype), xs)
     if z is not None:
-        result.mul_(F.silu(z.to(dtype)))
+        # not F.silu, whose last bit depends on whether an element was in a vector: on strides and the number of tokens
+        z = z.to(dtype)
+        result.mul_(z / (1 + torch.exp(-z)))
     y.copy_(result.where(covered[:, None, None], 0.0).view(y.shape))
 
 

@@ -1,0 +1,265 @@
+// What the warpgroups of the SSD scan share: the problem, where things lie in shared memory, and who does which part.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "common/hopper.cuh"
+
+namespace hybrid_ops {
+
+using int64 = long long;
+using bf16 = __nv_bfloat16;
+
+enum class Stored : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+// A float tensor of any of the three dtypes.
+struct Floats {
+  const void* data;  // or null
+  Stored dtype;
+
+  __device__ __forceinline__ float operator[](int64 i) const { return value(bits(i)); }
+
+  // In two steps where the load is to be on its way while other things are done.
+  __device__ __forceinline__ uint32 bits(int64 i) const {
+    return dtype == Stored::float32 ? static_cast<const uint32*>(data)[i] : static_cast<const unsigned short*>(data)[i];
+  }
+  __device__ __forceinline__ float value(uint32 bits) const {
+    if (dtype == Stored::float16) return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+    return __uint_as_float(dtype == Stored::float32 ? bits : bits << 16);
+  }
+};
+
+// States (.., nheads, headdim, dstate), contiguous but for the first dimension, whose row `slots` names where given.
+struct States {
+  void* data;  // or null
+  Stored dtype;
+  int64 stride;
+  const int* slots;
+};
+
+struct SsdParams {
+  TensorMap x_map, B_map, C_map, z_map, y_map;  // (batch, seqlen, nheads | ngroups, headdim | dstate)
+  Floats dt, dt_bias, D;
+  const float* A;
+  int64 dt_strides[3];  // batch, token, head
+  int64 dt_bias_stride;
+  int64 D_strides[2];  // head, feature
+  bf16* y;
+  int64 y_strides[3];      // batch, token, head
+  const int* cu_seqlens;   // (nseq + 1,) or null: every batch row is a sequence
+  const int* seq_offsets;  // (nseq,) or null: a sequence's first token has this position
+  States initial, final, interval;
+  const int* interval_base;  // (nseq,) or null: a packed sequence's first row of `interval`
+  float* segment_states;  // (slots, parts, nheads, headdim, dstate): what a part of a segment adds to the state; then,
+                          // in part 0, the state that enters the segment
+  float* segment_decay;   // (slots, parts, nheads): log2 of what is left of a state after a part
+  float dt_min, dt_max;
+  int segment_chunks;  // chunks of a segment; 0: sequences are not split
+  int parts;           // of a segment, whose states are made side by side
+  int slots;           // places for segments, or sequences
+  int seqlen, nseq, nheads, headdim, dstate, heads_per_group;
+  int num_slots, null_slot, num_intervals, state_interval;
+  bool dt_softplus;
+};
+
+constexpr int kChunk = 64;
+
+template <int kTiles_, int kHeads_, int kStates_, bool kGated_, bool kStatesOnly_>
+struct SsdConfig {
+  static constexpr int kTiles = kTiles_;    // of 64 rows of states in a CTA
+  static constexpr int kHeads = kHeads_;    // of a CTA: kTiles, or 1 with several tiles
+  static constexpr int kStates = kStates_;  // dstate, padded: 128 or 256
+  static constexpr bool kGated = kGated_;
+  static constexpr bool kStatesOnly = kStatesOnly_;  // the segments' states, without y
+
+  static constexpr bool kOverlap =
+      kTiles == 1;  // a chunk is finished during the next: several tiles overlap each other
+
+  static constexpr int kThreads = 128 * (2 + kTiles);
+  static constexpr int kProducerRegisters = kTiles == 1 ? 64 : 56;
+  static constexpr int kDecayRegisters = kTiles == 1 ? 120 : 88;
+  static constexpr int kStateRegisters = kTiles == 1 ? 240 : 184;
+
+  static constexpr int kTileBytes = kChunk * 64 * 2;  // 64 tokens of 128 bytes, swizzled
+  static constexpr int kGroupTiles = kStates / 64;    // of B, and of C
+  static constexpr int kGroupBytes = kGroupTiles * kTileBytes;
+  static constexpr int kGroupLoads = kGroupTiles * (kStatesOnly ? 1 : 2);
+
+  // a stage, in bytes from its beginning
+  static constexpr int kB = 0;
+  static constexpr int kC = kGroupBytes;
+  static constexpr int kX = kC + (kStatesOnly ? 0 : kGroupBytes);
+  static constexpr int kZ = kX + kTiles * kTileBytes;
+  static constexpr int kStageLoads = kZ + (kGated ? kTiles * kTileBytes : 0);  // that TMA brings
+  static constexpr int kDecay = kStageLoads;  // per head: a, b, 2^a, 2^(a_last - b), of 64 tokens each
+  static constexpr int kDecayBytes = 4 * kChunk * 4;
+  static constexpr int kStage = kStageLoads + kHeads * kDecayBytes;
+
+  // behind the stages
+  static constexpr int kBuffers = kTiles == 1 ? 3 : 2;                    // of M and what goes with it
+  static constexpr int kMixed = (kStatesOnly ? 0 : kHeads * kTileBytes);  // M of all heads
+  static constexpr int kScaled = kTiles * kTileBytes;  // x, as it enters the state; then y on its way out
+  static constexpr int kTail = kBuffers * (kMixed + kScaled + kHeads * kChunk * 4) + 256;
+  static constexpr int kLimit = 232448 - 1024;  // a CTA's shared memory, less what aligning it takes
+  static constexpr int kStages = (kLimit - kTail) / kStage > 4 ? 4 : (kLimit - kTail) / kStage;
+  static_assert(kStages >= 2);
+  static constexpr int kSharedBytes = kStages * kStage + kTail + 1024;
+};
+
+// Where things lie in shared memory, and the barriers that pass them on.
+template <typename Config>
+struct SharedMemory {
+  uint32 base;
+
+  __device__ __forceinline__ uint32 stage(int s) const { return base + s * Config::kStage; }
+  __device__ __forceinline__ uint32 mixed(int m) const {
+    return base + Config::kStages * Config::kStage + m * Config::kMixed;
+  }
+  __device__ __forceinline__ uint32 scaled(int m, int tile = 0) const {
+    return mixed(Config::kBuffers) + m * Config::kScaled + tile * Config::kTileBytes;
+  }
+  __device__ __forceinline__ uint32 own(int m) const {  // (heads, 64) float32
+    return scaled(Config::kBuffers) + m * Config::kHeads * kChunk * 4;
+  }
+  __device__ __forceinline__ uint32 barrier(int i) const { return own(Config::kBuffers) + 8 * i; }
+  __device__ __forceinline__ uint32 full(int s) const { return barrier(s); }
+  __device__ __forceinline__ uint32 empty(int s) const { return barrier(Config::kStages + s); }
+  __device__ __forceinline__ uint32 mixed_full(int m) const { return barrier(2 * Config::kStages + m); }
+  __device__ __forceinline__ uint32 mixed_empty(int m) const {
+    return barrier(2 * Config::kStages + Config::kBuffers + m);
+  }
+  __device__ __forceinline__ uint32 output_full(int m, int tile) const {
+    return barrier(2 * (Config::kStages + Config::kBuffers) + m * Config::kTiles + tile);
+  }
+};
+
+__device__ __forceinline__ float load_shared(uint32 address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ float2 load_shared2(uint32 address) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_shared(uint32 address, float x) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
+}
+
+__device__ __forceinline__ void store_shared2(uint32 address, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ uint32 pack_bf16(float low, float high) {
+  uint32 packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+__device__ __forceinline__ float low_half(uint32 packed) { return __uint_as_float(packed << 16); }
+__device__ __forceinline__ float high_half(uint32 packed) { return __uint_as_float(packed & 0xFFFF0000u); }
+
+// The 16 bytes `column` of row `row` of a tile with 128-byte swizzle.
+__device__ __forceinline__ uint32 swizzled(uint32 tile, int row, int column) {
+  return tile + row * 128 + ((column ^ (row & 7)) << 4);
+}
+
+// ---------------------------------------------------------------------------------------------------- work units
+
+// A sequence, or a segment of one, for the heads of a CTA.
+struct Unit {
+  int sequence, row, begin, end;  // its tokens [begin, end) of a batch row
+  int first;                      // token at the first place of this segment's first chunk; may lie before `begin`
+  int position;                   // of that place, from the beginning of the sequence, and seq_offsets
+  int chunks, slot, segment;
+  int head;   // the first of the CTA's
+  bool last;  // no segment of the sequence follows
+};
+
+// The tokens of a sequence, and where its chunks begin: at multiples of kChunk, counted from seq_offsets.
+__device__ __forceinline__ void find_sequence(const SsdParams& p, int sequence, Unit& unit) {
+  const bool packed = p.cu_seqlens != nullptr;
+  unit.sequence = sequence;
+  unit.row = packed ? 0 : sequence;
+  unit.begin = packed ? min(max(p.cu_seqlens[sequence], 0), p.seqlen) : 0;
+  unit.end = packed ? min(max(p.cu_seqlens[sequence + 1], unit.begin), p.seqlen) : p.seqlen;
+  const int offset = p.seq_offsets == nullptr ? 0 : p.seq_offsets[sequence], lead = offset % kChunk;
+  unit.first = unit.begin - lead;
+  unit.position = offset - lead;
+  unit.chunks = (lead + unit.end - unit.begin + kChunk - 1) / kChunk;
+}
+
+// A sequence's first place for segments: those of different sequences never meet.
+__device__ __forceinline__ int first_slot(const SsdParams& p, int sequence) {
+  if (p.segment_chunks == 0) return sequence;
+  if (p.cu_seqlens == nullptr) return sequence * (p.slots / p.nseq);
+  return min(max(p.cu_seqlens[sequence], 0), p.seqlen) / (p.segment_chunks * kChunk) + 2 * sequence;
+}
+
+// False where there is nothing to do.
+template <typename Config>
+__device__ __forceinline__ bool find_unit(const SsdParams& p, int index, Unit& unit) {
+  const int head_blocks = p.nheads / Config::kHeads, parts = Config::kStatesOnly ? p.parts : 1;
+  const int part = index / head_blocks % parts;
+  unit.slot = index / head_blocks / parts;
+  unit.head = index % head_blocks * Config::kHeads;
+  int low = 0, high = p.nseq;  // the last sequence whose first slot is not beyond this one
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (first_slot(p, middle) <= unit.slot) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  find_sequence(p, low, unit);
+  unit.segment = unit.slot - first_slot(p, low);
+  unit.last = true;
+  if (p.segment_chunks == 0) return true;
+  int first_chunk = unit.segment * p.segment_chunks, length = p.segment_chunks;
+  unit.last = first_chunk + length >= unit.chunks;
+  if (unit.segment > 0 && first_chunk >= unit.chunks) return false;
+  int last_chunk = min(first_chunk + length, unit.chunks);
+  if (Config::kStatesOnly) {  // of every segment but the last, in parts
+    if (unit.last) return false;
+    unit.slot = unit.slot * parts + part;
+    length = (length + parts - 1) / parts;
+    first_chunk += part * length;
+    last_chunk = min(first_chunk + length, last_chunk);
+  }
+  unit.first += first_chunk * kChunk;
+  unit.position += first_chunk * kChunk;
+  unit.chunks = max(last_chunk - first_chunk, 0);
+  return true;
+}
+
+template <typename Config, typename Body>
+__device__ __forceinline__ void for_each_unit(const SsdParams& p, Body body) {
+  const int count = p.slots * (Config::kStatesOnly ? p.parts : 1) * (p.nheads / Config::kHeads);
+  for (int index = blockIdx.x; index < count; index += gridDim.x) {
+    Unit unit;
+    if (find_unit<Config>(p, index, unit)) body(unit);
+  }
+}
+
+// chunk(unit, c, iteration) for every chunk of every unit of this CTA; all roles count alike.
+template <typename Config, typename Enter, typename Chunk>
+__device__ __forceinline__ void for_each_chunk(const SsdParams& p, Enter enter, Chunk chunk) {
+  int iteration = 0;
+  for_each_unit<Config>(p, [&](const Unit& unit) {
+    enter(unit, iteration);
+    for (int c = 0; c < unit.chunks; ++c, ++iteration) chunk(unit, c, iteration);
+  });
+}
+
+}  // namespace hybrid_ops
