@@ -1,28 +1,27 @@
 // Forward of the SSD scan (Mamba-2) in one kernel: the state stays in registers from the first chunk of a sequence to
-// the last, and x, B, C are read once.
+// the last, and x, B, C are read once. In a chunk of L = 64 tokens, with a = cumsum(dt' A log2 e), b = a - log2 dt':
 //
-//     within a chunk of L = 64 tokens, a = cumsum(dt' A log2 e), b = a - log2 dt':
-//     Y^T[P, L] = S[P, N] C^T[N, L] * 2^a_l  +  X^T[P, L] M^T[L, L]  +  (D + own) X^T        M = C B^T * 2^(a_l - b_s),
-//     s < l S[P, N]   = S * 2^a_last  +  (X * 2^(a_last - b))^T[P, L] B[L, N]
+//     M[L, L]   = C[L, N] B^T[N, L] * 2^(a_l - b_s), s < l
+//     Y^T[P, L] = S[P, N] C^T[N, L] * 2^a_l  +  X^T[P, L] M^T[L, L]  +  (D + own) X^T
+//     S[P, N]   = S * 2^a_last  +  (X * 2^(a_last - b))^T[P, L] B[L, N]
 //
-// Everything is transposed so that the head's P features are the 64 rows of a wgmma: the state, which is the sum of one
-// product, then is a register operand of the next, and never passes through shared memory. x is brought into registers
-// once for all of its uses. Letters: P headdim, N dstate, `own` the weight C_l B_l dt'_l of a token on its own y, which
-// no product may round: after steep steps there is nothing else.
+// Everything is transposed so that a head's P features are the 64 rows of a wgmma: the state, which is the sum of one
+// product, then is a register operand of the next, and never passes through shared memory. Letters: P headdim, N
+// dstate; `own` is the weight C_l B_l dt'_l of a token in its own y, which no product may round: after steep steps
+// there is nothing else.
 //
 // Warpgroups of a CTA, which hand chunks on through mbarriers:
-//     0        warp 0 copies B, C, x, z with TMA into a ring of stages. Warps 1 and 2 turn dt into a, b and their
-//     powers of
-//              two; warp 3 stores y
-//     1        M and own of each head, from one C B^T for all heads of the CTA
-//     2..      a state of 64 rows each: a head, or a part of one whose headdim is above 64
+//     0    warp 0 copies B, C, x, z with TMA into a ring of stages; warps 1, 2 turn dt into a, b and their powers;
+//          warp 3 stores y
+//     1    M and own of each head, from one C B^T for all heads of the CTA, and x as it enters the state
+//     2..  a state of 64 rows each: a head, or a part of one whose headdim is above 64
 #pragma once
 
 #include "common/ssd_inputs.cuh"
 
 namespace hybrid_ops {
 
-// -------------------------------------------------------------------------------------------- the other warpgroups
+// ------------------------------------------------------------------------------------------------ states in memory
 
 // The slot of a sequence in a pool; false where it has none.
 __device__ __forceinline__ bool find_slot(const SsdParams& p, const int* slots, int64 place, int64& slot) {
