@@ -114,6 +114,9 @@ def run(
             rows += work()
             session.write(rows)
             progress.advance(task)
+        for work in bench.late:  # what may end CUDA for this process: there is nothing to lose behind it
+            work()
+            session.write(rows)
     session.finish(rows)
     return rows
 
@@ -176,6 +179,8 @@ class Bench:
         self.peers: list[Theirs] = []
         self.ratios: dict[str, float] = {}  # error / budget of all who run eagerly
         self.wrong: dict[str, str] = {}  # why a runner has no times
+        self.late: list[Callable[[], None]] = []
+        self.dead: str | None = None  # why nothing more can run
         notes = [] if device.type == "cuda" else ["no GPU: no CUDA graphs, no peak memory"]
         if peers and (reason := why_no_transformers()) is not None:
             notes.append(f"not compared: transformers {reason}")
@@ -274,14 +279,10 @@ class Bench:
         shared |= {"commit": self.report["commit"], "date": self.report["date"]}
         rows: list[Row] = []
         wrong = self.wrong.get("eager")  # then no one is timed: there is nothing to compare with
-        # graphs last: after a capture that failed CUDA may refuse everything
-        for runner in sorted(self.ours if wrong else (*self.ours, *self.peers), key=lambda runner: runner.graph):
-            if op == "prefill" and runner.graph:
-                continue
+
+        def run(runner: Ours | Theirs) -> None:
             self.say(f"{op} {case}: {runner.name}")
-            result = (
-                wrong or self.wrong.get(runner.name) or self._attempt(runner, lambda runner=runner: measure(runner))
-            )
+            result = wrong or self.wrong.get(runner.name) or self._attempt(runner, lambda: measure(runner))
             if isinstance(runner, Ours):
                 rows.append({**shared, "impl": runner.name, **self._figures(result)})
             elif isinstance(result, str):
@@ -289,6 +290,12 @@ class Bench:
             else:
                 shared["peers"][runner.name] = summary(result.samples).median
                 shared["peers_peak_bytes"][runner.name] = result.peak
+
+        for runner in self.ours if wrong else (*self.ours, *self.peers):
+            if not runner.graph or (op == "decode" and isinstance(runner, Ours)):
+                run(runner)
+            elif op == "decode":  # after a capture that failed CUDA may refuse everything, or worse
+                self.late.append(lambda runner=runner: run(runner))
         return rows
 
     def _figures(self, result: Measured | str) -> Row:
@@ -305,6 +312,8 @@ class Bench:
 
     def _attempt(self, runner: Ours | Theirs, call: Callable[[], Any]) -> Any:
         """What the call returns, or why it fails: it must not cost the figures of all others."""
+        if self.dead is not None:
+            return self.dead
         try:
             with runner.active():
                 return call()
@@ -317,8 +326,16 @@ class Bench:
                 error = error.__context__  # type: ignore[assignment]
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         finally:
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._clean_up(runner)
+
+    def _clean_up(self, runner: Ours | Theirs) -> None:
+        if self.device.type != "cuda":
+            return
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:  # an assertion on the device is the end of CUDA in this process
+            self.dead = f"CUDA ended with {runner.name}: {str(error).strip().splitlines()[0]}"
 
     @contextlib.contextmanager
     def _peak(self) -> Iterator[list[int | None]]:

@@ -377,10 +377,8 @@ def _cuda_launch(
     launch = _csrc_ssd.ssd_chunk_scan(*(*tensors, *results, pool, *options))
 
     def run(*arguments: Any) -> None:
-        if _csrc_ssd.misaligned(arguments):  # no part of a signature
+        if not launch(*arguments):
             _ssd_fwd(*arguments)
-        else:
-            launch(*arguments)
 
     return run
 

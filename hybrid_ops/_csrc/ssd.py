@@ -137,8 +137,9 @@ def ssd_chunk_scan(
     null_slot: int,
     batch_invariant: bool,
     chosen: Config | None = None,
-) -> Callable[..., None]:
-    """What fills y and the states, given the operator's arguments; for those of one signature."""
+) -> Callable[..., bool]:
+    """What fills y and the states, given the operator's arguments, and returns True; for those of one signature. False
+    where they are `misaligned`."""
     extension = _device.cuda_extension()
     assert extension is not None  # `choose` has seen it
     batch, seqlen, nheads, headdim = x.shape
@@ -179,7 +180,7 @@ def ssd_chunk_scan(
     )
     segments = (places * chosen.parts, nheads, headdim, dstate)
 
-    def run(*arguments: Any) -> None:
+    def run(*arguments: Any) -> bool:
         *inputs, initial, _, cu_seqlens, offsets, read, write, interval_slots, y, final, interval, pool = arguments[:19]
         base = added = decay = None
         if interval is not None:
@@ -193,6 +194,10 @@ def ssd_chunk_scan(
             decay = y.new_empty(segments[:2], dtype=torch.float32)
         tensors = (*inputs, initial, cu_seqlens, offsets, read, write, interval_slots, y, final, interval, base, added)
         pointers = [0 if t is None else t.data_ptr() for t in (*tensors, decay)]
+        x, _, _, B, C, _, z, _, initial, *_, y, final, interval, _, _, _ = pointers
+        if (x | B | C | z | initial | y | final | interval) % 16:  # no part of a signature
+            return False
         launch(pointers, index, torch._C._cuda_getCurrentRawStream(index))
+        return True
 
     return run
