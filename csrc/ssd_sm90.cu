@@ -57,17 +57,16 @@ void launch(const SsdParams& p, int num_sms, int device, cudaStream_t stream) {
 
 template <int kTiles, int kHeads>
 void launch_all(const SsdParams& p, bool gated, int num_sms, int device, cudaStream_t stream) {
-  constexpr int kStates = 128;
   if (p.segment_chunks > 0) {
-    launch<SsdConfig<kTiles, kHeads, kStates, false, true>>(p, num_sms, device, stream);
+    launch<SsdConfig<kTiles, kHeads, false, true>>(p, num_sms, device, stream);
     const unsigned blocks = (p.headdim * p.dstate / 4 + 255) / 256;
     ssd_join_kernel<<<dim3(blocks, p.nheads, p.nseq), 256, 0, stream>>>(p);
     check(cudaGetLastError(), "ssd_join_kernel");
   }
   if (gated) {
-    launch<SsdConfig<kTiles, kHeads, kStates, true, false>>(p, num_sms, device, stream);
+    launch<SsdConfig<kTiles, kHeads, true, false>>(p, num_sms, device, stream);
   } else {
-    launch<SsdConfig<kTiles, kHeads, kStates, false, false>>(p, num_sms, device, stream);
+    launch<SsdConfig<kTiles, kHeads, false, false>>(p, num_sms, device, stream);
   }
 }
 

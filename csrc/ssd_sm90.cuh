@@ -35,7 +35,7 @@ __device__ __forceinline__ States segment_states(const SsdParams& p) {
 
 // A thread's part of a state: rows `feature` and `feature` + 8, columns 8 j + 2 (lane % 4) + {0, 1}. `value(i)` is
 // where registers i and i + 1 are.
-template <int kStates, typename Body>
+template <typename Body>
 __device__ __forceinline__ void for_each_pair(const SsdParams& p, int head, int feature, Body body) {
   const int lane = threadIdx.x % 32;
   asm volatile("" : "+r"(feature));  // what is found out here is not worth a register from one use to the next
@@ -48,11 +48,10 @@ __device__ __forceinline__ void for_each_pair(const SsdParams& p, int head, int 
   }
 }
 
-template <int kStates>
 __device__ __forceinline__ void store_state(const SsdParams& p, const States& states, int64 slot, int head, int feature,
                                             const float (&state)[kStates / 2]) {
   const int64 base = slot * states.stride;
-  for_each_pair<kStates>(p, head, feature, [&](int i, int64 place) {
+  for_each_pair(p, head, feature, [&](int i, int64 place) {
     if (states.dtype == Stored::float32) {
       *reinterpret_cast<float2*>(static_cast<float*>(states.data) + base + place) = make_float2(state[i], state[i + 1]);
     } else if (states.dtype == Stored::bfloat16) {
@@ -64,7 +63,6 @@ __device__ __forceinline__ void store_state(const SsdParams& p, const States& st
   });
 }
 
-template <int kStates>
 __device__ __forceinline__ void load_state(const SsdParams& p, const Unit& unit, int head, int feature,
                                            float (&state)[kStates / 2]) {
 #pragma unroll
@@ -80,7 +78,7 @@ __device__ __forceinline__ void load_state(const SsdParams& p, const Unit& unit,
   if (found) {
     const Floats source{states.data, states.dtype};
     const int64 base = slot * states.stride;
-    for_each_pair<kStates>(p, head, feature, [&](int i, int64 place) {
+    for_each_pair(p, head, feature, [&](int i, int64 place) {
       state[i] = source[base + place];
       state[i + 1] = source[base + place + 1];
     });
@@ -144,6 +142,7 @@ struct Finish {
 
   // y takes the place of the scaled x, which has entered the state by now.
   __device__ __forceinline__ void end(int s, int m) {
+    __syncwarp();
     if (lane == 0) arrive(shared.empty(s));
     if constexpr (!Config::kOverlap) sync_threads(2 + tile, 128);  // all warps' products have read the scaled x
     hand_over(shared.scaled(m, tile), warp, packed);
@@ -179,7 +178,6 @@ __device__ __forceinline__ bool find_target(const SsdParams& p, const Unit& unit
 
 template <typename Config>
 __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemory<Config>& shared, int tile) {
-  constexpr int kStates = Config::kStates;
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int head_of_cta = Config::kHeads == 1 ? 0 : tile;
   const int feature = (Config::kHeads == 1 ? tile * 64 : 0) + 16 * warp + lane / 4;  // and feature + 8
@@ -203,26 +201,22 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
       for (int i = 0; i < kStates / 2; ++i) state[i] *= keep;
     } else {
       if constexpr (Config::kOverlap) finish.begin(s_before, m_before);
+      uint32 entering[32];
 #pragma unroll
-      for (int half = 0; half < kStates / 128; ++half) {  // Y^T = S C^T
-        uint32 entering[32];
-#pragma unroll
-        for (int i = 0; i < 32; ++i) {
-          float* pair = &state[64 * half + 2 * i];
-          entering[i] = pack_bf16(pair[0], pair[1]);
-          pair[0] *= keep;
-          pair[1] *= keep;
-        }
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          const uint32 offset = Config::kC + (2 * half + k / 4) * Config::kTileBytes + k % 4 * 32;
-          wgmma(y, &entering[4 * k], swizzled_operand(stage, offset), half + k > 0);
-          if (Config::kOverlap && half == 0) finish.step(k, y_before);  // of nothing, where nothing is pending
-        }
-        wgmma_commit();
-        if (half + 1 < kStates / 128) wgmma_wait<0>();  // before the registers are filled again
+      for (int i = 0; i < 32; ++i) {
+        float* pair = &state[2 * i];
+        entering[i] = pack_bf16(pair[0], pair[1]);
+        pair[0] *= keep;
+        pair[1] *= keep;
       }
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {  // Y^T = S C^T
+        const uint32 offset = Config::kC + k / 4 * Config::kTileBytes + k % 4 * 32;
+        wgmma(y, &entering[4 * k], swizzled_operand(stage, offset), k > 0);
+        if (Config::kOverlap) finish.step(k, y_before);  // of nothing, where nothing is pending
+      }
+      wgmma_commit();
     }
 
     wait(shared.mixed_full(m), (iteration / Config::kBuffers) & 1);
@@ -275,12 +269,12 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
       for (int i = 0; i < kStates / 2; ++i) state[i] = 0.f;
       log_decay = 0.f;
       for (int c = 0; c < unit.chunks; ++c, ++iteration) walk_chunk(iteration, false);
-      store_state<kStates>(p, segment_states(p), unit.slot, head, feature, state);
+      store_state(p, segment_states(p), unit.slot, head, feature, state);
       if (thread == 0 && (Config::kHeads > 1 || tile == 0)) {
         p.segment_decay[static_cast<int64>(unit.slot) * p.nheads + head] = log_decay;
       }
     } else {
-      load_state<kStates>(p, unit, head, feature, state);
+      load_state(p, unit, head, feature, state);
       finish.D0 = finish.D1 = 0.f;
       if (p.D.data != nullptr) {
         const int64 D = head * p.D_strides[0];
@@ -303,7 +297,7 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
           States target;
           int64 slot;
           if (find_target(p, unit, c, copy, target, slot)) {
-            store_state<kStates>(p, target, slot, head, feature, state);
+            store_state(p, target, slot, head, feature, state);
           }
         }
       } while (c < unit.chunks);
@@ -343,7 +337,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
       store_chunks<Config>(p, shared);
     }
   } else if (warpgroup == 1) {
-    give_registers<Config::kDecayRegisters>();
+    give_registers<Config::kMixRegisters>();
     mix_chunks<Config>(p, shared);
   } else {
     take_registers<Config::kStateRegisters>();

@@ -46,10 +46,6 @@ __device__ __forceinline__ void wait(uint32 barrier, uint32 parity) {
 
 // ---------------------------------------------------------------------------------------------------------- TMA
 
-__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 // A box of a 4-D tensor into shared memory; `barrier` counts its bytes.
 __device__ __forceinline__ void load_box(uint32 destination, const TensorMap& map, uint32 barrier, int i0, int i1,
                                          int i2, int i3) {
@@ -156,13 +152,6 @@ __device__ __forceinline__ void wgmma_wait() {
   HYBRID_OPS_P32                                                                                                \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
   "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define HYBRID_OPS_P128                                                                                          \
-  HYBRID_OPS_P64                                                                                                 \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, "  \
-  "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, "    \
-  "%105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, " \
-  "%123, %124, %125, %126, %127"
-
 // A and B in shared memory; kAColumns, kBColumns: M and N are contiguous, not K. `add` false overwrites D.
 template <bool kAColumns, bool kBColumns>
 __device__ __forceinline__ void wgmma(float (&d)[32], uint64 a, uint64 b, bool add) {
@@ -182,16 +171,6 @@ __device__ __forceinline__ void wgmma(float (&d)[64], uint64 a, uint64 b, bool a
       : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(kAColumns), "n"(kBColumns));
 }
 
-template <bool kAColumns, bool kBColumns>
-__device__ __forceinline__ void wgmma(float (&d)[128], uint64 a, uint64 b, bool add) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" HYBRID_OPS_P128
-      "}, %128, %129, add, 1, 1, %131, %132;\n}"
-      : HYBRID_OPS_D32(0), HYBRID_OPS_D32(32), HYBRID_OPS_D32(64), HYBRID_OPS_D32(96)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(kAColumns), "n"(kBColumns));
-}
-
 // A in registers, B in shared memory with K contiguous.
 __device__ __forceinline__ void wgmma(float (&d)[32], const uint32* a, uint64 b, bool add) {
   asm volatile(
@@ -206,6 +185,5 @@ __device__ __forceinline__ void wgmma(float (&d)[32], const uint32* a, uint64 b,
 #undef HYBRID_OPS_D32
 #undef HYBRID_OPS_P32
 #undef HYBRID_OPS_P64
-#undef HYBRID_OPS_P128
 
 }  // namespace hybrid_ops

@@ -64,21 +64,21 @@ struct SsdParams {
 };
 
 constexpr int kChunk = 64;
+constexpr int kStates = 128;  // dstate, padded
 
-template <int kTiles_, int kHeads_, int kStates_, bool kGated_, bool kStatesOnly_>
+template <int kTiles_, int kHeads_, bool kGated_, bool kStatesOnly_>
 struct SsdConfig {
-  static constexpr int kTiles = kTiles_;    // of 64 rows of states in a CTA
-  static constexpr int kHeads = kHeads_;    // of a CTA: kTiles, or 1 with several tiles
-  static constexpr int kStates = kStates_;  // dstate, padded: 128 or 256
+  static constexpr int kTiles = kTiles_;  // of 64 rows of states in a CTA
+  static constexpr int kHeads = kHeads_;  // of a CTA: kTiles, or 1 with several tiles
   static constexpr bool kGated = kGated_;
   static constexpr bool kStatesOnly = kStatesOnly_;  // the segments' states, without y
 
-  static constexpr bool kOverlap =
-      kTiles == 1;  // a chunk is finished during the next: several tiles overlap each other
+  // a chunk is finished during the next one; several tiles overlap each other anyway
+  static constexpr bool kOverlap = kTiles == 1;
 
   static constexpr int kThreads = 128 * (2 + kTiles);
   static constexpr int kProducerRegisters = kTiles == 1 ? 64 : 56;
-  static constexpr int kDecayRegisters = kTiles == 1 ? 120 : 88;
+  static constexpr int kMixRegisters = kTiles == 1 ? 120 : 88;
   static constexpr int kStateRegisters = kTiles == 1 ? 240 : 184;
 
   static constexpr int kTileBytes = kChunk * 64 * 2;  // 64 tokens of 128 bytes, swizzled
