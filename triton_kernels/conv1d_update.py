@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .conv1d import silu
 from .launch import Launch, cdiv, next_power_of_2, on_device, plan, traits
 
 
@@ -130,7 +131,7 @@ def conv1d_update_kernel(
         for k in tl.static_range(WIDTH):
             y += taps[k] * window[k]
         if SILU:
-            y *= tl.sigmoid(y)
+            y = silu(y, y_ptr.dtype.element_ty)
         tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask)
         window = window[1:]
         x_ptr += x_token_stride
