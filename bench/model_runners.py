@@ -61,8 +61,10 @@ class Theirs:
         import transformers
 
         config = self.model.config
-        cache = transformers.StaticCache(config, max_cache_len=room) if self.graph else None
-        cache = cache or transformers.DynamicCache(config=config)
+        if self.graph:
+            cache = transformers.StaticCache(config, max_cache_len=room)
+        else:
+            cache = transformers.DynamicCache(config=config)
         with self._patched() if quick else contextlib.nullcontext():
             logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits, lambda tokens: self.model(tokens, past_key_values=cache, use_cache=True).logits

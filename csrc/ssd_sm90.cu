@@ -74,11 +74,10 @@ void launch_all(const SsdParams& p, bool gated, int num_sms, int device, cudaStr
 
 void ssd_fwd(const SsdArgs& a, const SsdTensors& t, Target target) {
   const auto floats = [](std::uintptr_t data, DType dtype) {
-    return Floats{reinterpret_cast<const void*>(data), static_cast<Stored>(dtype)};
+    return Floats{reinterpret_cast<const void*>(data), dtype};
   };
   const auto states = [](std::uintptr_t data, DType dtype, std::int64_t stride, std::uintptr_t slots) {
-    return States{reinterpret_cast<void*>(data), static_cast<Stored>(dtype), stride,
-                  reinterpret_cast<const int*>(slots)};
+    return States{reinterpret_cast<void*>(data), dtype, stride, reinterpret_cast<const int*>(slots)};
   };
   SsdParams p{};
   p.x_map = tensor_map(t.x, {a.batch, a.seqlen, a.nheads, a.headdim}, a.x_strides);

@@ -30,7 +30,7 @@ __device__ __forceinline__ bool find_slot(const SsdParams& p, const int* slots, 
 }
 
 __device__ __forceinline__ States segment_states(const SsdParams& p) {
-  return {p.segment_states, Stored::float32, static_cast<int64>(p.nheads) * p.headdim * p.dstate, nullptr};
+  return {p.segment_states, DType::float32, static_cast<int64>(p.nheads) * p.headdim * p.dstate, nullptr};
 }
 
 // A thread's part of a state: rows `feature` and `feature` + 8, columns 8 j + 2 (lane % 4) + {0, 1}. `value(i)` is
@@ -52,9 +52,9 @@ __device__ __forceinline__ void store_state(const SsdParams& p, const States& st
                                             const float (&state)[kStates / 2]) {
   const int64 base = slot * states.stride;
   for_each_pair(p, head, feature, [&](int i, int64 place) {
-    if (states.dtype == Stored::float32) {
+    if (states.dtype == DType::float32) {
       *reinterpret_cast<float2*>(static_cast<float*>(states.data) + base + place) = make_float2(state[i], state[i + 1]);
-    } else if (states.dtype == Stored::bfloat16) {
+    } else if (states.dtype == DType::bfloat16) {
       *reinterpret_cast<uint32*>(static_cast<bf16*>(states.data) + base + place) = pack_bf16(state[i], state[i + 1]);
     } else {
       *reinterpret_cast<__half2*>(static_cast<__half*>(states.data) + base + place) =
@@ -133,8 +133,8 @@ struct Finish {
       float y1 = y[4 * j + 2 * i + 1] + (D + own[j].y) * high_half(pair);
       if constexpr (Config::kGated) {
         const float z0 = low_half(z[j / 2][j % 2 * 2 + i]), z1 = high_half(z[j / 2][j % 2 * 2 + i]);
-        y0 *= __fdividef(z0, 1.f + exp2_fast(-1.4426950408889634f * z0));
-        y1 *= __fdividef(z1, 1.f + exp2_fast(-1.4426950408889634f * z1));
+        y0 *= z0 * sigmoid<bf16>(z0);
+        y1 *= z1 * sigmoid<bf16>(z1);
       }
       packed[2 * j + i] = pack_bf16(y0, y1);
     }

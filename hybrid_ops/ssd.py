@@ -324,8 +324,10 @@ def _choose(
 ) -> Choice:
     x = torch.empty(batch, seqlen, nheads, headdim, dtype=dtype, device="meta")
     B = torch.empty(batch, seqlen, ngroups, dstate, dtype=dtype, device="meta")
-    inputs = (x, x[..., 0], x[0, 0, :, 0].float(), B, B, None, None, None, None)
-    refusal = _device.not_sm90(torch.device(device)) or _csrc_ssd.refusal(*inputs, (), x, None, (), state_interval)
+    A = torch.empty(nheads, device="meta")
+    refusal = _device.not_sm90(torch.device(device)) or _csrc_ssd.refusal(
+        x, A, B, B, None, None, (), x, None, (), state_interval
+    )
     chosen, reason = _device.choose(impl, torch.device(device), refusal)
     if chosen == "cuda":
         sms = _device.num_sms(torch.device(device).index or 0) if torch.cuda.is_available() else 132
@@ -342,14 +344,14 @@ def _choose(
 
 def _choice(impl: str, tensors: tuple[Any, ...], state_interval: int, aligned: bool = True) -> str:
     """`tensors`: those of the operator."""
-    x, *inputs, initial, seq_idx, cu_seqlens, seq_offsets = tensors[:12]
+    x, _, A, B, C, _, z, _, initial, seq_idx, cu_seqlens, seq_offsets = tensors[:12]
     read, write, interval_slots, y, final, interval, pool = tensors[12:]
     refusal = None
     if impl in ("auto", "cuda"):
         small = (cu_seqlens, seq_offsets, read, write, interval_slots)
         states = (initial, final, interval) if pool is None else (pool, pool, pool)
         refusal = _device.not_sm90(x.device) or _csrc_ssd.refusal(
-            *(x, *inputs, seq_idx, small, y, states[0], states[1:], state_interval)
+            x, A, B, C, z, seq_idx, small, y, states[0], states[1:], state_interval
         )
         if refusal is None and not aligned:
             refusal = "the CUDA kernel needs x, B, C, z, y and states that begin at multiples of 16 bytes"

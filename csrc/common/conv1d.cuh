@@ -1,6 +1,7 @@
 // What both directions of the causal conv1d share: which tokens are a sequence, its parameters and its history.
 #pragma once
 
+#include "common/exponential.cuh"
 #include "common/vector.cuh"
 
 namespace hybrid_ops {
@@ -67,20 +68,6 @@ __device__ __forceinline__ void load_parameters(const void* weight, bool weight_
 #pragma unroll
   for (int c = 0; c < kPerVector; ++c) {
     b[c] = bias == nullptr ? 0.f : load_parameter<T>(bias, bias_fp32, channel + c);
-  }
-}
-
-// 1 / (1 + exp(-x)). For a 16-bit result two fast instructions, whose subnormals are zeros, are enough: they are as
-// many as a stream has room for. float32 gets the exact functions.
-template <typename T>
-__device__ __forceinline__ float sigmoid(float x) {
-  if constexpr (sizeof(T) == 2) {
-    float power, result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.4426950408889634f));
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(1.f + power));
-    return result;
-  } else {
-    return 1.f / (1.f + expf(-x));
   }
 }
 

@@ -119,10 +119,10 @@ __device__ __forceinline__ void store_matrices_transposed(uint32 row, uint32 r0,
 }
 
 // -------------------------------------------------------------------------------------------------------- wgmma
-// D[64, N] += A[64, 16] B[16, N] in bfloat16 with float32 sums. Of D and of A in registers, warp w of the four holds
-// rows 16 w to 16 w + 15: D's 8-column group j in d[4 j ..]: {(r, c), (r, c + 1), (r + 8, c), (r + 8, c + 1)}, r = lane
-// / 4, c = 8 j + 2 (lane % 4); A as {(r, k..), (r + 8, k..), (r, k + 8..), (r + 8, k + 8..)}, k = 2 (lane % 4) + {0,
-// 1}.
+// D[64, N] += A[64, 16] B[16, N] in bfloat16 with float32 sums. Of D, and of A where it is in registers, warp w of the
+// four holds rows 16 w to 16 w + 15. With r = lane / 4 and c = 2 (lane % 4), d[4 j ..] are of D's columns 8 j ..
+//     (r, c), (r, c + 1), (r + 8, c), (r + 8, c + 1)
+// and the four registers of A, two neighbours along K in each, (r, c), (r + 8, c), (r, c + 8), (r + 8, c + 8).
 
 // An operand in shared memory with 128-byte swizzle, at base + offset: atoms of 8 rows of 128 bytes, 1024 bytes apart
 // along the rows; `wide_stride` apart along the other dimension where that is the contiguous one and longer than 64.

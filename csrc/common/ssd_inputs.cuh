@@ -34,17 +34,12 @@ __device__ __forceinline__ void copy_chunks(const SsdParams& p, const SharedMemo
       });
 }
 
-// log(1 + exp(x)) with 2e-5 of relative error or less, also where it is small: there it is a series in u = exp(x).
+// log(1 + exp(x)) with 2e-5 of relative error or less, also where it is small: there it is a series in u = exp(x). With
+// exact functions the warps that make the decays held all others up.
 __device__ __forceinline__ float softplus(float x) {
   const float u = __expf(x);
   const float series = u * (1.f - u * (0.5f - u * (1.f / 3 - u * (0.25f - u * 0.2f))));
   return x > 20.f ? x : u < 1.f / 32 ? series : __logf(1.f + u);
-}
-
-__device__ __forceinline__ float log2_fast(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 // One of two warps that make a, b and their powers: each of one of two heads, or of every other chunk of the only head.
@@ -62,11 +57,12 @@ __device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemo
         unit.row * p.dt_strides[0] + token * p.dt_strides[1] + (unit.head + head_of_cta) * p.dt_strides[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (token + i >= unit.begin && token + i < unit.end) coming[i] = p.dt.bits(offset + i * p.dt_strides[1]);
+      if (token + i >= unit.begin && token + i < unit.end)
+        coming[i] = load_bits(p.dt.data, p.dt.dtype, offset + i * p.dt_strides[1]);
     }
   };
   const auto step = [&](const Unit& unit, int token, uint32 bits) {
-    float dt = p.dt.value(bits) + bias;
+    float dt = from_bits(bits, p.dt.dtype) + bias;
     if (p.dt_softplus) dt = softplus(dt);
     dt = fminf(fmaxf(dt, p.dt_min), p.dt_max);
     return token >= unit.begin && token < unit.end ? dt : 0.f;

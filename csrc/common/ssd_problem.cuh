@@ -1,39 +1,26 @@
 // What the warpgroups of the SSD scan share: the problem, where things lie in shared memory, and who does which part.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "common/bits.cuh"
+#include "common/exponential.cuh"
 #include "common/hopper.cuh"
 
 namespace hybrid_ops {
 
-using int64 = long long;
 using bf16 = __nv_bfloat16;
-
-enum class Stored : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
 // A float tensor of any of the three dtypes.
 struct Floats {
   const void* data;  // or null
-  Stored dtype;
+  DType dtype;
 
-  __device__ __forceinline__ float operator[](int64 i) const { return value(bits(i)); }
-
-  // In two steps where the load is to be on its way while other things are done.
-  __device__ __forceinline__ uint32 bits(int64 i) const {
-    return dtype == Stored::float32 ? static_cast<const uint32*>(data)[i] : static_cast<const unsigned short*>(data)[i];
-  }
-  __device__ __forceinline__ float value(uint32 bits) const {
-    if (dtype == Stored::float16) return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
-    return __uint_as_float(dtype == Stored::float32 ? bits : bits << 16);
-  }
+  __device__ __forceinline__ float operator[](int64 i) const { return load_float(data, dtype, i); }
 };
 
 // States (.., nheads, headdim, dstate), contiguous but for the first dimension, whose row `slots` names where given.
 struct States {
   void* data;  // or null
-  Stored dtype;
+  DType dtype;
   int64 stride;
   const int* slots;
 };
@@ -152,12 +139,6 @@ __device__ __forceinline__ void store_shared(uint32 address, float x) {
 
 __device__ __forceinline__ void store_shared2(uint32 address, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
-}
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 __device__ __forceinline__ uint32 pack_bf16(float low, float high) {

@@ -56,13 +56,10 @@ def config(
 
 def refusal(
     x: Tensor,
-    dt: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    D: Tensor | None,
     z: Tensor | None,
-    dt_bias: Tensor | None,
     seq_idx: Tensor | None,
     small: tuple[Tensor | None, ...],
     y: Tensor,
