@@ -74,6 +74,7 @@ class Captured:
     """A step in a CUDA graph. What it has to load and compile it must have done: call it before."""
 
     def __init__(self, step: Step, tokens: Tensor) -> None:
+        self._step = step  # and with it the cache, whose memory the graph reads and writes
         self._tokens = tokens.clone()
         self._graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()

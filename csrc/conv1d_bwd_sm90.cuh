@@ -102,10 +102,8 @@ __global__ void __launch_bounds__(kConvThreads, kMinBlocks)
     float result[kChannels];
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
-      float sum = bias[c];
-#pragma unroll
-      for (int k = 0; k < kHistory; ++k) sum = fmaf(weight[k][c], inputs[k][c], sum);
-      sum = fmaf(weight[kHistory][c], input[c], sum);
+      const float sum = window_sum<T, kWidth>(
+          bias[c], [&](int k) { return weight[k][c]; }, [&](int k) { return k < kHistory ? inputs[k][c] : input[c]; });
       const float dsum = through_activation<T, kSilu>(dout[c], sum);
       if (is_own) {
 #pragma unroll

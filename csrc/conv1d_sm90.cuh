@@ -91,10 +91,8 @@ __global__ void __launch_bounds__(kConvThreads, kMinBlocks) conv1d_kernel(const 
     float result[kChannels];
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
-      float sum = bias[c];
-#pragma unroll
-      for (int k = 0; k < kHistory; ++k) sum = fmaf(weight[k][c], window[k][c], sum);
-      sum = fmaf(weight[kHistory][c], input[c], sum);
+      const float sum = window_sum<T, kWidth>(
+          bias[c], [&](int k) { return weight[k][c]; }, [&](int k) { return k < kHistory ? window[k][c] : input[c]; });
       result[c] = kSilu ? sum * sigmoid<T>(sum) : sum;
 #pragma unroll
       for (int k = 0; k + 1 < kHistory; ++k) window[k][c] = window[k + 1][c];

@@ -106,10 +106,9 @@ __global__ void __launch_bounds__(kThreads) conv1d_update_kernel(const __grid_co
     uint4 result;
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
-      float sum = bias[c];
-#pragma unroll
-      for (int k = 0; k < kPieces; ++k) sum = fmaf(weight[c * kWidth + k], to_float(at(c, k)), sum);
-      sum = fmaf(weight[c * kWidth + kPieces], to_float(tokens[c]), sum);
+      const float sum = window_sum<T, kWidth>(
+          bias[c], [&](int k) { return weight[c * kWidth + k]; },
+          [&](int k) { return to_float(k < kPieces ? at(c, k) : tokens[c]); });
       reinterpret_cast<T*>(&result)[c] = T(p.silu ? sum * sigmoid<T>(sum) : sum);
 #pragma unroll
       for (int k = 0; k + 1 < kPieces; ++k) at(c, k) = at(c, k + 1);

@@ -71,4 +71,15 @@ __device__ __forceinline__ void load_parameters(const void* weight, bool weight_
   }
 }
 
+// bias + sum_k weight(k) input(k). A bias may be larger than the result, and each partial sum that has it in it is
+// rounded at its scale: in float32, where that shows, it comes last; else first, which saves an instruction.
+template <typename T, int kWidth, typename Weight, typename Input>
+__device__ __forceinline__ float window_sum(float bias, Weight weight, Input input) {
+  constexpr bool kBiasFirst = sizeof(T) == 2;
+  float sum = kBiasFirst ? bias : 0.f;
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) sum = fmaf(weight(k), input(k), sum);
+  return kBiasFirst ? sum : sum + bias;
+}
+
 }  // namespace hybrid_ops

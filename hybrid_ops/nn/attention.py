@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# cuDNN makes a plan for every number of keys, and while decoding each step has another one: 50 ms a step
+_OF_STEPS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass
@@ -124,7 +128,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tenso
     if m == 0:
         return q
     if m == 1:  # the queries of a group become rows of one matrix: no copies of the keys, no causal mask
-        y = F.scaled_dot_product_attention(q.reshape(-1, kv_heads, heads // kv_heads, q.shape[3]), k, v, attn_mask=seen)
+        with sdpa_kernel(_OF_STEPS):
+            y = F.scaled_dot_product_attention(q.reshape(-1, kv_heads, heads // kv_heads, q.shape[3]), k, v, seen)
         return y.reshape(q.shape)
     if m == n:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
