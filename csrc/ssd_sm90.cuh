@@ -13,7 +13,7 @@
 // Warpgroups of a CTA, which hand chunks on through mbarriers:
 //     0    warp 0 copies B, C, x, z with TMA into a ring of stages; warps 1, 2 turn dt into a, b and their powers;
 //          warp 3 stores y
-//     1    M and own of each head, from one C B^T for all heads of the CTA, and x as it enters the state
+//     1    M and own of each head, from one C B^T for all heads of the CTA
 //     2..  a state of 64 rows each: a head, or a part of one whose headdim is above 64
 #pragma once
 
@@ -85,70 +85,63 @@ __device__ __forceinline__ void load_state(const SsdParams& p, const Unit& unit,
   }
 }
 
-// Y^T of a warp's 16 features into a tile of tokens, for the storing warp.
-__device__ __forceinline__ void hand_over(uint32 tile, int warp, const uint32 (&packed)[16]) {
-  const int lane = threadIdx.x % 32;
+// X^T of a warp's 16 features, of tokens 16 k .. in x[k]: an operand of wgmma.
+__device__ __forceinline__ void load_x(uint32 (&x)[4][4], uint32 tile, int warp, int lane) {
 #pragma unroll
-  for (int j = 0; j < 8; j += 2) {  // tokens 8 j ..: {features 0-7, 8-15} of 8 tokens, and of the next 8
-    store_matrices_transposed(swizzled(tile, 8 * j + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2), packed[2 * j],
-                              packed[2 * j + 1], packed[2 * j + 2], packed[2 * j + 3]);
+  for (int k = 0; k < 4; ++k) {
+    load_matrices_transposed(x[k], swizzled(tile, 16 * k + lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2));
   }
-  fence_async_proxy();
-  __syncwarp();
 }
 
-// (D + own) x added to Y^T, the gate, and the way out, for the chunk in a stage and a buffer of M. In 8 steps of 8
-// tokens, to be done while products are under way; registers of a step become two of `packed`.
+// The numbers of a thread's two tokens of the j-th eight: 8 j + 2 (lane % 4) + {0, 1}.
+__device__ __forceinline__ float2 load_pair(uint32 numbers, int j, int lane) {
+  return load_shared2(numbers + 2 * (lane % 4) * 4 + 32 * j);
+}
+
+__device__ __forceinline__ uint32 scale_pair(uint32 pair, float2 by) {
+  return pack_bf16(low_half(pair) * by.x, high_half(pair) * by.y);
+}
+
+// What is left of a chunk once its products are there: their sum, (D + own) x, the gate, and the way into the tile of x,
+// whose columns no other warp reads.
 template <typename Config>
-struct Finish {
-  const SharedMemory<Config>& shared;
-  int tile, head_of_cta, warp, lane;
-  float D0, D1;  // of the thread's two rows of features
-  float2 own[8];
-  uint32 x[4][4], z[4][4];
-  uint32 packed[16];
-
-  // Reads what the steps need: a load among the products would hold them up.
-  __device__ __forceinline__ void begin(int s, int m) {
-    const uint32 x_tile = shared.stage(s) + Config::kX + tile * Config::kTileBytes;
-    const uint32 z_tile = shared.stage(s) + Config::kZ + tile * Config::kTileBytes;
+__device__ __forceinline__ void finish_chunk(const SharedMemory<Config>& shared, int s, int tile, uint32 reach_of_head,
+                                             uint32 own_of_head, const float (&D)[2], const float (&y)[32],
+                                             const float (&y_mixed)[32]) {
+  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {  // 16 features, 16 tokens
-      const int row = 16 * k + lane % 8 + lane / 16 * 8, column = 2 * warp + lane / 8 % 2;
-      load_matrices_transposed(x[k], swizzled(x_tile, row, column));
-      if constexpr (Config::kGated) load_matrices_transposed(z[k], swizzled(z_tile, row, column));
+  for (int k = 0; k < 4; ++k) {  // 16 tokens
+    uint32 x[4], z[4], packed[4];
+    float2 own[2], reach[2];
+    const uint32 row = 16 * k + lane / 16 * 8 + lane % 8, column = 2 * warp + lane / 8 % 2;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      own[j] = load_pair(own_of_head, 2 * k + j, lane);
+      if constexpr (Config::kTwoSums) reach[j] = load_pair(reach_of_head, 2 * k + j, lane);
+    }
+    load_matrices_transposed(x, swizzled(shared.x(s, tile), row, column));
+    if constexpr (Config::kGated) {
+      load_matrices_transposed(z, swizzled(shared.stage(s) + Config::kZ + tile * Config::kTileBytes, row, column));
     }
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      own[j] = load_shared2(shared.own(m) + head_of_cta * kChunk * 4 + 2 * (lane % 4) * 4 + 32 * j);
-    }
-  }
-
-  __device__ __forceinline__ void step(int j, float (&y)[32]) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32 pair = x[j / 2][j % 2 * 2 + i];
-      const float D = i == 0 ? D0 : D1;
-      float y0 = y[4 * j + 2 * i] + (D + own[j].x) * low_half(pair);
-      float y1 = y[4 * j + 2 * i + 1] + (D + own[j].y) * high_half(pair);
+    for (int i = 0; i < 4; ++i) {  // {8 tokens, the next 8} x {features 0-7, 8-15}
+      const int r = 8 * k + 2 * i, j = i / 2;
+      float y0 = y[r], y1 = y[r + 1];
+      if constexpr (Config::kTwoSums) y0 = fmaf(y0, reach[j].x, y_mixed[r]), y1 = fmaf(y1, reach[j].y, y_mixed[r + 1]);
+      y0 += (D[i % 2] + own[j].x) * low_half(x[i]);
+      y1 += (D[i % 2] + own[j].y) * high_half(x[i]);
       if constexpr (Config::kGated) {
-        const float z0 = low_half(z[j / 2][j % 2 * 2 + i]), z1 = high_half(z[j / 2][j % 2 * 2 + i]);
+        const float z0 = low_half(z[i]), z1 = high_half(z[i]);
         y0 *= z0 * sigmoid<bf16>(z0);
         y1 *= z1 * sigmoid<bf16>(z1);
       }
-      packed[2 * j + i] = pack_bf16(y0, y1);
+      packed[i] = pack_bf16(y0, y1);
     }
+    store_matrices_transposed(swizzled(shared.x(s, tile), row, column), packed[0], packed[1], packed[2], packed[3]);
   }
-
-  // y takes the place of the scaled x, which has entered the state by now.
-  __device__ __forceinline__ void end(int s, int m) {
-    __syncwarp();
-    if (lane == 0) arrive(shared.empty(s));
-    if constexpr (!Config::kOverlap) sync_threads(2 + tile, 128);  // all warps' products have read the scaled x
-    hand_over(shared.scaled(m, tile), warp, packed);
-    if (lane == 0) arrive(shared.output_full(m, tile));
-  }
-};
+  __syncwarp();
+  if (lane == 0) arrive(shared.output_full(s, tile));
+}
 
 // Chunks of a unit, of which `c` are done, until the next state is kept.
 __device__ __forceinline__ int next_stop(const SsdParams& p, const Unit& unit, int c) {
@@ -182,25 +175,34 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
   const int head_of_cta = Config::kHeads == 1 ? 0 : tile;
   const int feature = (Config::kHeads == 1 ? tile * 64 : 0) + 16 * warp + lane / 4;  // and feature + 8
   float state[kStates / 2];
-  float y[32], y_before[32];  // Y^T [64 features, 64 tokens] of this chunk and of the one before, which is finished
   float log_decay = 0.f;
-  Finish<Config> finish{shared, tile, head_of_cta, warp, lane};
+  float D[2] = {};  // of the thread's two rows of features
 
-  // one chunk; kOverlap: `pending` says whether there is one before to be finished
-  const auto walk_chunk = [&](int iteration, bool pending) {
+  const auto walk_chunk = [&](int iteration) {
     const int s = iteration % Config::kStages, m = iteration % Config::kBuffers;
-    const int s_before = (iteration + Config::kStages - 1) % Config::kStages;
-    const int m_before = (iteration + Config::kBuffers - 1) % Config::kBuffers;
     const uint32 stage = shared.stage(s);
     const uint32 decay = stage + Config::kDecay + head_of_cta * Config::kDecayBytes;
+    const uint32 mixed = shared.mixed(m) + head_of_cta * Config::kTileBytes;
+    float y[32], y_mixed[32];  // Y^T [64 features, 64 tokens]: of the state, of M
+    uint32 x[4][4];
     wait(shared.full(s), (iteration / Config::kStages) & 1);
+    wait(shared.mixed_full(m), (iteration / Config::kBuffers) & 1);
+    load_x(x, shared.x(s, tile), warp, lane);
     const float keep = load_shared(decay + kChunk * 8 + 63 * 4);
     if constexpr (Config::kStatesOnly) {
       log_decay += load_shared(decay + 63 * 4);
 #pragma unroll
       for (int i = 0; i < kStates / 2; ++i) state[i] *= keep;
     } else {
-      if constexpr (Config::kOverlap) finish.begin(s_before, m_before);
+      if constexpr (Config::kTwoSums) {
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {  // X^T M^T
+          wgmma<false>(y_mixed, x[k], swizzled_operand(mixed, 32 * k), k > 0);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();  // for the state, which has long been there: else the compiler waits for both
+      }
       uint32 entering[32];
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
@@ -211,54 +213,50 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
       }
       wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < 8; ++k) {  // Y^T = S C^T
+      for (int k = 0; k < 8; ++k) {  // S C^T
         const uint32 offset = Config::kC + k / 4 * Config::kTileBytes + k % 4 * 32;
-        wgmma(y, &entering[4 * k], swizzled_operand(stage, offset), k > 0);
-        if (Config::kOverlap) finish.step(k, y_before);  // of nothing, where nothing is pending
+        wgmma<false>(y, &entering[4 * k], swizzled_operand(stage, offset), k > 0);
       }
       wgmma_commit();
     }
 
-    wait(shared.mixed_full(m), (iteration / Config::kBuffers) & 1);
+    if constexpr (!Config::kStatesOnly && Config::kTwoSums) wgmma_wait<1>();  // X^T M^T has read x
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float2 weight = load_pair(decay + kChunk * 12, j, lane);
+      for (int i = 0; i < 2; ++i) x[j / 2][j % 2 * 2 + i] = scale_pair(x[j / 2][j % 2 * 2 + i], weight);
+    }
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {  // S += (scaled X)^T B
-      wgmma<true, true>(state, swizzled_operand(shared.scaled(m, tile), k * 2048),
-                        swizzled_operand(stage, Config::kB + k * 2048, Config::kTileBytes), true);
+      wgmma<true>(state, x[k], swizzled_operand(stage, Config::kB + k * 2048, Config::kTileBytes), true);
     }
     wgmma_commit();
-    if (Config::kOverlap && pending) finish.end(s_before, m_before);
-    if constexpr (Config::kStatesOnly) {
-      wgmma_wait<0>();
-      __syncwarp();
-      if (lane == 0) arrive(shared.mixed_empty(m));
-      if (lane == 0) arrive(shared.empty(s));
-    } else {
-      float2 reach[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) reach[j] = load_shared2(decay + kChunk * 8 + 32 * j + 2 * (lane % 4) * 4);
+    if constexpr (!Config::kStatesOnly) {
       wgmma_wait<1>();
+      const uint32 reach = decay + kChunk * 8;
+      if constexpr (!Config::kTwoSums) {
 #pragma unroll
-      for (int i = 0; i < 32; ++i) y[i] *= i % 2 == 0 ? reach[i / 4].x : reach[i / 4].y;
-      wgmma_fence();
-      const uint32 mixed = shared.mixed(m) + head_of_cta * Config::kTileBytes;
+        for (int j = 0; j < 8; ++j) {
+          const float2 by = load_pair(reach, j, lane);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {  // Y^T += X^T M^T
-        wgmma<true, false>(y, swizzled_operand(stage + tile * Config::kTileBytes, Config::kX + k * 2048),
-                           swizzled_operand(mixed, 32 * k), true);
+          for (int i = 0; i < 4; ++i) y[4 * j + i] *= i % 2 == 0 ? by.x : by.y;
+        }
+        load_x(x, shared.x(s, tile), warp, lane);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {  // + X^T M^T
+          wgmma<false>(y, x[k], swizzled_operand(mixed, 32 * k), true);
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
       }
-      wgmma_commit();
-      wgmma_wait<0>();
-      if constexpr (Config::kOverlap) {
-#pragma unroll
-        for (int i = 0; i < 32; ++i) y_before[i] = y[i];
-      } else {
-        finish.begin(s, m);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) finish.step(j, y);
-        finish.end(s, m);
-      }
+      finish_chunk(shared, s, tile, reach, shared.own(m) + head_of_cta * kChunk * 4, D, y, y_mixed);
     }
+    wgmma_wait<0>();
+    __syncwarp();
+    if (lane == 0) arrive(shared.mixed_empty(m));
+    if (lane == 0) arrive(shared.empty(s));
   };
 
   int iteration = 0;
@@ -268,30 +266,22 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
 #pragma unroll
       for (int i = 0; i < kStates / 2; ++i) state[i] = 0.f;
       log_decay = 0.f;
-      for (int c = 0; c < unit.chunks; ++c, ++iteration) walk_chunk(iteration, false);
+      for (int c = 0; c < unit.chunks; ++c, ++iteration) walk_chunk(iteration);
       store_state(p, segment_states(p), unit.slot, head, feature, state);
       if (thread == 0 && (Config::kHeads > 1 || tile == 0)) {
         p.segment_decay[static_cast<int64>(unit.slot) * p.nheads + head] = log_decay;
       }
     } else {
       load_state(p, unit, head, feature, state);
-      finish.D0 = finish.D1 = 0.f;
       if (p.D.data != nullptr) {
-        const int64 D = head * p.D_strides[0];
-        finish.D0 = p.D[D + min(feature, p.headdim - 1) * p.D_strides[1]];  // of no row beyond the last is y stored
-        finish.D1 = p.D[D + min(feature + 8, p.headdim - 1) * p.D_strides[1]];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {  // of no row beyond the last is y stored
+          D[i] = p.D[head * p.D_strides[0] + min(feature + 8 * i, p.headdim - 1) * p.D_strides[1]];
+        }
       }
       int c = 0;
       do {  // from state to state that is kept: what stores them would be in the way of the loop over chunks
-        const int first = c, stop = next_stop(p, unit, c);
-        for (; c < stop; ++c, ++iteration) walk_chunk(iteration, c > first);
-        if (Config::kOverlap && c > first) {
-          const int s = (iteration - 1) % Config::kStages, m = (iteration - 1) % Config::kBuffers;
-          finish.begin(s, m);
-#pragma unroll
-          for (int j = 0; j < 8; ++j) finish.step(j, y_before);
-          finish.end(s, m);
-        }
+        for (const int stop = next_stop(p, unit, c); c < stop; ++c, ++iteration) walk_chunk(iteration);
 #pragma unroll 1
         for (int copy = 0; copy < 2; ++copy) {
           States target;
@@ -316,12 +306,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
   if (threadIdx.x == 0) {
     for (int s = 0; s < Config::kStages; ++s) {
       init_barrier(shared.full(s), 1 + Config::kHeads);
-      init_barrier(shared.empty(s), 4 * (1 + Config::kTiles));
+      init_barrier(shared.empty(s), 4 + (Config::kStatesOnly ? 4 : 5) * Config::kTiles);
+      for (int tile = 0; tile < Config::kTiles; ++tile) init_barrier(shared.output_full(s, tile), 4);
     }
     for (int m = 0; m < Config::kBuffers; ++m) {
       init_barrier(shared.mixed_full(m), 4);
-      init_barrier(shared.mixed_empty(m), Config::kTiles * (Config::kStatesOnly ? 4 : 1));
-      for (int tile = 0; tile < Config::kTiles; ++tile) init_barrier(shared.output_full(m, tile), 4);
+      init_barrier(shared.mixed_empty(m), 4 * Config::kTiles);
     }
     fence_barrier_init();
   }

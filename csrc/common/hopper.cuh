@@ -171,14 +171,25 @@ __device__ __forceinline__ void wgmma(float (&d)[64], uint64 a, uint64 b, bool a
       : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(kAColumns), "n"(kBColumns));
 }
 
-// A in registers, B in shared memory with K contiguous.
+// A in registers.
+template <bool kBColumns>
+__device__ __forceinline__ void wgmma(float (&d)[64], const uint32* a, uint64 b, bool add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" HYBRID_OPS_P64
+      "}, {%64, %65, %66, %67}, %68, add, 1, 1, %70;\n}"
+      : HYBRID_OPS_D32(0), HYBRID_OPS_D32(32)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)), "n"(kBColumns));
+}
+
+template <bool kBColumns>
 __device__ __forceinline__ void wgmma(float (&d)[32], const uint32* a, uint64 b, bool add) {
   asm volatile(
       "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" HYBRID_OPS_P32
-      "}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
+      "}, {%32, %33, %34, %35}, %36, add, 1, 1, %38;\n}"
       : HYBRID_OPS_D32(0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)), "n"(kBColumns));
 }
 
 #undef HYBRID_OPS_D8

@@ -113,15 +113,16 @@ __device__ __forceinline__ void store_chunks(const SsdParams& p, const SharedMem
   for_each_chunk<Config>(
       p, [](const Unit&, int) {},
       [&](const Unit& unit, int c, int iteration) {
-        const int token = unit.first + c * kChunk, m = iteration % Config::kBuffers;
+        const int token = unit.first + c * kChunk, s = iteration % Config::kStages;
         const int low = max(unit.begin - token, 0), high = min(unit.end - token, kChunk);
 #pragma unroll 1
         for (int tile = 0; tile < Config::kTiles; ++tile) {
           const int head = unit.head + (Config::kHeads == 1 ? 0 : tile), feature = Config::kHeads == 1 ? tile * 64 : 0;
-          wait(shared.output_full(m, tile), (iteration / Config::kBuffers) & 1);
+          wait(shared.output_full(s, tile), (iteration / Config::kStages) & 1);
           if (high - low == kChunk) {
             if (lane == 0) {
-              store_box(p.y_map, shared.scaled(m, tile), feature, head, token, unit.row);
+              fence_async_proxy();  // here and not where y was written, whose warps it would hold up
+              store_box(p.y_map, shared.x(s, tile), feature, head, token, unit.row);
               wait_for_stores<false>();
             }
           } else {
@@ -132,7 +133,7 @@ __device__ __forceinline__ void store_chunks(const SsdParams& p, const SharedMem
               uint4 v;
               asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                            : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                           : "r"(swizzled(shared.scaled(m, tile), row, column))
+                           : "r"(swizzled(shared.x(s, tile), row, column))
                            : "memory");
               if (row >= low && row < high && feature + 8 * column < p.headdim) {
                 *reinterpret_cast<uint4*>(y + static_cast<int64>(token + row) * p.y_strides[1] + 8 * column) = v;
@@ -140,7 +141,7 @@ __device__ __forceinline__ void store_chunks(const SsdParams& p, const SharedMem
             }
           }
           __syncwarp();
-          if (lane == 0) arrive(shared.mixed_empty(m));  // whose M was read before y was made
+          if (lane == 0) arrive(shared.empty(s));
         }
       });
   if (lane == 0) wait_for_stores<true>();
@@ -195,30 +196,6 @@ __device__ __forceinline__ void mix_rows(const float (&cb)[32], uint32 decay, ui
   }
 }
 
-// x dt' 2^(a_last - a), as it enters the state.
-__device__ __forceinline__ void scale_rows(uint32 x_tile, uint32 decay, uint32 scaled, int thread) {
-  const int row = thread / 8, column = thread % 8;  // and rows 16 further on, which are swizzled alike
-  const uint32 offset = swizzled(0, row, column);
-  float weight[4];
-  uint32 v[4][4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    weight[i] = load_shared(decay + kChunk * 12 + (row + 16 * i) * 4);
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v[i][0]), "=r"(v[i][1]), "=r"(v[i][2]), "=r"(v[i][3])
-                 : "r"(x_tile + offset + i * 2048)
-                 : "memory");
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) v[i][k] = pack_bf16(low_half(v[i][k]) * weight[i], high_half(v[i][k]) * weight[i]);
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(scaled + offset + i * 2048), "r"(v[i][0]),
-                 "r"(v[i][1]), "r"(v[i][2]), "r"(v[i][3])
-                 : "memory");
-  }
-}
-
 template <typename Config>
 __device__ __forceinline__ void mix_chunks(const SsdParams& p, const SharedMemory<Config>& shared) {
   const int thread = threadIdx.x % 128, lane = thread % 32;
@@ -237,7 +214,7 @@ __device__ __forceinline__ void mix_chunks(const SsdParams& p, const SharedMemor
           }
 #pragma unroll
           for (int tile = 0; tile < Config::kTiles; ++tile) {
-            clear_rows(stage + Config::kX + tile * Config::kTileBytes, low, high, thread);
+            clear_rows(shared.x(s, tile), low, high, thread);
           }
           fence_async_proxy();
           sync_threads(1, 128);
@@ -254,11 +231,6 @@ __device__ __forceinline__ void mix_chunks(const SsdParams& p, const SharedMemor
           wgmma_commit();
         }
         wait(shared.mixed_empty(m), (iteration / Config::kBuffers + 1) & 1);
-#pragma unroll
-        for (int tile = 0; tile < Config::kTiles; ++tile) {
-          const uint32 decay = stage + Config::kDecay + (Config::kHeads == 1 ? 0 : tile) * Config::kDecayBytes;
-          scale_rows(stage + Config::kX + tile * Config::kTileBytes, decay, shared.scaled(m, tile), thread);
-        }
         if constexpr (!Config::kStatesOnly) {
           wgmma_wait<0>();
 #pragma unroll 1

@@ -60,8 +60,9 @@ struct SsdConfig {
   static constexpr bool kGated = kGated_;
   static constexpr bool kStatesOnly = kStatesOnly_;  // the segments' states, without y
 
-  // a chunk is finished during the next one; several tiles overlap each other anyway
-  static constexpr bool kOverlap = kTiles == 1;
+  // the two parts of y have registers of their own, so that no product waits for another one's result; several tiles
+  // have no room for that, and overlap each other anyway
+  static constexpr bool kTwoSums = kTiles == 1;
 
   static constexpr int kThreads = 128 * (2 + kTiles);
   static constexpr int kProducerRegisters = kTiles == 1 ? 64 : 56;
@@ -86,8 +87,7 @@ struct SsdConfig {
   // behind the stages
   static constexpr int kBuffers = kTiles == 1 ? 3 : 2;                    // of M and what goes with it
   static constexpr int kMixed = (kStatesOnly ? 0 : kHeads * kTileBytes);  // M of all heads
-  static constexpr int kScaled = kTiles * kTileBytes;  // x, as it enters the state; then y on its way out
-  static constexpr int kTail = kBuffers * (kMixed + kScaled + kHeads * kChunk * 4) + 256;
+  static constexpr int kTail = kBuffers * (kMixed + kHeads * kChunk * 4) + 256;
   static constexpr int kLimit = 232448 - 1024;  // a CTA's shared memory, less what aligning it takes
   static constexpr int kStages = (kLimit - kTail) / kStage > 4 ? 4 : (kLimit - kTail) / kStage;
   static_assert(kStages >= 2);
@@ -103,11 +103,11 @@ struct SharedMemory {
   __device__ __forceinline__ uint32 mixed(int m) const {
     return base + Config::kStages * Config::kStage + m * Config::kMixed;
   }
-  __device__ __forceinline__ uint32 scaled(int m, int tile = 0) const {
-    return mixed(Config::kBuffers) + m * Config::kScaled + tile * Config::kTileBytes;
+  __device__ __forceinline__ uint32 x(int s, int tile) const {  // then y on its way out
+    return stage(s) + Config::kX + tile * Config::kTileBytes;
   }
   __device__ __forceinline__ uint32 own(int m) const {  // (heads, 64) float32
-    return scaled(Config::kBuffers) + m * Config::kHeads * kChunk * 4;
+    return mixed(Config::kBuffers) + m * Config::kHeads * kChunk * 4;
   }
   __device__ __forceinline__ uint32 barrier(int i) const { return own(Config::kBuffers) + 8 * i; }
   __device__ __forceinline__ uint32 full(int s) const { return barrier(s); }
@@ -116,8 +116,8 @@ struct SharedMemory {
   __device__ __forceinline__ uint32 mixed_empty(int m) const {
     return barrier(2 * Config::kStages + Config::kBuffers + m);
   }
-  __device__ __forceinline__ uint32 output_full(int m, int tile) const {
-    return barrier(2 * (Config::kStages + Config::kBuffers) + m * Config::kTiles + tile);
+  __device__ __forceinline__ uint32 output_full(int s, int tile) const {
+    return barrier(2 * (Config::kStages + Config::kBuffers) + s * Config::kTiles + tile);
   }
 };
 
