@@ -93,43 +93,25 @@ __device__ __forceinline__ void load_x(uint32 (&x)[4][4], uint32 tile, int warp,
   }
 }
 
-// The numbers of a thread's two tokens of the j-th eight: 8 j + 2 (lane % 4) + {0, 1}.
-__device__ __forceinline__ float2 load_pair(uint32 numbers, int j, int lane) {
-  return load_shared2(numbers + 2 * (lane % 4) * 4 + 32 * j);
-}
-
-__device__ __forceinline__ uint32 scale_pair(uint32 pair, float2 by) {
-  return pack_bf16(low_half(pair) * by.x, high_half(pair) * by.y);
-}
-
-// What is left of a chunk once its products are there: their sum, (D + own) x, the gate, and the way into the tile of x,
-// whose columns no other warp reads.
+// (D + own) x added to Y^T, the gate, and the way into the tile of x, whose columns no other warp reads.
 template <typename Config>
-__device__ __forceinline__ void finish_chunk(const SharedMemory<Config>& shared, int s, int tile, uint32 reach_of_head,
-                                             uint32 own_of_head, const float (&D)[2], const float (&y)[32],
-                                             const float (&y_mixed)[32]) {
+__device__ __forceinline__ void finish_chunk(const SharedMemory<Config>& shared, int s, int tile, const float (&D)[2],
+                                             const float (&own)[16], const float (&y)[32]) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  uint32 x[4][4];
+  load_x(x, shared.x(s, tile), warp, lane);
 #pragma unroll
   for (int k = 0; k < 4; ++k) {  // 16 tokens
-    uint32 x[4], z[4], packed[4];
-    float2 own[2], reach[2];
     const uint32 row = 16 * k + lane / 16 * 8 + lane % 8, column = 2 * warp + lane / 8 % 2;
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      own[j] = load_pair(own_of_head, 2 * k + j, lane);
-      if constexpr (Config::kTwoSums) reach[j] = load_pair(reach_of_head, 2 * k + j, lane);
-    }
-    load_matrices_transposed(x, swizzled(shared.x(s, tile), row, column));
+    uint32 z[4], packed[4];
     if constexpr (Config::kGated) {
       load_matrices_transposed(z, swizzled(shared.stage(s) + Config::kZ + tile * Config::kTileBytes, row, column));
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // {8 tokens, the next 8} x {features 0-7, 8-15}
-      const int r = 8 * k + 2 * i, j = i / 2;
-      float y0 = y[r], y1 = y[r + 1];
-      if constexpr (Config::kTwoSums) y0 = fmaf(y0, reach[j].x, y_mixed[r]), y1 = fmaf(y1, reach[j].y, y_mixed[r + 1]);
-      y0 += (D[i % 2] + own[j].x) * low_half(x[i]);
-      y1 += (D[i % 2] + own[j].y) * high_half(x[i]);
+      const int r = 8 * k + 2 * i, token = 4 * k + i / 2 * 2;
+      float y0 = y[r] + (D[i % 2] + own[token]) * low_half(x[k][i]);
+      float y1 = y[r + 1] + (D[i % 2] + own[token + 1]) * high_half(x[k][i]);
       if constexpr (Config::kGated) {
         const float z0 = low_half(z[i]), z1 = high_half(z[i]);
         y0 *= z0 * sigmoid<bf16>(z0);
@@ -181,26 +163,29 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
   const auto walk_chunk = [&](int iteration) {
     const int s = iteration % Config::kStages, m = iteration % Config::kBuffers;
     const uint32 stage = shared.stage(s);
-    const uint32 decay = stage + Config::kDecay + head_of_cta * Config::kDecayBytes;
-    const uint32 mixed = shared.mixed(m) + head_of_cta * Config::kTileBytes;
     float y[32], y_mixed[32];  // Y^T [64 features, 64 tokens]: of the state, of M
     uint32 x[4][4];
+    float weight[16], reach[16], own[16];
+    const auto add_mixed = [&](float (&sum)[32], bool add) {  // X^T M^T
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        wgmma<false>(sum, x[k], swizzled_operand(shared.mixed(m) + head_of_cta * Config::kTileBytes, 32 * k),
+                     add || k > 0);
+      }
+      wgmma_commit();
+    };
     wait(shared.full(s), (iteration / Config::kStages) & 1);
     wait(shared.mixed_full(m), (iteration / Config::kBuffers) & 1);
     load_x(x, shared.x(s, tile), warp, lane);
-    const float keep = load_shared(decay + kChunk * 8 + 63 * 4);
+    const float keep = load_shared(shared.decay(s, head_of_cta, kReach) + place_of(63) * 4);
     if constexpr (Config::kStatesOnly) {
-      log_decay += load_shared(decay + 63 * 4);
+      log_decay += load_shared(shared.decay(s, head_of_cta, kA) + place_of(63) * 4);
 #pragma unroll
       for (int i = 0; i < kStates / 2; ++i) state[i] *= keep;
     } else {
       if constexpr (Config::kTwoSums) {
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {  // X^T M^T
-          wgmma<false>(y_mixed, x[k], swizzled_operand(mixed, 32 * k), k > 0);
-        }
-        wgmma_commit();
+        add_mixed(y_mixed, false);
         wgmma_wait<1>();  // for the state, which has long been there: else the compiler waits for both
       }
       uint32 entering[32];
@@ -218,13 +203,22 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
         wgmma<false>(y, &entering[4 * k], swizzled_operand(stage, offset), k > 0);
       }
       wgmma_commit();
+      if constexpr (!Config::kTwoSums) {
+        wgmma_wait<0>();
+        load_tokens(reach, shared.decay(s, head_of_cta, kReach), lane);
+#pragma unroll
+        for (int i = 0; i < 32; ++i) y[i] *= reach[i / 4 * 2 + i % 2];
+        add_mixed(y, true);
+      }
     }
 
-    if constexpr (!Config::kStatesOnly && Config::kTwoSums) wgmma_wait<1>();  // X^T M^T has read x
+    load_tokens(weight, shared.decay(s, head_of_cta, kWeight), lane);
+    if constexpr (!Config::kStatesOnly) wgmma_wait<Config::kTwoSums>();  // X^T M^T has read x
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float2 weight = load_pair(decay + kChunk * 12, j, lane);
-      for (int i = 0; i < 2; ++i) x[j / 2][j % 2 * 2 + i] = scale_pair(x[j / 2][j % 2 * 2 + i], weight);
+    for (int i = 0; i < 16; ++i) {
+      const int token = i / 4 * 4 + i % 4 / 2 * 2;
+      uint32& pair = x[i / 4][i % 4];
+      pair = pack_bf16(low_half(pair) * weight[token], high_half(pair) * weight[token + 1]);
     }
     wgmma_fence();
 #pragma unroll
@@ -233,25 +227,16 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
     }
     wgmma_commit();
     if constexpr (!Config::kStatesOnly) {
-      wgmma_wait<1>();
-      const uint32 reach = decay + kChunk * 8;
-      if constexpr (!Config::kTwoSums) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const float2 by = load_pair(reach, j, lane);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) y[4 * j + i] *= i % 2 == 0 ? by.x : by.y;
-        }
-        load_x(x, shared.x(s, tile), warp, lane);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {  // + X^T M^T
-          wgmma<false>(y, x[k], swizzled_operand(mixed, 32 * k), true);
-        }
-        wgmma_commit();
-        wgmma_wait<0>();
+      if constexpr (Config::kTwoSums) {
+        load_tokens(reach, shared.decay(s, head_of_cta, kReach), lane);
+        wgmma_wait<1>();
       }
-      finish_chunk(shared, s, tile, reach, shared.own(m) + head_of_cta * kChunk * 4, D, y, y_mixed);
+      load_tokens(own, shared.own(m, head_of_cta), lane);
+      if constexpr (Config::kTwoSums) {
+#pragma unroll
+        for (int i = 0; i < 32; ++i) y[i] = fmaf(y[i], reach[i / 4 * 2 + i % 2], y_mixed[i]);
+      }
+      finish_chunk(shared, s, tile, D, own, y);
     }
     wgmma_wait<0>();
     __syncwarp();

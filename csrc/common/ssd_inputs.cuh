@@ -95,11 +95,13 @@ __device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemo
         const float b0 = dt0 > 0.f ? first_a - log2_fast(dt0) : __int_as_float(0x7F800000);
         const float b1 = dt1 > 0.f ? sum - log2_fast(dt1) : __int_as_float(0x7F800000);
         wait(shared.empty(s), (iteration / Config::kStages + 1) & 1);
-        const uint32 decay = shared.stage(s) + Config::kDecay + head_of_cta * Config::kDecayBytes + lane * 8;
-        store_shared2(decay, first_a, sum);
-        store_shared2(decay + kChunk * 4, b0, b1);
-        store_shared2(decay + kChunk * 8, exp2_fast(first_a), exp2_fast(sum));
-        store_shared2(decay + kChunk * 12, exp2_fast(last - b0), exp2_fast(last - b1));
+        const auto store = [&](Decay which, float first, float second) {
+          store_shared2(shared.decay(s, head_of_cta, which) + place_of(2 * lane) * 4, first, second);
+        };
+        store(kA, first_a, sum);
+        store(kB, b0, b1);
+        store(kReach, exp2_fast(first_a), exp2_fast(sum));
+        store(kWeight, exp2_fast(last - b0), exp2_fast(last - b1));
         __syncwarp();
         if (lane == 0) arrive(shared.full(s));
       });
@@ -163,14 +165,13 @@ __device__ __forceinline__ void clear_rows(uint32 tile, int low, int high, int t
 
 // M = C B^T * 2^(a_l - b_s) below the diagonal into a tile, and the diagonal into `own`. The four warps, which have
 // rows of different lengths, run the same instructions: code of their own would not stay in the instruction cache.
-__device__ __forceinline__ void mix_rows(const float (&cb)[32], uint32 decay, uint32 mixed, uint32 own) {
+__device__ __forceinline__ void mix_rows(const float (&cb)[32], uint32 a, uint32 b, uint32 mixed, uint32 own) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   const int row = 16 * warp + lane / 4;  // and row + 8
-  const uint32 columns = decay + kChunk * 4 + 2 * (lane % 4) * 4;
-  const float a0 = load_shared(decay + row * 4), a1 = load_shared(decay + row * 4 + 32);
-  float2 b[8];
-#pragma unroll
-  for (int j = 0; j < 8; ++j) b[j] = load_shared2(columns + 32 * j);
+  const int place = place_of(row) * 4;   // and that of row + 8 is the next but one
+  const float a0 = load_shared(a + place), a1 = load_shared(a + place + 8);
+  float of_columns[16];
+  load_tokens(of_columns, b, lane);
   // of a lane's two columns of a group on the diagonal, those before its row
   const int distance = lane / 4 - 2 * (lane % 4);
   const uint32 triangle = distance > 1 ? ~0u : distance == 1 ? 0xFFFFu : 0u;
@@ -178,16 +179,17 @@ __device__ __forceinline__ void mix_rows(const float (&cb)[32], uint32 decay, ui
   float diagonal0 = 0.f, diagonal1 = 0.f;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    const float m0 = cb[4 * j] * exp2_fast(a0 - b[j].x), m1 = cb[4 * j + 1] * exp2_fast(a0 - b[j].y);
-    const float m2 = cb[4 * j + 2] * exp2_fast(a1 - b[j].x), m3 = cb[4 * j + 3] * exp2_fast(a1 - b[j].y);
+    const float b0 = of_columns[2 * j], b1 = of_columns[2 * j + 1];
+    const float m0 = cb[4 * j] * exp2_fast(a0 - b0), m1 = cb[4 * j + 1] * exp2_fast(a0 - b1);
+    const float m2 = cb[4 * j + 2] * exp2_fast(a1 - b0), m3 = cb[4 * j + 3] * exp2_fast(a1 - b1);
     if (j == 2 * warp) diagonal0 = distance == 0 ? m0 : m1;
     if (j == 2 * warp + 1) diagonal1 = distance == 0 ? m2 : m3;
     packed[2 * j] = pack_bf16(m0, m1) & (j < 2 * warp ? ~0u : j == 2 * warp ? triangle : 0u);
     packed[2 * j + 1] = pack_bf16(m2, m3) & (j <= 2 * warp ? ~0u : j == 2 * warp + 1 ? triangle : 0u);
   }
   if (distance == 0 || distance == 1) {  // the lane of four that meets the diagonal of its rows
-    store_shared(own + row * 4, diagonal0);
-    store_shared(own + row * 4 + 32, diagonal1);
+    store_shared(own + place, diagonal0);
+    store_shared(own + place + 8, diagonal1);
   }
 #pragma unroll
   for (int j = 0; j < 8; j += 2) {
@@ -213,9 +215,7 @@ __device__ __forceinline__ void mix_chunks(const SsdParams& p, const SharedMemor
             clear_rows(stage + Config::kB + tile * Config::kTileBytes, low, high, thread);
           }
 #pragma unroll
-          for (int tile = 0; tile < Config::kTiles; ++tile) {
-            clear_rows(shared.x(s, tile), low, high, thread);
-          }
+          for (int tile = 0; tile < Config::kTiles; ++tile) clear_rows(shared.x(s, tile), low, high, thread);
           fence_async_proxy();
           sync_threads(1, 128);
         }
@@ -235,10 +235,8 @@ __device__ __forceinline__ void mix_chunks(const SsdParams& p, const SharedMemor
           wgmma_wait<0>();
 #pragma unroll 1
           for (int head = 0; head < Config::kHeads; ++head) {
-            const uint32 decay = stage + Config::kDecay + head * Config::kDecayBytes;
-            const uint32 mixed = shared.mixed(m) + head * Config::kTileBytes;
-            const uint32 own = shared.own(m) + head * kChunk * 4;
-            mix_rows(cb, decay, mixed, own);
+            mix_rows(cb, shared.decay(s, head, kA), shared.decay(s, head, kB),
+                     shared.mixed(m) + head * Config::kTileBytes, shared.own(m, head));
           }
         }
         fence_async_proxy();

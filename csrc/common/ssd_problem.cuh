@@ -53,6 +53,11 @@ struct SsdParams {
 constexpr int kChunk = 64;
 constexpr int kStates = 128;  // dstate, padded
 
+// A number for each token of a chunk, float32. What the four lanes of a quarter need, tokens 8 j + 2 (lane % 4) + {0,
+// 1} for all j, are neighbours, and the quarters 80 bytes apart, so that four lanes meet no bank twice.
+constexpr int kTokens = 4 * 20;
+__device__ __forceinline__ int place_of(int token) { return token % 8 / 2 * 20 + token / 8 * 2 + token % 2; }
+
 template <int kTiles_, int kHeads_, bool kGated_, bool kStatesOnly_>
 struct SsdConfig {
   static constexpr int kTiles = kTiles_;  // of 64 rows of states in a CTA
@@ -66,8 +71,8 @@ struct SsdConfig {
 
   static constexpr int kThreads = 128 * (2 + kTiles);
   static constexpr int kProducerRegisters = kTiles == 1 ? 64 : 56;
-  static constexpr int kMixRegisters = kTiles == 1 ? 120 : 88;
-  static constexpr int kStateRegisters = kTiles == 1 ? 240 : 184;
+  static constexpr int kMixRegisters = kTiles == 1 ? 120 : 104;
+  static constexpr int kStateRegisters = kTiles == 1 ? 248 : 176;
 
   static constexpr int kTileBytes = kChunk * 64 * 2;  // 64 tokens of 128 bytes, swizzled
   static constexpr int kGroupTiles = kStates / 64;    // of B, and of C
@@ -80,19 +85,22 @@ struct SsdConfig {
   static constexpr int kX = kC + (kStatesOnly ? 0 : kGroupBytes);
   static constexpr int kZ = kX + kTiles * kTileBytes;
   static constexpr int kStageLoads = kZ + (kGated ? kTiles * kTileBytes : 0);  // that TMA brings
-  static constexpr int kDecay = kStageLoads;  // per head: a, b, 2^a, 2^(a_last - b), of 64 tokens each
-  static constexpr int kDecayBytes = 4 * kChunk * 4;
-  static constexpr int kStage = kStageLoads + kHeads * kDecayBytes;
+  static constexpr int kDecay = kStageLoads;  // per head: a, b, 2^a, 2^(a_last - b), `Tokens` each
+  static constexpr int kDecayBytes = 4 * kTokens * 4;
+  static constexpr int kStage =
+      (kStageLoads + kHeads * kDecayBytes + 1023) / 1024 * 1024;  // as swizzled tiles must lie
 
   // behind the stages
   static constexpr int kBuffers = kTiles == 1 ? 3 : 2;                    // of M and what goes with it
   static constexpr int kMixed = (kStatesOnly ? 0 : kHeads * kTileBytes);  // M of all heads
-  static constexpr int kTail = kBuffers * (kMixed + kHeads * kChunk * 4) + 256;
+  static constexpr int kTail = kBuffers * (kMixed + kHeads * kTokens * 4) + 256;
   static constexpr int kLimit = 232448 - 1024;  // a CTA's shared memory, less what aligning it takes
   static constexpr int kStages = (kLimit - kTail) / kStage > 4 ? 4 : (kLimit - kTail) / kStage;
   static_assert(kStages >= 2);
   static constexpr int kSharedBytes = kStages * kStage + kTail + 1024;
 };
+
+enum Decay { kA, kB, kReach, kWeight };  // a, b, 2^a, 2^(a_last - b)
 
 // Where things lie in shared memory, and the barriers that pass them on.
 template <typename Config>
@@ -106,8 +114,11 @@ struct SharedMemory {
   __device__ __forceinline__ uint32 x(int s, int tile) const {  // then y on its way out
     return stage(s) + Config::kX + tile * Config::kTileBytes;
   }
-  __device__ __forceinline__ uint32 own(int m) const {  // (heads, 64) float32
-    return mixed(Config::kBuffers) + m * Config::kHeads * kChunk * 4;
+  __device__ __forceinline__ uint32 decay(int s, int head, int which) const {
+    return stage(s) + Config::kDecay + head * Config::kDecayBytes + which * kTokens * 4;
+  }
+  __device__ __forceinline__ uint32 own(int m, int head = 0) const {
+    return mixed(Config::kBuffers) + (m * Config::kHeads + head) * kTokens * 4;
   }
   __device__ __forceinline__ uint32 barrier(int i) const { return own(Config::kBuffers) + 8 * i; }
   __device__ __forceinline__ uint32 full(int s) const { return barrier(s); }
@@ -127,10 +138,15 @@ __device__ __forceinline__ float load_shared(uint32 address) {
   return value;
 }
 
-__device__ __forceinline__ float2 load_shared2(uint32 address) {
-  float2 value;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
-  return value;
+// The numbers of a lane's 16 tokens: see place_of.
+__device__ __forceinline__ void load_tokens(float (&numbers)[16], uint32 tokens, int lane) {
+#pragma unroll
+  for (int i = 0; i < 16; i += 4) {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(numbers[i]), "=f"(numbers[i + 1]), "=f"(numbers[i + 2]), "=f"(numbers[i + 3])
+                 : "r"(tokens + lane % 4 * 80 + i * 4)
+                 : "memory");
+  }
 }
 
 __device__ __forceinline__ void store_shared(uint32 address, float x) {
