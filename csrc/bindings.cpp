@@ -3,17 +3,20 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <bit>
+
 #include "common/api.h"
 #include "common/tensors.h"
 
 namespace py = pybind11;
 using namespace hybrid_ops;
 
-template <std::size_t N>
-std::array<std::uintptr_t, N> addresses(const py::tuple& tensors) {
-  std::array<std::uintptr_t, N> found;
-  if (!read_addresses(tensors.ptr(), found.data(), N)) throw py::error_already_set();
-  return found;
+// A struct or array of addresses, for a tuple of as many tensors.
+template <typename Tensors>
+Tensors addresses(const py::tuple& tensors) {
+  std::array<std::uintptr_t, sizeof(Tensors) / sizeof(std::uintptr_t)> found;
+  if (!read_addresses(tensors.ptr(), found.data(), found.size())) throw py::error_already_set();
+  return std::bit_cast<Tensors>(found);
 }
 
 PYBIND11_MODULE(_cuda, m) {
@@ -67,8 +70,7 @@ PYBIND11_MODULE(_cuda, m) {
       .def(
           "__call__",
           [](const Conv1dArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
-            const auto [x, weight, bias, initial, y, final, cu_seqlens, read, write] = addresses<9>(tensors);
-            conv1d_fwd(args, {x, weight, bias, initial, y, final, cu_seqlens, read, write}, {device, stream});
+            conv1d_fwd(args, addresses<Conv1dTensors>(tensors), {device, stream});
           },
           "Fill y and the states; tensors in the order of Conv1dTensors in api.h, None where absent.",
           py::arg("tensors"), py::arg("device"), py::arg("stream"));
@@ -123,10 +125,7 @@ PYBIND11_MODULE(_cuda, m) {
       .def(
           "__call__",
           [](const SsdArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
-            const auto p = addresses<20>(tensors);
-            ssd_fwd(args, {p[0],  p[1],  p[2],  p[3],  p[4],  p[5],  p[6],  p[7],  p[8],  p[9],
-                           p[10], p[11], p[12], p[13], p[14], p[15], p[16], p[17], p[18], p[19]},
-                    {device, stream});
+            ssd_fwd(args, addresses<SsdTensors>(tensors), {device, stream});
           },
           "Fill y and the states; tensors in the order of SsdTensors in api.h, None where absent.", py::arg("tensors"),
           py::arg("device"), py::arg("stream"));
@@ -160,7 +159,7 @@ PYBIND11_MODULE(_cuda, m) {
       .def(
           "__call__",
           [](const Conv1dUpdateArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
-            conv1d_update(args, addresses<6>(tensors), {device, stream});
+            conv1d_update(args, addresses<Conv1dUpdatePointers>(tensors), {device, stream});
           },
           py::arg("tensors"), py::arg("device"), py::arg("stream"));
 
@@ -224,7 +223,7 @@ PYBIND11_MODULE(_cuda, m) {
       .def(
           "__call__",
           [](const SsdUpdateArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
-            ssd_update(args, addresses<16>(tensors), {device, stream});
+            ssd_update(args, addresses<SsdUpdatePointers>(tensors), {device, stream});
           },
           py::arg("tensors"), py::arg("device"), py::arg("stream"));
 

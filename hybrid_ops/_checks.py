@@ -24,7 +24,7 @@ Found = TypeVar("Found")
 
 
 def remembered(check: Callable[P, Found]) -> Callable[P, Found]:
-    """`check`, done once for each signature of its arguments (positional, x first) on a GPU: no values are read there."""
+    """`check`, done once for each signature of its arguments (positional, x first) on a GPU."""
     passed: dict[tuple[object, ...], Found] = {}
 
     @functools.wraps(check)

@@ -28,5 +28,5 @@ _extension = cuda_extension()
 
 # signature(*arguments): a key, equal for tensors of the same shape, strides, dtype, device and alignment to 16 bytes
 # (all that Triton specialises kernels on), and otherwise for equal arguments; None where a tensor has no address, as
-# fake ones. Whether one requires a gradient is no part of it.
+# under vmap. Whether one requires a gradient is no part of it.
 signature = in_python if _extension is None else _extension.signature

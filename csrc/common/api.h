@@ -61,7 +61,8 @@ struct SsdArgs {
 
 struct SsdTensors {
   std::uintptr_t x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, seq_offsets, read_slots, write_slots,
-      interval_slots, y, final, interval, interval_base, segment_states, segment_decay;
+      interval_slots, y, final, interval, interval_base;
+  std::uintptr_t segments;  // float32: (slots, parts, nheads, headdim, dstate), then (slots, parts, nheads)
 };
 
 // ssd_sm90.cu

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 namespace hybrid_ops {
 
@@ -58,7 +59,7 @@ inline bool learn_tensor_type(PyObject* tensor) {
 inline bool is_tensor(PyObject* object) { return PyObject_TypeCheck(object, torch.tensor) != 0; }
 
 // signature(*arguments): bytes, which hold dtype, device, shape, strides and alignment to 16 bytes of every tensor and
-// the places of all others, followed by those others but None. None where a tensor has no address (a fake one).
+// the places of all others, followed by those others but None. None where a tensor has no address.
 inline PyObject* signature(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   constexpr std::size_t kWords = 512;
   constexpr std::int64_t kNone = -1, kOther = -2;

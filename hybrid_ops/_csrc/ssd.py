@@ -172,25 +172,21 @@ def ssd_chunk_scan(
         null_slot=null_slot,
         config=(chosen.heads, length, chosen.parts, places, num_sms),
     )
-    segments = (places * chosen.parts, nheads, headdim, dstate)
+    floats = places * chosen.parts * nheads * (headdim * dstate + 1) if length else 0  # states of segments, and decays
 
     def run(*arguments: Any) -> None:
         *inputs, initial, _, cu_seqlens, offsets, read, write, interval_slots, y, final, interval, pool = arguments[:19]
-        base = added = decay = None
+        base = segments = None
         if interval is not None:
             interval.zero_()
             if cu_seqlens is not None:
                 base = first_interval(cu_seqlens, offsets, state_interval)
         if pool is not None:
             initial, final, interval = sources(initial, final, interval, pool, read, write, interval_slots)
-        if length:
-            added = y.new_empty(segments, dtype=torch.float32)
-            decay = y.new_empty(segments[:2], dtype=torch.float32)
+        if floats:
+            segments = y.new_empty(floats, dtype=torch.float32)
         indices = (cu_seqlens, offsets, read, write, interval_slots)
-        launch(
-            (*inputs, initial, *indices, y, final, interval, base, added, decay),
-            index,
-            torch._C._cuda_getCurrentRawStream(index),
-        )
+        tensors = (*inputs, initial, *indices, y, final, interval, base, segments)
+        launch(tensors, index, torch._C._cuda_getCurrentRawStream(index))
 
     return run
