@@ -49,8 +49,10 @@ def remembered(check: Callable[P, Found]) -> Callable[P, Found]:
 
 
 def eager_on_gpu(x: object) -> bool:
-    """Whether x is an ordinary tensor on a GPU, in a call that nothing traces: it has an address to look at."""
-    return not torch.compiler.is_compiling() and type(x) in _ORDINARY and x.is_cuda  # type: ignore[attr-defined]
+    """Whether x is an ordinary tensor on a GPU, in a call that nothing traces or transforms: it has an address."""
+    if torch.compiler.is_compiling() or type(x) not in _ORDINARY or torch._C._functorch.peek_interpreter_stack():
+        return False
+    return x.is_cuda  # type: ignore[attr-defined, no-any-return]
 
 
 def tensor(
@@ -93,6 +95,12 @@ def rank(name: str, value: Tensor, ranks: Sequence[int], layout: str) -> None:
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def number(name: str, value: object) -> None:
+    """A tensor's value would be read once and remembered for others: no signature holds it."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number, got a tensor")
 
 
 def at_most_one(**given: object) -> None:

@@ -131,6 +131,7 @@ def _check(
     if bias is not None:
         _checks.tensor("bias", bias, (dim,), device=x.device)
     _checks.one_of("activation", activation, (None, "silu"))
+    _checks.number("null_slot", null_slot)
     nseq = _check_sequences(x, cu_seqlens, seq_idx)
     if initial_states is not None:
         _checks.tensor("initial_states", initial_states, (nseq, dim, width - 1), device=x.device)

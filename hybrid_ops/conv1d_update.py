@@ -106,6 +106,7 @@ def _check(
     if bias is not None:
         _checks.tensor("bias", bias, (dim,), device=x.device)
     _checks.one_of("activation", activation, (None, "silu"))
+    _checks.number("null_slot", null_slot)
     _checks.tensor("conv_state", conv_state, (None, dim, None), device=x.device)
     _checks.updatable("conv_state", conv_state)
     nslots, _, state_len = conv_state.shape

@@ -121,6 +121,7 @@ def _check(
         raise ValueError(f"x must have shape (..., hidden) with hidden >= 1, got {tuple(x.shape)}")
     _checks.tensor("x", x, (None,) * x.dim() if isinstance(x, Tensor) else ())
     hidden = x.shape[-1]
+    _checks.number("eps", eps)
     _checks.tensor("weight", weight, (hidden,), device=x.device)
     if z is not None:
         _checks.tensor("z", z, x.shape, device=x.device)

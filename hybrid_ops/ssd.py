@@ -170,6 +170,7 @@ def _check(
     what a plain call comes to."""
     compute = _check_inputs(x, dt, A, B, C, D, z, dt_bias)
     low, high = _check_options(dt_limit, chunk_size, state_interval, batch_invariant)
+    _checks.number("null_slot", null_slot)
     nseq = _check_sequences(x, seq_idx, cu_seqlens, seq_offsets, state_interval)
     state_shape = (nseq, *x.shape[2:], B.shape[3])
     floats = _floats(compute)

@@ -151,6 +151,7 @@ def _check(
     if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, got {dt_limit}")
     _check_slots(state, batch, steps, read_slots, write_slots, num_accepted, cu_seqlens, update_state, null_slot)
+    _checks.number("null_slot", null_slot)
     _check_scale(state, state_scale)
     _check_rounding(state, rounding, seed)
     _checks.out(out, x, needs_grad=False)

@@ -126,3 +126,22 @@ def test_operators(problem, on_gpu):
         if tensor.is_floating_point() and run in WITHOUT_GRADIENT:
             with pytest.raises(ValueError, match=f"{name} must not require a gradient"):
                 run(**good | {name: tensor.clone().requires_grad_()})
+
+
+@pytest.mark.parametrize("problem", [conv1d_update, ssd_update, ssd, conv1d])
+def test_numbers(problem, on_gpu):
+    """A tensor has the signature of any other: its value must not be remembered."""
+    run, good = problem()
+    with pytest.raises(TypeError, match="null_slot must be a number"):
+        run(**good, null_slot=torch.tensor(-1))
+
+
+def test_eps_is_a_number(on_gpu):
+    with pytest.raises(TypeError, match="eps must be a number"):
+        hybrid_ops.rms_norm(torch.ones(3, 8), torch.ones(8), eps=torch.tensor(1e-5))
+
+
+def test_transforms_are_not_looked_into(on_gpu):
+    """Under vmap a tensor has no address to ask for; what cannot run there says so."""
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.func.vmap(lambda x: hybrid_ops.rms_norm(x, torch.ones(8)))(torch.ones(2, 3, 8))
