@@ -1,6 +1,6 @@
 // What bindings.cpp reads of torch's tensors, through DLPack's C exchange API: a table of functions that torch.Tensor
-// carries, so that nothing is compiled against torch or linked with it. A tensor takes 20 ns, 8 arguments of Python
-// 300.
+// carries, so that nothing is compiled against torch or linked with it. An argument takes 20 to 40 ns; to ask for its
+// attributes in Python, 300.
 #pragma once
 
 #include <Python.h>
@@ -12,7 +12,7 @@
 
 namespace hybrid_ops {
 
-// What is used here of dlpack.h, of any version 1.
+// What is used here of dlpack.h, version 1.3 or a later one of major version 1.
 namespace dlpack {
 
 struct Tensor {
