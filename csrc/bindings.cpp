@@ -1,12 +1,23 @@
-// hybrid_ops._cuda: device pointers, sizes, strides and a stream go in as integers. Knows neither torch nor CUDA, so
-// one build serves every torch, and importing it needs no driver.
+// hybrid_ops._cuda: sizes, strides and a stream go in as integers, tensors as they are. Compiled against neither torch
+// nor CUDA, so one build serves every torch, and importing it needs no driver.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <bit>
+
 #include "common/api.h"
+#include "common/tensors.h"
 
 namespace py = pybind11;
 using namespace hybrid_ops;
+
+// A struct or array of addresses, for a tuple of as many tensors.
+template <typename Tensors>
+Tensors addresses(const py::tuple& tensors) {
+  std::array<std::uintptr_t, sizeof(Tensors) / sizeof(std::uintptr_t)> found;
+  if (!read_addresses(tensors.ptr(), found.data(), found.size())) throw py::error_already_set();
+  return std::bit_cast<Tensors>(found);
+}
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA C++ kernels of hybrid_ops; call the public functions of hybrid_ops instead";
@@ -18,51 +29,53 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("INT8") = static_cast<int>(DType::int8);
 
   m.def(
-      "conv1d_fwd",
-      [](std::array<std::uintptr_t, 9> pointers, std::array<int, 4> dtypes, std::array<std::int64_t, 7> sizes,
-         std::array<std::int64_t, 2> x_strides, std::array<std::int64_t, 2> y_strides,
-         std::array<std::int64_t, 3> initial_strides, std::array<std::int64_t, 3> final_strides, int null_slot,
-         bool silu, int tokens_per_thread, int device, std::uintptr_t stream) {
-        const auto [x, weight, bias, initial_states, y, final_states, cu_seqlens, read_slots, write_slots] = pointers;
-        const auto [batch, seqlen, dim, width, nseq, nslots, state_len] = sizes;
-        const Conv1dArgs args{
-            .x = x,
-            .weight = weight,
-            .bias = bias,
-            .initial_states = initial_states,
-            .y = y,
-            .final_states = final_states,
-            .cu_seqlens = cu_seqlens,
-            .read_slots = read_slots,
-            .write_slots = write_slots,
-            .dtype = DType(dtypes[0]),
-            .weight_dtype = DType(dtypes[1]),
-            .bias_dtype = DType(dtypes[2]),
-            .states_dtype = DType(dtypes[3]),
-            .batch = batch,
-            .seqlen = seqlen,
-            .dim = dim,
-            .width = width,
-            .nseq = nseq,
-            .nslots = nslots,
-            .state_len = state_len,
-            .x_strides = x_strides,
-            .y_strides = y_strides,
-            .initial_strides = initial_strides,
-            .final_strides = final_strides,
-            .null_slot = null_slot,
-            .silu = silu,
-            .tokens_per_thread = tokens_per_thread,
-        };
-        conv1d_fwd(args, {device, stream});
+      "learn_tensor_type",
+      [](const py::type& tensor) {
+        if (!learn_tensor_type(tensor.ptr())) throw py::error_already_set();
       },
-      "Fill y, and final_states where given; the groups hold what Conv1dArgs in api.h names, in its order.",
-      py::arg("pointers"), py::arg("dtypes"), py::arg("sizes"), py::arg("x_strides"), py::arg("y_strides"),
-      py::arg("initial_strides"), py::arg("final_strides"), py::arg("null_slot"), py::arg("silu"),
-      py::arg("tokens_per_thread"), py::arg("device"), py::arg("stream"));
+      "To be called with torch.Tensor before anything else.", py::arg("tensor"));
+  static PyMethodDef signature_method{"signature", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&signature)),
+                                      METH_FASTCALL, "What calls of a kind have in common: see hybrid_ops._signature."};
+  m.attr("signature") = py::reinterpret_steal<py::object>(PyCFunction_New(&signature_method, nullptr));
 
-  py::class_<SsdArgs>(m, "SsdScan",
-                      "The forward of an SSD scan for tensors of given shapes: call it with their addresses.")
+  py::class_<Conv1dArgs>(m, "Conv1d", "A convolution of one signature; the groups hold what Conv1dArgs in api.h names.")
+      .def(py::init([](std::array<int, 4> dtypes, std::array<std::int64_t, 7> sizes,
+                       std::array<std::int64_t, 2> x_strides, std::array<std::int64_t, 2> y_strides,
+                       std::array<std::int64_t, 3> initial_strides, std::array<std::int64_t, 3> final_strides,
+                       int null_slot, bool silu, int tokens_per_thread) {
+             const auto [batch, seqlen, dim, width, nseq, nslots, state_len] = sizes;
+             return Conv1dArgs{
+                 .dtype = DType(dtypes[0]),
+                 .weight_dtype = DType(dtypes[1]),
+                 .bias_dtype = DType(dtypes[2]),
+                 .states_dtype = DType(dtypes[3]),
+                 .batch = batch,
+                 .seqlen = seqlen,
+                 .dim = dim,
+                 .width = width,
+                 .nseq = nseq,
+                 .nslots = nslots,
+                 .state_len = state_len,
+                 .x_strides = x_strides,
+                 .y_strides = y_strides,
+                 .initial_strides = initial_strides,
+                 .final_strides = final_strides,
+                 .null_slot = null_slot,
+                 .silu = silu,
+                 .tokens_per_thread = tokens_per_thread,
+             };
+           }),
+           py::arg("dtypes"), py::arg("sizes"), py::arg("x_strides"), py::arg("y_strides"), py::arg("initial_strides"),
+           py::arg("final_strides"), py::arg("null_slot"), py::arg("silu"), py::arg("tokens_per_thread"))
+      .def(
+          "__call__",
+          [](const Conv1dArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
+            conv1d_fwd(args, addresses<Conv1dTensors>(tensors), {device, stream});
+          },
+          "Fill y and the states; tensors in the order of Conv1dTensors in api.h, None where absent.",
+          py::arg("tensors"), py::arg("device"), py::arg("stream"));
+
+  py::class_<SsdArgs>(m, "SsdScan", "The forward of an SSD scan for tensors of given shapes: call it with them.")
       .def(py::init([](std::array<int, 6> dtypes, std::array<std::int64_t, 10> sizes,
                        std::array<std::array<std::int64_t, 3>, 7> strides, std::int64_t dt_bias_stride,
                        std::array<std::int64_t, 2> D_strides, bool dt_softplus, float dt_min, float dt_max,
@@ -111,12 +124,10 @@ PYBIND11_MODULE(_cuda, m) {
            py::arg("dt_softplus"), py::arg("dt_min"), py::arg("dt_max"), py::arg("null_slot"), py::arg("config"))
       .def(
           "__call__",
-          [](const SsdArgs& args, const std::array<std::uintptr_t, 20>& p, int device, std::uintptr_t stream) {
-            ssd_fwd(args, {p[0],  p[1],  p[2],  p[3],  p[4],  p[5],  p[6],  p[7],  p[8],  p[9],
-                           p[10], p[11], p[12], p[13], p[14], p[15], p[16], p[17], p[18], p[19]},
-                    {device, stream});
+          [](const SsdArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
+            ssd_fwd(args, addresses<SsdTensors>(tensors), {device, stream});
           },
-          "Fill y and the states; addresses in the order of SsdTensors in api.h, 0 where absent.", py::arg("pointers"),
+          "Fill y and the states; tensors in the order of SsdTensors in api.h, None where absent.", py::arg("tensors"),
           py::arg("device"), py::arg("stream"));
 
   py::class_<Conv1dUpdateArgs>(m, "Conv1dUpdate",
@@ -147,10 +158,10 @@ PYBIND11_MODULE(_cuda, m) {
            py::arg("sequences"))
       .def(
           "__call__",
-          [](const Conv1dUpdateArgs& args, const Conv1dUpdatePointers& pointers, int device, std::uintptr_t stream) {
-            conv1d_update(args, pointers, {device, stream});
+          [](const Conv1dUpdateArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
+            conv1d_update(args, addresses<Conv1dUpdatePointers>(tensors), {device, stream});
           },
-          py::arg("pointers"), py::arg("device"), py::arg("stream"));
+          py::arg("tensors"), py::arg("device"), py::arg("stream"));
 
   py::class_<SsdUpdateArgs>(m, "SsdUpdate",
                             "A decoding step of one signature; the groups hold what SsdUpdateArgs in api.h names.")
@@ -211,10 +222,10 @@ PYBIND11_MODULE(_cuda, m) {
            py::arg("dt_softplus"), py::arg("store_each"), py::arg("store_last"), py::arg("config"))
       .def(
           "__call__",
-          [](const SsdUpdateArgs& args, const SsdUpdatePointers& pointers, int device, std::uintptr_t stream) {
-            ssd_update(args, pointers, {device, stream});
+          [](const SsdUpdateArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
+            ssd_update(args, addresses<SsdUpdatePointers>(tensors), {device, stream});
           },
-          py::arg("pointers"), py::arg("device"), py::arg("stream"));
+          py::arg("tensors"), py::arg("device"), py::arg("stream"));
 
   m.def(
       "conv1d_bwd",

@@ -12,17 +12,17 @@ constexpr int kMinBlocks = sizeof(T) == 2 ? 7 : 5;  // on a multiprocessor: THRE
 
 }  // namespace
 
-void conv1d_fwd(const Conv1dArgs& a, Target target) {
+void conv1d_fwd(const Conv1dArgs& a, const Conv1dTensors& t, Target target) {
   const Conv1dParams p{
-      .x = reinterpret_cast<const void*>(a.x),
-      .weight = reinterpret_cast<const void*>(a.weight),
-      .bias = reinterpret_cast<const void*>(a.bias),
-      .initial_states = reinterpret_cast<const void*>(a.initial_states),
-      .y = reinterpret_cast<void*>(a.y),
-      .final_states = reinterpret_cast<void*>(a.final_states),
-      .cu_seqlens = reinterpret_cast<const int*>(a.cu_seqlens),
-      .read_slots = reinterpret_cast<const int*>(a.read_slots),
-      .write_slots = reinterpret_cast<const int*>(a.write_slots),
+      .x = reinterpret_cast<const void*>(t.x),
+      .weight = reinterpret_cast<const void*>(t.weight),
+      .bias = reinterpret_cast<const void*>(t.bias),
+      .initial_states = reinterpret_cast<const void*>(t.initial_states),
+      .y = reinterpret_cast<void*>(t.y),
+      .final_states = reinterpret_cast<void*>(t.final_states),
+      .cu_seqlens = reinterpret_cast<const int*>(t.cu_seqlens),
+      .read_slots = reinterpret_cast<const int*>(t.read_slots),
+      .write_slots = reinterpret_cast<const int*>(t.write_slots),
       .x_batch_stride = a.x_strides[0],
       .y_batch_stride = a.y_strides[0],
       .x_token_stride = static_cast<unsigned>(a.x_strides[1]),

@@ -100,8 +100,8 @@ void ssd_fwd(const SsdArgs& a, const SsdTensors& t, Target target) {
   p.final = states(t.final, a.final_dtype, a.state_strides[1], t.write_slots);
   p.interval = states(t.interval, a.interval_dtype, a.state_strides[2], t.interval_slots);
   p.interval_base = reinterpret_cast<const int*>(t.interval_base);
-  p.segment_states = reinterpret_cast<float*>(t.segment_states);
-  p.segment_decay = reinterpret_cast<float*>(t.segment_decay);
+  p.segment_states = reinterpret_cast<float*>(t.segments);
+  if (t.segments != 0) p.segment_decay = p.segment_states + a.nheads * a.slots * a.parts * a.headdim * a.dstate;
   p.dt_min = a.dt_min;
   p.dt_max = a.dt_max;
   p.segment_chunks = a.segment_chunks;

@@ -13,39 +13,46 @@ import torch
 from torch import Tensor
 
 from . import _env
+from ._signature import signature
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
 P = ParamSpec("P")
 Found = TypeVar("Found")
 
 
 def remembered(check: Callable[P, Found]) -> Callable[P, Found]:
-    """`check`, done once for each signature of its arguments (positional, x first) on a GPU, where no values are read.
-
-    To look at ten tensors one by one takes the host 20 us, their signature 7. Whether one requires a gradient is no
-    part of it.
-    """
+    """`check`, done once for each signature of its arguments (positional, x first) on a GPU."""
     passed: dict[tuple[object, ...], Found] = {}
 
     @functools.wraps(check)
     def run(*args: P.args, **kwargs: P.kwargs) -> Found:
-        on_gpu = not kwargs and type(args[0]) is Tensor and args[0].is_cuda
-        if not on_gpu or torch.compiler.is_compiling() or _env.check_values():
+        if kwargs or not eager_on_gpu(args[0]) or _env.check_values():
             return check(*args, **kwargs)
-        signature = tuple([(a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else a for a in args])
+        key = signature(*args)
         try:
-            return passed[signature]
+            return passed[key]  # type: ignore[index]
         except KeyError:
             pass
         except TypeError:  # a list, or a symbolic size
-            return check(*args, **kwargs)
-        if len(passed) >= 4096:
-            passed.clear()
-        found = passed[signature] = check(*args, **kwargs)
+            key = None
+        found = check(*args, **kwargs)
+        if key is not None:
+            if len(passed) >= 4096:
+                passed.clear()
+            passed[key] = found
         return found
 
     return run
+
+
+def eager_on_gpu(x: object) -> bool:
+    """Whether x is an ordinary tensor on a GPU, in a call that nothing traces or transforms: it has an address."""
+    if torch.compiler.is_compiling() or type(x) not in _ORDINARY or torch._C._functorch.peek_interpreter_stack():
+        return False
+    return x.is_cuda  # type: ignore[attr-defined, no-any-return]
 
 
 def tensor(
@@ -88,6 +95,12 @@ def rank(name: str, value: Tensor, ranks: Sequence[int], layout: str) -> None:
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def number(name: str, value: object) -> None:
+    """A tensor's value would be read once and remembered for others: no signature holds it."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number, got a tensor")
 
 
 def at_most_one(**given: object) -> None:

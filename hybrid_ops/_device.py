@@ -20,7 +20,9 @@ def cuda_extension() -> ModuleType | None:
     """The compiled extension, or None where it was not built."""
     if importlib.util.find_spec("hybrid_ops._cuda") is None:
         return None
-    return importlib.import_module("hybrid_ops._cuda")
+    extension = importlib.import_module("hybrid_ops._cuda")
+    extension.learn_tensor_type(torch.Tensor)
+    return extension
 
 
 @functools.cache

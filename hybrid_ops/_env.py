@@ -13,5 +13,8 @@ def build_cuda() -> str | None:
     return os.environ.get("HYBRID_OPS_CUDA")
 
 
+_VALUES: dict[bytes, bytes] = os.environ._data  # type: ignore[attr-defined]  # os.environ takes 1 us to find nothing
+
+
 def check_values() -> bool:
-    return os.environ.get("HYBRID_OPS_CHECK") == "1"
+    return _VALUES.get(b"HYBRID_OPS_CHECK") == b"1"

@@ -4,6 +4,7 @@ Operators are plumbing: each one fills tensors that its caller allocated and ret
 results, `out=` and in-place pools alike, and every fake implementation is the same empty function. `Library.define` and
 `Library.impl` cost 5 us a call where `torch.library.custom_op` costs 12; with 30 arguments it is 20 us, for each one is
 converted there and back. So where the dispatcher has nothing to do (`_is_plain`), the library's calls pass it by.
+The caller's `x.new_empty(*x.shape)` takes 0.8 us less than `x.new_empty(x.shape)`.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,6 @@
 """`causal_conv1d`: the short causal depthwise convolution before the scan, for whole sequences."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,6 +79,47 @@ def causal_conv1d(
     >>> y = hybrid_ops.causal_conv1d(torch.randn(2, 16, 8), torch.randn(8, 4), torch.randn(8), activation="silu")
     """
     _device.check_impl(impl)
+    slots = (read_slots, write_slots)
+    nseq, run = _check(
+        *(x, weight, bias, activation, initial_states, seq_idx, cu_seqlens, return_final_states, conv_state),
+        *(*slots, null_slot, out, impl),
+    )
+    needs_grad = _checks.needs_grad(x, weight, bias, initial_states)
+    _checks.out(out, x, needs_grad)
+    if out is not None and not torch.compiler.is_compiling() and out.numel() and out.data_ptr() == x.data_ptr():
+        raise ValueError("out must not be x's memory, got the same: windows overlap, so it cannot be overwritten")
+    silu = activation == "silu"
+    if needs_grad:
+        if conv_state is not None:
+            raise ValueError("conv_state must be None where a gradient is needed, got a tensor: pass initial_states")
+        return _CausalConv1d.apply(
+            x, weight, bias, initial_states, seq_idx, cu_seqlens, silu, return_final_states, nseq, impl
+        )
+    y = _empty_in_order_of(x) if out is None else out
+    final = _empty_final_states(x, initial_states, nseq, weight.shape[1]) if return_final_states else None
+    tensors = (x, weight, bias, initial_states, seq_idx, cu_seqlens, *slots, y, final, conv_state)
+    _conv1d_fwd_op(*tensors, silu, null_slot, impl, run=run)
+    return y if final is None else (y, final)
+
+
+@_checks.remembered
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    return_final_states: bool,
+    conv_state: Tensor | None,
+    read_slots: Tensor | None,
+    write_slots: Tensor | None,
+    null_slot: int,
+    out: Tensor | None,
+    impl: str,
+) -> tuple[int, Callable[..., None] | None]:
+    """The number of sequences that have a state; the CUDA kernel's launch, where that is what a plain call comes to."""
     _checks.rank("x", x, (3,), "(batch, seqlen, dim)")
     _checks.tensor("x", x, (None, None, None))
     dim = x.shape[2]
@@ -89,28 +131,30 @@ def causal_conv1d(
     if bias is not None:
         _checks.tensor("bias", bias, (dim,), device=x.device)
     _checks.one_of("activation", activation, (None, "silu"))
+    _checks.number("null_slot", null_slot)
     nseq = _check_sequences(x, cu_seqlens, seq_idx)
     if initial_states is not None:
         _checks.tensor("initial_states", initial_states, (nseq, dim, width - 1), device=x.device)
-    needs_grad = _checks.needs_grad(x, weight, bias, initial_states)
-    _checks.out(out, x, needs_grad)
-    if out is not None and not torch.compiler.is_compiling() and out.numel() and out.data_ptr() == x.data_ptr():
-        raise ValueError("out must not be x's memory, got the same: windows overlap, so it cannot be overwritten")
+    _checks.out(out, x, needs_grad=False)
     if conv_state is not None or read_slots is not None or write_slots is not None:
         _checks.at_most_one(conv_state=conv_state, initial_states=initial_states)
-        _check_pool(x, conv_state, read_slots, write_slots, null_slot, nseq, width, needs_grad, return_final_states)
-    silu = activation == "silu"
-    if needs_grad:
-        return _CausalConv1d.apply(
-            x, weight, bias, initial_states, seq_idx, cu_seqlens, silu, return_final_states, nseq, impl
-        )
-    y = _empty_in_order_of(x) if out is None else out
-    final = _empty_final_states(x, initial_states, nseq, width) if return_final_states else None
-    _conv1d_fwd_op(
-        x, weight, bias, initial_states, seq_idx, cu_seqlens, read_slots, write_slots, y, final, conv_state, silu,
-        null_slot, impl,
-    )  # fmt: skip
-    return y if final is None else (y, final)
+        _check_pool(x, conv_state, read_slots, write_slots, null_slot, nseq, width, return_final_states)
+    if not _checks.eager_on_gpu(x):
+        return nseq, None
+    y = _empty_in_order_of(x, "meta") if out is None else out
+    final = _empty_final_states(x, initial_states, nseq, width, "meta") if return_final_states else None
+    states = _states(initial_states, final, conv_state, read_slots, write_slots)
+    small = (cu_seqlens, read_slots, write_slots)
+    if not _csrc_conv1d.is_dense(weight, bias, *small) or _choice(impl, x, weight, bias, y, *states, seq_idx) != "cuda":
+        return nseq, None
+    launch = _csrc_conv1d.make_launch(x, weight, bias, states[0], y, states[1], *small, activation == "silu", null_slot)
+
+    def run(*arguments: Any) -> None:
+        x, weight, bias, initial, _, cu_seqlens, read, write, y, final, pool = arguments[:11]
+        history, state = _states(initial, final, pool, read, write)
+        launch((x, weight, bias, history, y, state, cu_seqlens, read, write))
+
+    return nseq, run
 
 
 def _check_sequences(x: Tensor, cu_seqlens: Tensor | None, seq_idx: Tensor | None) -> int:
@@ -134,7 +178,6 @@ def _check_pool(
     null_slot: int,
     nseq: int,
     width: int,
-    needs_grad: bool,
     return_final_states: bool,
 ) -> None:
     if conv_state is None:
@@ -148,8 +191,6 @@ def _check_pool(
         raise ValueError(
             f"conv_state must have shape (nslots, dim, at least width - 1 = {width - 1}), got {tuple(conv_state.shape)}"
         )
-    if needs_grad:
-        raise ValueError("conv_state must be None where a gradient is needed, got a tensor: pass initial_states")
     nslots = conv_state.shape[0]
     for name, slots in (("read_slots", read_slots), ("write_slots", write_slots)):
         if slots is not None:
@@ -193,6 +234,34 @@ def _choose(
     return Choice(chosen, kernels.config(x.element_size(), channel_last)._asdict(), reason)
 
 
+def _choice(
+    impl: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    history: Tensor | None,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> str:
+    refusal = None
+    if x.is_cuda and impl in ("auto", "cuda"):
+        states = state if history is None else history
+        refusal = _device.not_sm90(x.device) or _csrc_conv1d.refusal(x, weight, bias, y, states, seq_idx)
+    return _device.choose(impl, x.device, refusal)[0]
+
+
+def _states(
+    initial_states: Tensor | None,
+    final_states: Tensor | None,
+    conv_state: Tensor | None,
+    read_slots: Tensor | None,
+    write_slots: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Where histories are read from and final states go: the pool, wherever slots say so."""
+    return initial_states if read_slots is None else conv_state, final_states if write_slots is None else conv_state
+
+
 def _conv1d_fwd(
     x: Tensor,
     weight: Tensor,
@@ -209,13 +278,8 @@ def _conv1d_fwd(
     null_slot: int,
     impl: str,
 ) -> None:
-    history = initial_states if read_slots is None else conv_state
-    state = final_states if write_slots is None else conv_state
-    refusal = None
-    if x.is_cuda and impl in ("auto", "cuda"):
-        states = state if history is None else history
-        refusal = _device.not_sm90(x.device) or _csrc_conv1d.refusal(x, weight, bias, y, states, seq_idx)
-    chosen = _device.choose(impl, x.device, refusal)[0]
+    history, state = _states(initial_states, final_states, conv_state, read_slots, write_slots)
+    chosen = _choice(impl, x, weight, bias, y, history, state, seq_idx)
     if chosen == "cuda":
         _csrc_conv1d.conv1d(x, weight, bias, y, history, state, read_slots, write_slots, cu_seqlens, silu, null_slot)
         return
@@ -262,14 +326,11 @@ def _conv1d_bwd(
     silu: bool,
     impl: str,
 ) -> None:
-    if x.is_cuda and impl in ("auto", "cuda"):
-        states = dfinal if initial_states is None else initial_states
-        refusal = _device.not_sm90(x.device) or _csrc_conv1d.refusal(x, weight, bias, dx, states, seq_idx)
-        if _device.choose(impl, x.device, refusal)[0] == "cuda":
-            _csrc_conv1d.conv1d_bwd(
-                dy, dfinal, x, weight, bias, initial_states, cu_seqlens, dx, dweight, dbias, dinitial, silu
-            )
-            return
+    if x.is_cuda and _choice(impl, x, weight, bias, dx, initial_states, dfinal, seq_idx) == "cuda":
+        _csrc_conv1d.conv1d_bwd(
+            dy, dfinal, x, weight, bias, initial_states, cu_seqlens, dx, dweight, dbias, dinitial, silu
+        )
+        return
     rows = _torch_conv1d.rows_of(x.shape[0], x.shape[1], weight.shape[1] - 1, x.device, cu_seqlens, seq_idx)
     results = _torch_conv1d.conv1d_bwd(dy, dfinal, x, weight, bias, initial_states, rows, silu)
     for target, result in zip((dx, dweight, dbias, dinitial), results, strict=True):
@@ -285,19 +346,22 @@ _conv1d_bwd_op = define(
 )
 
 
-def _empty_in_order_of(x: Tensor) -> Tensor:
+def _empty_in_order_of(x: Tensor, device: torch.device | str | None = None) -> Tensor:
     """Dense, its strides in the order of x's."""
-    order = [0, 1, 2]
+    order, strides = [0, 1, 2], x.stride()
     for i, j in ((0, 1), (1, 2), (0, 1)):  # sorted() would not compile: strides are symbols there
-        if x.stride(order[i]) < x.stride(order[j]):
+        if strides[order[i]] < strides[order[j]]:
             order[i], order[j] = order[j], order[i]
     if order == [0, 1, 2]:
-        return x.new_empty(x.shape)
-    return x.new_empty([x.shape[i] for i in order]).permute([order.index(i) for i in range(3)])
+        return x.new_empty(*x.shape, device=device)
+    return x.new_empty([x.shape[i] for i in order], device=device).permute([order.index(i) for i in range(3)])
 
 
-def _empty_final_states(x: Tensor, initial_states: Tensor | None, nseq: int, width: int) -> Tensor:
-    return (x if initial_states is None else initial_states).new_empty(nseq, x.shape[2], width - 1)
+def _empty_final_states(
+    x: Tensor, initial_states: Tensor | None, nseq: int, width: int, device: torch.device | str | None = None
+) -> Tensor:
+    like = x if initial_states is None else initial_states
+    return like.new_empty((nseq, x.shape[2], width - 1), device=device)
 
 
 class _CausalConv1d(torch.autograd.Function):

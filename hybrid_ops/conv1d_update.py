@@ -70,9 +70,7 @@ def causal_conv1d_update(
     _device.check_impl(impl)
     run = _check(x, conv_state, weight, bias, activation, slots, rollback, cu_seqlens, null_slot, out, impl)
     _checks.no_gradient(x=x, conv_state=conv_state, weight=weight, bias=bias)
-    y = x.new_empty(x.shape) if out is None else out
-    if run is not None and _csrc_conv1d_update.misaligned(x, conv_state, weight, y):
-        run = None
+    y = x.new_empty(*x.shape) if out is None else out
     silu = activation == "silu"
     _conv1d_update_op(x, conv_state, weight, bias, slots, rollback, cu_seqlens, y, silu, null_slot, impl, run=run)
     return y
@@ -108,6 +106,7 @@ def _check(
     if bias is not None:
         _checks.tensor("bias", bias, (dim,), device=x.device)
     _checks.one_of("activation", activation, (None, "silu"))
+    _checks.number("null_slot", null_slot)
     _checks.tensor("conv_state", conv_state, (None, dim, None), device=x.device)
     _checks.updatable("conv_state", conv_state)
     nslots, _, state_len = conv_state.shape
@@ -123,13 +122,13 @@ def _check(
     if rollback is not None:
         _check_rollback(rollback, batch, state_len - (width - 1), x.device)
     _checks.out(out, x, needs_grad=False)
-    if torch.compiler.is_compiling() or not x.is_cuda:
+    if not _checks.eager_on_gpu(x):
         return None
-    strides = torch.empty(x.shape, device="meta").stride() if out is None else out.stride()
-    refusal = _csrc_conv1d_update.refusal(x, conv_state, weight, bias, rollback, cu_seqlens, strides)
+    y = x.new_empty(x.shape, device="meta") if out is None else out
+    refusal = _csrc_conv1d_update.refusal(x, conv_state, weight, bias, rollback, cu_seqlens, y)
     if _choice(impl, x.device, refusal)[0] != "cuda":
         return None
-    rest = (strides, activation == "silu", null_slot)
+    rest = (y, activation == "silu", null_slot)
     return _csrc_conv1d_update.causal_conv1d_update(x, conv_state, weight, bias, slots, *rest)
 
 
@@ -161,7 +160,7 @@ def _choose(
     x, state, weight = (
         torch.empty(s, dtype=dtype, device="meta") for s in ((1, dim), (1, dim, width - 1), (dim, width))
     )
-    refusal = _csrc_conv1d_update.refusal(x, state, weight, None, None, None, x.stride())
+    refusal = _csrc_conv1d_update.refusal(x, state, weight, None, None, None, x)
     chosen, reason = _choice(impl, torch.device(device), refusal)
     if chosen == "cuda":
         sms = _device.num_sms(torch.device(device).index or 0) if torch.cuda.is_available() else 132
@@ -187,14 +186,10 @@ def _conv1d_update(
     impl: str,
 ) -> None:
     rest = (conv_state, weight, bias, slots, rollback, cu_seqlens)
-    refusal = _csrc_conv1d_update.refusal(x, conv_state, weight, bias, rollback, cu_seqlens, y.stride())
-    if refusal is None and _csrc_conv1d_update.misaligned(x, conv_state, weight, y):
-        refusal = "the CUDA kernel needs x, conv_state, weight and y to begin at multiples of 16 bytes"
+    refusal = _csrc_conv1d_update.refusal(x, conv_state, weight, bias, rollback, cu_seqlens, y)
     chosen = _choice(impl, x.device, refusal)[0]
     if chosen == "cuda":
-        launch = _csrc_conv1d_update.causal_conv1d_update(
-            x, conv_state, weight, bias, slots, y.stride(), silu, null_slot
-        )
+        launch = _csrc_conv1d_update.causal_conv1d_update(x, conv_state, weight, bias, slots, y, silu, null_slot)
         launch(x, *rest, y)
         return
     if chosen == "triton":

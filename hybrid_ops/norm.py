@@ -1,5 +1,6 @@
 """RMSNorm: `rms_norm`, optionally with the residual add of the layer before it, and `gated_rms_norm` of Mamba-2."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,15 +47,12 @@ def rms_norm(
     >>> y, h = hybrid_ops.rms_norm(torch.randn(2, 8), torch.ones(8), residual=torch.randn(2, 8))
     """
     _device.check_impl(impl)
-    hidden = _check_x(x)
-    _checks.tensor("weight", weight, (hidden,), device=x.device)
-    if residual is not None:
-        _checks.tensor("residual", residual, x.shape, device=x.device)
+    _, run = _check(x, None, weight, residual, eps, None, False, out, impl)
     needs_grad = _checks.needs_grad(x, weight, residual)
     _checks.out(out, x, needs_grad)
     if needs_grad:
         return _RMSNorm.apply(x, weight, residual, eps, impl)
-    return _rms_norm(x, weight, residual, eps, out, impl)
+    return _rms_norm(x, weight, residual, eps, out, impl, run)
 
 
 def gated_rms_norm(
@@ -98,26 +96,49 @@ def gated_rms_norm(
     >>> y = hybrid_ops.gated_rms_norm(torch.randn(2, 8), torch.randn(2, 8), torch.ones(8), group_size=4)
     """
     _device.check_impl(impl)
-    hidden = _check_x(x)
-    _checks.tensor("weight", weight, (hidden,), device=x.device)
-    if z is not None:
-        _checks.tensor("z", z, x.shape, device=x.device)
-    if group_size is None:
-        group_size = hidden
-    elif not isinstance(group_size, int) or group_size < 1 or hidden % group_size:
-        raise ValueError(f"group_size must divide the last dimension of x, {hidden}, got {group_size}")
+    group_size, run = _check(x, z, weight, None, eps, group_size, norm_before_gate, out, impl)
     needs_grad = _checks.needs_grad(x, z, weight)
     _checks.out(out, x, needs_grad)
     if needs_grad:
         return _GatedRMSNorm.apply(x, z, weight, eps, group_size, norm_before_gate, impl)
-    return _gated_rms_norm(x, z, weight, eps, group_size, norm_before_gate, out, impl)
+    return _gated_rms_norm(x, z, weight, eps, group_size, norm_before_gate, out, impl, run)
 
 
-def _check_x(x: Tensor) -> int:
+@_checks.remembered
+def _check(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    group_size: int | None,
+    norm_before_gate: bool,
+    out: Tensor | None,
+    impl: str,
+) -> tuple[int, Callable[..., None] | None]:
+    """The size of a group; Triton's launch, where that is what a plain call comes to."""
     if isinstance(x, Tensor) and (x.dim() == 0 or x.shape[-1] == 0):
         raise ValueError(f"x must have shape (..., hidden) with hidden >= 1, got {tuple(x.shape)}")
     _checks.tensor("x", x, (None,) * x.dim() if isinstance(x, Tensor) else ())
-    return x.shape[-1]
+    hidden = x.shape[-1]
+    _checks.number("eps", eps)
+    _checks.tensor("weight", weight, (hidden,), device=x.device)
+    if z is not None:
+        _checks.tensor("z", z, x.shape, device=x.device)
+    if residual is not None:
+        _checks.tensor("residual", residual, x.shape, device=x.device)
+    if group_size is None:
+        group_size = hidden
+    elif not isinstance(group_size, int) or group_size < 1 or hidden % group_size:
+        raise ValueError(f"group_size must divide the last dimension of x, {hidden}, got {group_size}")
+    _checks.out(out, x, needs_grad=False)
+    if not _checks.eager_on_gpu(x) or _device.choose(impl, x.device)[0] != "triton":
+        return group_size, None
+    from .triton_kernels import norm as kernels
+
+    y = x.new_empty(x.shape, device="meta") if out is None else out
+    h = None if residual is None else residual.new_empty(residual.shape, device="meta")
+    return group_size, kernels.find(x, z, residual, weight, y, h, eps, group_size, norm_before_gate)
 
 
 @explains("rms_norm")
@@ -159,11 +180,17 @@ _norm_fwd_op = define(
 
 
 def _rms_norm(
-    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, out: Tensor | None, impl: str
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    out: Tensor | None,
+    impl: str,
+    run: Callable[..., None] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    y = x.new_empty(x.shape) if out is None else out
-    h = None if residual is None else residual.new_empty(residual.shape)
-    _norm_fwd_op(x, None, residual, weight, y, h, eps, x.shape[-1], False, impl)
+    y = x.new_empty(*x.shape) if out is None else out
+    h = None if residual is None else residual.new_empty(*residual.shape)
+    _norm_fwd_op(x, None, residual, weight, y, h, eps, x.shape[-1], False, impl, run=run)
     return y if h is None else (y, h)
 
 
@@ -176,9 +203,10 @@ def _gated_rms_norm(
     norm_before_gate: bool,
     out: Tensor | None,
     impl: str,
+    run: Callable[..., None] | None = None,
 ) -> Tensor:
-    y = x.new_empty(x.shape) if out is None else out
-    _norm_fwd_op(x, z, None, weight, y, None, eps, group_size, norm_before_gate, impl)
+    y = x.new_empty(*x.shape) if out is None else out
+    _norm_fwd_op(x, z, None, weight, y, None, eps, group_size, norm_before_gate, impl, run=run)
     return y
 
 

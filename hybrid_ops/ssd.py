@@ -126,7 +126,7 @@ def ssd_chunk_scan(
     if ssm_state is not None:
         if needs_grad or _checks.needs_grad(ssm_state):
             raise ValueError("ssm_state must be None where a gradient is needed: pools are not differentiable")
-        y = x.new_empty(x.shape) if out is None else out
+        y = x.new_empty(*x.shape) if out is None else out
         _ssd_fwd_op(*tensors, *slots, y, None, None, ssm_state, *options, run=run)
         return y
     stored = state_dtype or compute
@@ -170,6 +170,7 @@ def _check(
     what a plain call comes to."""
     compute = _check_inputs(x, dt, A, B, C, D, z, dt_bias)
     low, high = _check_options(dt_limit, chunk_size, state_interval, batch_invariant)
+    _checks.number("null_slot", null_slot)
     nseq = _check_sequences(x, seq_idx, cu_seqlens, seq_offsets, state_interval)
     state_shape = (nseq, *x.shape[2:], B.shape[3])
     floats = _floats(compute)
@@ -191,7 +192,7 @@ def _check(
                 raise ValueError(f"{name} must be None without ssm_state, got a tensor")
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, seq_offsets, *slots.values())
     run = None
-    if not torch.compiler.is_compiling() and x.is_cuda:
+    if _checks.eager_on_gpu(x):
         options = (dt_softplus, low, high, state_interval, null_slot, batch_invariant)
         run = _cuda_launch(impl, tensors, out, return_final_states, state_dtype or compute, ssm_state, *options)
     return compute, low, high, run
@@ -342,7 +343,7 @@ def _choose(
     return Choice(chosen, config._asdict(), reason)
 
 
-def _choice(impl: str, tensors: tuple[Any, ...], state_interval: int, aligned: bool = True) -> str:
+def _choice(impl: str, tensors: tuple[Any, ...], state_interval: int) -> str:
     """`tensors`: those of the operator."""
     x, _, A, B, C, _, z, _, initial, seq_idx, cu_seqlens, seq_offsets = tensors[:12]
     read, write, interval_slots, y, final, interval, pool = tensors[12:]
@@ -353,8 +354,6 @@ def _choice(impl: str, tensors: tuple[Any, ...], state_interval: int, aligned: b
         refusal = _device.not_sm90(x.device) or _csrc_ssd.refusal(
             x, A, B, C, z, seq_idx, small, y, states[0], states[1:], state_interval
         )
-        if refusal is None and not aligned:
-            refusal = "the CUDA kernel needs x, B, C, z, y and states that begin at multiples of 16 bytes"
     return _device.choose(impl, x.device, refusal)[0]
 
 
@@ -373,22 +372,16 @@ def _cuda_launch(
         B, cu_seqlens = tensors[3], tensors[10]
         results = _new_results(x, B, cu_seqlens, return_final_states, state_dtype, state_interval, out, "meta")
     else:
-        results = (torch.empty(x.shape, dtype=x.dtype, device="meta") if out is None else out, None, None)
+        results = (x.new_empty(x.shape, device="meta") if out is None else out, None, None)
     if _choice(impl, (*tensors, *results, pool), state_interval) != "cuda":
         return None
-    launch = _csrc_ssd.ssd_chunk_scan(*(*tensors, *results, pool, *options))
-
-    def run(*arguments: Any) -> None:
-        if not launch(*arguments):
-            _ssd_fwd(*arguments)
-
-    return run
+    return _csrc_ssd.ssd_chunk_scan(*(*tensors, *results, pool, *options))
 
 
 def _ssd_fwd(*arguments: Any) -> None:
     *tensors_and_options, impl = arguments
     tensors = arguments[:19]
-    chosen = _choice(impl, tensors, arguments[22], not _csrc_ssd.misaligned(arguments))
+    chosen = _choice(impl, tensors, arguments[22])
     if chosen == "cuda":
         _csrc_ssd.ssd_chunk_scan(*tensors_and_options)(*arguments)
     elif chosen == "triton":
@@ -422,7 +415,7 @@ def _new_results(
     """y, final states and interval states; the last two where they are asked for."""
     batch, seqlen, nheads, headdim = x.shape
     state = (nheads, headdim, B.shape[3])
-    y = x.new_empty(x.shape, device=device) if out is None else out
+    y = x.new_empty(*x.shape, device=device) if out is None else out
     nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final_states = interval_states = None
     if return_final_states:

@@ -114,10 +114,8 @@ def ssd_state_update(
         *(x, state, *inputs, *slots),
         *(dt_limit, update_state, null_slot, state_scale, rounding, seed, out, dt_softplus, impl),
     )
-    if run is not None and state.data_ptr() % 16:  # no part of a signature
-        run = None
     _checks.no_gradient(state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
-    y = x.new_empty(x.shape) if out is None else out
+    y = x.new_empty(*x.shape) if out is None else out
     options = (dt_softplus, low, high, update_state, null_slot, impl)
     _ssd_state_update_op(state, x, *inputs, *slots, seed, state_scale, y, *options, run=run)
     return y
@@ -153,17 +151,18 @@ def _check(
     if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, got {dt_limit}")
     _check_slots(state, batch, steps, read_slots, write_slots, num_accepted, cu_seqlens, update_state, null_slot)
+    _checks.number("null_slot", null_slot)
     _check_scale(state, state_scale)
     _check_rounding(state, rounding, seed)
     _checks.out(out, x, needs_grad=False)
     low, high = float(dt_limit[0]), float(dt_limit[1])
-    if torch.compiler.is_compiling() or not x.is_cuda or not state.is_cuda:
+    if not _checks.eager_on_gpu(x):
         return low, high, None
     tensors = (x, state, dt, A, B, C, D, z, dt_bias, read_slots, write_slots, num_accepted, cu_seqlens)
     if _choice(impl, *tensors, state_scale, batch)[0] != "cuda":
         return low, high, None
-    strides = torch.empty(x.shape, device="meta").stride() if out is None else out.stride()
-    options = (strides, dt_softplus, low, high, update_state, null_slot)
+    y = x.new_empty(x.shape, device="meta") if out is None else out
+    options = (y, dt_softplus, low, high, update_state, null_slot)
     return low, high, _csrc_ssd_update.ssd_state_update(*tensors, seed, state_scale, *options)
 
 
@@ -376,7 +375,7 @@ def _ssd_state_update(
     batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chosen = _choice(impl, x, state, *inputs, *slots, state_scale, batch)[0]
     if chosen == "cuda":
-        launch = _csrc_ssd_update.ssd_state_update(x, state, *inputs, *slots, seed, state_scale, y.stride(), *options)
+        launch = _csrc_ssd_update.ssd_state_update(x, state, *inputs, *slots, seed, state_scale, y, *options)
         launch(state, x, *inputs, *slots, seed, state_scale, y)
         return
     if chosen == "triton":

@@ -251,13 +251,13 @@ def call_extension(extension, expression):
 
 
 def test_extension_imports_without_a_gpu(extension):
-    assert call_extension(extension, "c.conv1d_fwd.__name__") == "conv1d_fwd"
+    assert call_extension(extension, "c.Conv1d.__name__") == "Conv1d"
 
 
 def test_extension_says_what_went_wrong_without_a_gpu(extension):
-    arguments = "(0,) * 9, (0,) * 4, (1, 8, 8, 4, 1, 1, 3), (0, 0), (0, 0), (0,) * 3, (0,) * 3, -1, True, 4, 0, 0"
+    arguments = "(0,) * 4, (1, 8, 8, 4, 1, 1, 3), (0, 0), (0, 0), (0,) * 3, (0,) * 3, -1, True, 4"
     with pytest.raises(subprocess.CalledProcessError) as failure:
-        call_extension(extension, f"c.conv1d_fwd({arguments})")
+        call_extension(extension, f"c.Conv1d({arguments})((None,) * 9, 0, 0)")
     assert re.search(r"RuntimeError: cuda\w+: (CUDA driver|no CUDA)", failure.value.stderr), failure.value.stderr
 
 

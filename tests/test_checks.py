@@ -36,7 +36,8 @@ def test_once_for_each_signature(check, on_gpu):
         assert check(x, weight, None) is None
         assert check(x.mT.contiguous().mT, weight, (1, 2)) == 2  # the same shape, other strides
         assert check(x.double(), weight.double(), (1, 2)) == 2
-    assert check.calls == [(1, 2), (1, 5), None, (1, 2), (1, 2)]
+        assert check(torch.ones(7)[1:].view(2, 3), weight, (1, 2)) == 2  # not at a multiple of 16 bytes
+    assert check.calls == [(1, 2), (1, 5), None, (1, 2), (1, 2), (1, 2)]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,24 @@ def ssd():
     return hybrid_ops.ssd_chunk_scan, arguments | dict(cu_seqlens=torch.tensor([0, 20], dtype=torch.int32))
 
 
-@pytest.mark.parametrize("problem", [conv1d_update, ssd_update, ssd])
+def conv1d():
+    arguments = dict(x=torch.ones(1, 20, 8), weight=torch.ones(8, 4), bias=torch.ones(8))
+    pool = dict(conv_state=torch.zeros(4, 8, 3), read_slots=torch.tensor([2], dtype=torch.int32))
+    return hybrid_ops.causal_conv1d, arguments | pool
+
+
+def norm():
+    return hybrid_ops.rms_norm, dict(x=torch.ones(3, 8), weight=torch.ones(8), residual=torch.ones(3, 8))
+
+
+def gated_norm():
+    return hybrid_ops.gated_rms_norm, dict(x=torch.ones(3, 8), z=torch.ones(3, 8), weight=torch.ones(8))
+
+
+WITHOUT_GRADIENT = (hybrid_ops.causal_conv1d_update, hybrid_ops.ssd_state_update)
+
+
+@pytest.mark.parametrize("problem", [conv1d_update, ssd_update, ssd, conv1d, norm, gated_norm])
 def test_operators(problem, on_gpu):
     """After a good call, each tensor of another dtype, shape or device is refused, and so is the gradient it lacks."""
     run, good = problem()
@@ -105,6 +123,25 @@ def test_operators(problem, on_gpu):
         for bad in (tensor.to(torch.int16), tensor.new_empty(*tensor.shape, 1, 1), tensor.to("meta")):
             with pytest.raises((TypeError, ValueError), match=" must "):
                 run(**good | {name: bad})
-        if tensor.is_floating_point() and run is not hybrid_ops.ssd_chunk_scan:
+        if tensor.is_floating_point() and run in WITHOUT_GRADIENT:
             with pytest.raises(ValueError, match=f"{name} must not require a gradient"):
                 run(**good | {name: tensor.clone().requires_grad_()})
+
+
+@pytest.mark.parametrize("problem", [conv1d_update, ssd_update, ssd, conv1d])
+def test_numbers(problem, on_gpu):
+    """A tensor has the signature of any other: its value must not be remembered."""
+    run, good = problem()
+    with pytest.raises(TypeError, match="null_slot must be a number"):
+        run(**good, null_slot=torch.tensor(-1))
+
+
+def test_eps_is_a_number(on_gpu):
+    with pytest.raises(TypeError, match="eps must be a number"):
+        hybrid_ops.rms_norm(torch.ones(3, 8), torch.ones(8), eps=torch.tensor(1e-5))
+
+
+def test_transforms_are_not_looked_into(on_gpu):
+    """Under vmap a tensor has no address to ask for; what cannot run there says so."""
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.func.vmap(lambda x: hybrid_ops.rms_norm(x, torch.ones(8)))(torch.ones(2, 3, 8))

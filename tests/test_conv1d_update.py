@@ -171,7 +171,7 @@ def check_sequences_of_a_thread(device):
         for sequences in (1, 4):
             pool, y = before.clone(), torch.full_like(x, float("nan"))
             arguments, config = (x, pool, weight, bias, slots), csrc.Config(sequences)
-            csrc.causal_conv1d_update(*arguments, y.stride(), True, -1, config)(*arguments, None, None, y)
+            csrc.causal_conv1d_update(*arguments, y, True, -1, config)(*arguments, None, None, y)
             results.append((y, pool))
         assert (results[0][0][[1, 4]] == 0).all()
         for first, other in zip(*results, strict=True):
@@ -182,7 +182,7 @@ def test_what_the_cuda_kernel_takes():
     x, state, weight = torch.empty(3, 16), torch.empty(5, 16, 3), torch.empty(16, 4)
 
     def refusal(x=x, state=state, weight=weight, bias=None, rollback=None, cu_seqlens=None):
-        return csrc.refusal(x, state, weight, bias, rollback, cu_seqlens, x.contiguous().stride())
+        return csrc.refusal(x, state, weight, bias, rollback, cu_seqlens, torch.empty(x.shape))
 
     assert refusal() is None
     assert refusal(state=torch.empty(5, 3, 16).transpose(1, 2)) is None
@@ -195,6 +195,7 @@ def test_what_the_cuda_kernel_takes():
     assert "side by side" in refusal(state=torch.empty(5, 16, 4)[..., 1:])
     assert "16 bytes" in refusal(torch.empty(3, 18), torch.empty(5, 18, 3))
     assert "16 bytes" in refusal(torch.empty(3, 17)[:, 1:])
+    assert "begin at multiples" in refusal(torch.empty(49)[1:].view(3, 16))
     with pytest.raises(RuntimeError, match="widths 2 to 4"):
         hybrid_ops.explain("causal_conv1d_update", impl="cuda", width=5)
 

@@ -13,10 +13,10 @@ def calls(monkeypatch):
     """How each call of an operator went."""
     went = []
 
-    def call(self, *arguments):
+    def call(self, *arguments, run=None):
         plain = _library._is_plain(arguments)
         went.append("directly" if plain else "dispatched")
-        (self._run if plain else self._overload)(*arguments)
+        ((run or self._run) if plain else self._overload)(*arguments)
 
     monkeypatch.setattr(_library.Operator, "__call__", call)
     return went

@@ -10,7 +10,12 @@ import torch
 import triton
 from torch import Tensor
 
+from .._signature import in_python, signature
+
 Plan = TypeVar("Plan")
+
+
+_HERE = contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -21,8 +26,8 @@ def _device_of(tensor: Tensor) -> Iterator[None]:
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """Triton launches on torch's current device and stream: make it the tensor's, at no cost where it already is."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch._C._cuda_getDevice():
+        return _HERE
     return _device_of(tensor)
 
 
@@ -139,7 +144,9 @@ class Launch:
 
 def traits(*tensors: Tensor | None) -> tuple[Any, ...]:
     """What Triton specialises kernels on, beside the values of scalars; and shapes."""
-    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors])
+    found = signature(*tensors) or in_python(*tensors)  # the second: of a dtype that DLPack has no name for
+    assert found is not None  # kernels are launched for tensors that have addresses
+    return found
 
 
 _PLANS: dict[tuple[Any, ...], Any] = {}

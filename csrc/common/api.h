@@ -16,8 +16,8 @@ struct Target {
   std::uintptr_t stream;
 };
 
+// All of a convolution but its addresses, which change from call to call: made once for each signature.
 struct Conv1dArgs {
-  std::uintptr_t x, weight, bias, initial_states, y, final_states, cu_seqlens, read_slots, write_slots;
   DType dtype, weight_dtype, bias_dtype, states_dtype;
   std::int64_t batch, seqlen, dim, width, nseq, nslots, state_len;
   std::array<std::int64_t, 2> x_strides, y_strides;            // batch, token
@@ -25,6 +25,10 @@ struct Conv1dArgs {
   int null_slot;
   bool silu;
   int tokens_per_thread;
+};
+
+struct Conv1dTensors {
+  std::uintptr_t x, weight, bias, initial_states, y, final_states, cu_seqlens, read_slots, write_slots;
 };
 
 struct Conv1dBwdArgs {
@@ -57,7 +61,8 @@ struct SsdArgs {
 
 struct SsdTensors {
   std::uintptr_t x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, seq_offsets, read_slots, write_slots,
-      interval_slots, y, final, interval, interval_base, segment_states, segment_decay;
+      interval_slots, y, final, interval, interval_base;
+  std::uintptr_t segments;  // float32: (slots, parts, nheads, headdim, dstate), then (slots, parts, nheads)
 };
 
 // ssd_sm90.cu
@@ -97,7 +102,7 @@ struct Conv1dUpdateArgs {
 using Conv1dUpdatePointers = std::array<std::uintptr_t, 6>;
 
 // conv1d_sm90.cu
-void conv1d_fwd(const Conv1dArgs& args, Target target);
+void conv1d_fwd(const Conv1dArgs& args, const Conv1dTensors& tensors, Target target);
 
 // conv1d_update_sm90.cu
 void conv1d_update(const Conv1dUpdateArgs& args, const Conv1dUpdatePointers& pointers, Target target);

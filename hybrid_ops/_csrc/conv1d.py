@@ -1,11 +1,12 @@
 """Launcher of csrc/conv1d_sm90.cu, and what that kernel does not take."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _device
+from .. import _checks, _device
 from . import DTYPES
 
 
@@ -96,37 +97,50 @@ def conv1d(
     null_slot: int,
 ) -> None:
     """Fill y; start from `history` and fill `state`, a row per sequence or a pool with slots."""
+    small = (bias, cu_seqlens, read_slots, write_slots)
+    bias, cu_seqlens, read_slots, write_slots = (None if t is None else t.contiguous() for t in small)
+    tensors = (x, _weight_in_vectors(weight), bias, history, y, state, cu_seqlens, read_slots, write_slots)
+    make_launch(*tensors, silu, null_slot)(tensors)
+
+
+def is_dense(weight: Tensor, *small: Tensor | None) -> bool:
+    """Whether `conv1d` would copy none of them."""
+    return _weight_in_vectors(weight) is weight and all(t is None or t.is_contiguous() for t in small)
+
+
+@_checks.remembered
+def make_launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    history: Tensor | None,
+    y: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    read_slots: Tensor | None,
+    write_slots: Tensor | None,
+    silu: bool,
+    null_slot: int,
+) -> Callable[[tuple[Tensor | None, ...]], None]:
+    """What runs the kernel on such tensors, given in a tuple and in this order."""
     extension = _device.cuda_extension()
     assert extension is not None  # `choose` has seen it
-    batch, seqlen, dim = x.shape
-    width = weight.shape[1]
-    index = x.device.index
+    (batch, seqlen, dim), width, index = x.shape, weight.shape[1], x.device.index
     nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     some_states = history if history is not None else state
-    bias, *indices = (None if t is None else t.contiguous() for t in (bias, cu_seqlens, read_slots, write_slots))
-    tensors = (x, _weight_in_vectors(weight), bias, history, y, state, *indices)
-    extension.conv1d_fwd(
-        tuple(0 if t is None else t.data_ptr() for t in tensors),
-        tuple(DTYPES[(x if t is None else t).dtype] for t in (x, weight, bias, some_states)),
-        (
-            batch,
-            seqlen,
-            dim,
-            width,
-            nseq,
-            nseq if some_states is None else some_states.shape[0],
-            width - 1 if some_states is None else some_states.shape[2],
-        ),
-        x.stride()[:2],
-        y.stride()[:2],
-        (0, 0, 0) if history is None else history.stride(),
-        (0, 0, 0) if state is None else state.stride(),
-        null_slot,
-        silu,
-        config(batch, seqlen, dim, _device.num_sms(index), x.element_size()).tokens_per_thread,
-        index,
-        torch.cuda.current_stream(x.device).cuda_stream,
+    nslots, _, state_len = (nseq, dim, width - 1) if some_states is None else some_states.shape
+    launch = extension.Conv1d(
+        dtypes=tuple(DTYPES[(x if t is None else t).dtype] for t in (x, weight, bias, some_states)),
+        sizes=(batch, seqlen, dim, width, nseq, nslots, state_len),
+        x_strides=x.stride()[:2],
+        y_strides=y.stride()[:2],
+        initial_strides=(0, 0, 0) if history is None else history.stride(),
+        final_strides=(0, 0, 0) if state is None else state.stride(),
+        null_slot=null_slot,
+        silu=silu,
+        tokens_per_thread=config(batch, seqlen, dim, _device.num_sms(index), x.element_size()).tokens_per_thread,
     )
+    return lambda tensors: launch(tensors, index, torch._C._cuda_getCurrentRawStream(index))
 
 
 def conv1d_bwd(
@@ -182,5 +196,5 @@ def conv1d_bwd(
         silu,
         tokens,
         index,
-        torch.cuda.current_stream(x.device).cuda_stream,
+        torch._C._cuda_getCurrentRawStream(index),
     )

@@ -32,7 +32,7 @@ def refusal(
     bias: Tensor | None,
     rollback: Tensor | None,
     cu_seqlens: Tensor | None,
-    y_strides: tuple[int, ...],
+    y: Tensor,
 ) -> str | None:
     """Why this kernel cannot take the problem; None where it can."""
     if x.dim() != 2 or rollback is not None or cu_seqlens is not None:
@@ -49,10 +49,12 @@ def refusal(
     slot, channel, column = conv_state.stride()
     if (channel, column) != (state_len, 1) and (channel != 1 or (state_len > 1 and column % number)):
         return "the CUDA kernel needs the columns of each channel, or the channels of each column, side by side"
-    rows = (x.stride(0), y_strides[0], slot)
-    if dim % number or x.stride(1) != 1 or y_strides[1] != 1 or any(row % number for row in rows):
+    rows = (x.stride(0), y.stride(0), slot)
+    if dim % number or x.stride(1) != 1 or y.stride(1) != 1 or any(row % number for row in rows):
         return "the CUDA kernel needs rows of x, y and conv_state of, and at, multiples of 16 bytes"
-    if batch > 65535 or max(x.stride(0), y_strides[0], column, conv_state.shape[0], 4 * dim) >= 2**31:
+    if any(t.data_ptr() % 16 for t in (x, conv_state, weight, y)):
+        return "the CUDA kernel needs x, conv_state, weight and y to begin at multiples of 16 bytes"
+    if batch > 65535 or max(x.stride(0), y.stride(0), column, conv_state.shape[0], 4 * dim) >= 2**31:
         return "the CUDA kernel counts sequences up to 65535, and all but slots in 32 bits"
     return None
 
@@ -64,7 +66,7 @@ def causal_conv1d_update(
     weight: Tensor,
     bias: Tensor | None,
     slots: Tensor | None,
-    y_strides: tuple[int, ...],
+    y: Tensor,
     silu: bool,
     null_slot: int,
     chosen: Config | None = None,
@@ -80,7 +82,7 @@ def causal_conv1d_update(
     launch = extension.Conv1dUpdate(
         dtypes=tuple(DTYPES[(x if t is None else t).dtype] for t in (x, weight, bias)),
         sizes=(batch, dim, weight.shape[1], nslots),
-        strides=(conv_state.stride(0), column, x.stride(0), y_strides[0], 0 if slots is None else slots.stride(0)),
+        strides=(conv_state.stride(0), column, x.stride(0), y.stride(0), 0 if slots is None else slots.stride(0)),
         null_slot=null_slot,
         silu=silu,
         sequences=chosen.sequences,
@@ -90,12 +92,6 @@ def causal_conv1d_update(
         """x, conv_state, weight, bias, slots, rollback, cu_seqlens, y, .."""
         x, conv_state, weight, bias, slots, _, _, y = arguments[:8]
         if y.numel():
-            pointers = [0 if t is None else t.data_ptr() for t in (x, conv_state, weight, bias, slots, y)]
-            launch(pointers, index, torch._C._cuda_getCurrentRawStream(index))
+            launch((x, conv_state, weight, bias, slots, y), index, torch._C._cuda_getCurrentRawStream(index))
 
     return run
-
-
-def misaligned(x: Tensor, conv_state: Tensor, weight: Tensor, y: Tensor) -> bool:
-    """Whether memory does not begin at multiples of 16 bytes, which is no part of a signature."""
-    return (x.data_ptr() | conv_state.data_ptr() | weight.data_ptr() | y.data_ptr()) % 16 != 0

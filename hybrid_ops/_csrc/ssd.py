@@ -90,20 +90,18 @@ def refusal(
             return f"the CUDA kernel needs rows of {name} that begin at multiples of 16 bytes"
     if not A.is_contiguous() or any(t is not None and not t.is_contiguous() for t in small):
         return "the CUDA kernel needs contiguous A and indices"
-    if any(t is not None and not (t[:1].is_contiguous() and t.stride(0) % 2 == 0) for t in (initial, *kept)):
+    states = [t for t in (initial, *kept) if t is not None]
+    if any(not (t[:1].is_contiguous() and t.stride(0) % 2 == 0) for t in states):
         return "the CUDA kernel needs contiguous states in each slot"
+    if any(t.data_ptr() % 16 for t in states):
+        return "the CUDA kernel needs states that begin at multiples of 16 bytes"
     return None
 
 
 def _boxes(t: Tensor) -> bool:
-    """Whether TMA takes it: unit stride, and 16 bytes under every other one that is ever taken."""
-    return t.stride(3) == 1 and all(t.shape[i] == 1 or t.stride(i) % 8 == 0 for i in range(3))
-
-
-def misaligned(arguments: tuple[Any, ...]) -> bool:
-    """Whether x, B, C, z, y or a state, of the operator's arguments, does not begin at a multiple of 16 bytes."""
-    tensors = (arguments[i] for i in (0, 3, 4, 6, 8, 15, 16, 17, 18))
-    return any(t is not None and t.data_ptr() % 16 for t in tensors)
+    """Whether TMA takes it: unit stride, and 16 bytes under its address and every other stride that is ever taken."""
+    strides = [t.stride(i) for i in range(3) if t.shape[i] > 1]
+    return t.stride(3) == 1 and t.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
 
 
 @_checks.remembered
@@ -134,9 +132,8 @@ def ssd_chunk_scan(
     null_slot: int,
     batch_invariant: bool,
     chosen: Config | None = None,
-) -> Callable[..., bool]:
-    """What fills y and the states, given the operator's arguments, and returns True; for those of one signature. False
-    where they are `misaligned`."""
+) -> Callable[..., None]:
+    """What fills y and the states, given the operator's arguments; for those of one signature."""
     extension = _device.cuda_extension()
     assert extension is not None  # `choose` has seen it
     batch, seqlen, nheads, headdim = x.shape
@@ -175,26 +172,21 @@ def ssd_chunk_scan(
         null_slot=null_slot,
         config=(chosen.heads, length, chosen.parts, places, num_sms),
     )
-    segments = (places * chosen.parts, nheads, headdim, dstate)
+    floats = places * chosen.parts * nheads * (headdim * dstate + 1) if length else 0  # states of segments, and decays
 
-    def run(*arguments: Any) -> bool:
+    def run(*arguments: Any) -> None:
         *inputs, initial, _, cu_seqlens, offsets, read, write, interval_slots, y, final, interval, pool = arguments[:19]
-        base = added = decay = None
+        base = segments = None
         if interval is not None:
             interval.zero_()
             if cu_seqlens is not None:
                 base = first_interval(cu_seqlens, offsets, state_interval)
         if pool is not None:
             initial, final, interval = sources(initial, final, interval, pool, read, write, interval_slots)
-        if length:
-            added = y.new_empty(segments, dtype=torch.float32)
-            decay = y.new_empty(segments[:2], dtype=torch.float32)
-        tensors = (*inputs, initial, cu_seqlens, offsets, read, write, interval_slots, y, final, interval, base, added)
-        pointers = [0 if t is None else t.data_ptr() for t in (*tensors, decay)]
-        x, _, _, B, C, _, z, _, initial, *_, y, final, interval, _, _, _ = pointers
-        if (x | B | C | z | initial | y | final | interval) % 16:  # no part of a signature
-            return False
-        launch(pointers, index, torch._C._cuda_getCurrentRawStream(index))
-        return True
+        if floats:
+            segments = y.new_empty(floats, dtype=torch.float32)
+        indices = (cu_seqlens, offsets, read, write, interval_slots)
+        tensors = (*inputs, initial, *indices, y, final, interval, base, segments)
+        launch(tensors, index, torch._C._cuda_getCurrentRawStream(index))
 
     return run

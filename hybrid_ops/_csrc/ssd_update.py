@@ -74,7 +74,7 @@ def ssd_state_update(
     cu_seqlens: Tensor | None,
     seed: Tensor | None,
     state_scale: Tensor | None,
-    y_strides: tuple[int, ...],
+    y: Tensor,
     dt_softplus: bool,
     dt_min: float,
     dt_max: float,
@@ -117,7 +117,7 @@ def ssd_state_update(
         scale_strides=(0, 0, 0) if state_scale is None else state_scale.stride(),
         token_strides=tuple(
             token_strides(s)
-            for s in (x.stride(), None if z is None else z.stride(), y_strides, dt.stride(), B.stride(), C.stride())
+            for s in (x.stride(), None if z is None else z.stride(), y.stride(), dt.stride(), B.stride(), C.stride())
         ),
         small_strides=(
             A.stride(0),
@@ -138,7 +138,6 @@ def ssd_state_update(
         if batch == 0:
             arguments[15].zero_()  # y, the last of the 16 tensors
             return
-        pointers = [0 if t is None else t.data_ptr() for t in arguments[:16]]
-        launch(pointers, index, torch._C._cuda_getCurrentRawStream(index))
+        launch(arguments, index, torch._C._cuda_getCurrentRawStream(index))
 
     return run
