@@ -14,7 +14,7 @@
 //     0    warp 0 copies B, C, x, z with TMA into a ring of stages; warps 1, 2 turn dt into a, b and their powers;
 //          warp 3 stores y
 //     1    M and own of each head, from one C B^T for all heads of the CTA
-//     2..  a state of 64 rows each: a head, or a part of one whose headdim is above 64
+//     2..  a state of 64 rows and 128 columns each: a head, or a part of one whose headdim or dstate is larger
 #pragma once
 
 #include "common/ssd_inputs.cuh"
@@ -33,15 +33,15 @@ __device__ __forceinline__ States segment_states(const SsdParams& p) {
   return {p.segment_states, DType::float32, static_cast<int64>(p.nheads) * p.headdim * p.dstate, nullptr};
 }
 
-// A thread's part of a state: rows `feature` and `feature` + 8, columns 8 j + 2 (lane % 4) + {0, 1}. `value(i)` is
-// where registers i and i + 1 are.
+// A thread's part of a state: rows `feature` and `feature` + 8, columns 8 j + 2 (lane % 4) + {0, 1} from `left` on.
+// body(i, place): registers i and i + 1 are those at `place`.
 template <typename Body>
-__device__ __forceinline__ void for_each_pair(const SsdParams& p, int head, int feature, Body body) {
+__device__ __forceinline__ void for_each_pair(const SsdParams& p, int head, int feature, int left, Body body) {
   const int lane = threadIdx.x % 32;
   asm volatile("" : "+r"(feature));  // what is found out here is not worth a register from one use to the next
 #pragma unroll
   for (int i = 0; i < kStates / 2; i += 2) {
-    const int row = feature + (i & 2) * 4, column = i / 4 * 8 + 2 * (lane % 4);
+    const int row = feature + (i & 2) * 4, column = left + i / 4 * 8 + 2 * (lane % 4);
     if (row < p.headdim && column < p.dstate) {
       body(i, (static_cast<int64>(head) * p.headdim + row) * p.dstate + column);
     }
@@ -49,9 +49,9 @@ __device__ __forceinline__ void for_each_pair(const SsdParams& p, int head, int 
 }
 
 __device__ __forceinline__ void store_state(const SsdParams& p, const States& states, int64 slot, int head, int feature,
-                                            const float (&state)[kStates / 2]) {
+                                            int left, const float (&state)[kStates / 2]) {
   const int64 base = slot * states.stride;
-  for_each_pair(p, head, feature, [&](int i, int64 place) {
+  for_each_pair(p, head, feature, left, [&](int i, int64 place) {
     if (states.dtype == DType::float32) {
       *reinterpret_cast<float2*>(static_cast<float*>(states.data) + base + place) = make_float2(state[i], state[i + 1]);
     } else if (states.dtype == DType::bfloat16) {
@@ -63,7 +63,7 @@ __device__ __forceinline__ void store_state(const SsdParams& p, const States& st
   });
 }
 
-__device__ __forceinline__ void load_state(const SsdParams& p, const Unit& unit, int head, int feature,
+__device__ __forceinline__ void load_state(const SsdParams& p, const Unit& unit, int head, int feature, int left,
                                            float (&state)[kStates / 2]) {
 #pragma unroll
   for (int i = 0; i < kStates / 2; ++i) state[i] = 0.f;
@@ -78,7 +78,7 @@ __device__ __forceinline__ void load_state(const SsdParams& p, const Unit& unit,
   if (found) {
     const Floats source{states.data, states.dtype};
     const int64 base = slot * states.stride;
-    for_each_pair(p, head, feature, [&](int i, int64 place) {
+    for_each_pair(p, head, feature, left, [&](int i, int64 place) {
       state[i] = source[base + place];
       state[i + 1] = source[base + place + 1];
     });
@@ -151,11 +151,14 @@ __device__ __forceinline__ bool find_target(const SsdParams& p, const Unit& unit
          find_slot(p, target.slots, place, slot);
 }
 
-template <typename Config>
+// kHalf: of the columns of its tile's state that the warpgroup has. Y^T is the sum of what both have found; the first
+// adds them up.
+template <typename Config, int kHalf>
 __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemory<Config>& shared, int tile) {
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int head_of_cta = Config::kHeads == 1 ? 0 : tile;
   const int feature = (Config::kHeads == 1 ? tile * 64 : 0) + 16 * warp + lane / 4;  // and feature + 8
+  constexpr int kLeft = kHalf * kStates, kGroupOffset = kHalf * kStates / 64 * Config::kTileBytes;
   float state[kStates / 2];
   float log_decay = 0.f;
   float D[2] = {};  // of the thread's two rows of features
@@ -177,7 +180,7 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
     };
     wait(shared.full(s), (iteration / Config::kStages) & 1);
     wait(shared.mixed_full(m), (iteration / Config::kBuffers) & 1);
-    load_x(x, shared.x(s, tile), warp, lane);
+    if constexpr (Config::kHalves == 1 || Config::kStatesOnly) load_x(x, shared.x(s, tile), warp, lane);
     const float keep = load_shared(shared.decay(s, head_of_cta, kReach) + place_of(63) * 4);
     if constexpr (Config::kStatesOnly) {
       log_decay += load_shared(shared.decay(s, head_of_cta, kA) + place_of(63) * 4);
@@ -199,16 +202,17 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 8; ++k) {  // S C^T
-        const uint32 offset = Config::kC + k / 4 * Config::kTileBytes + k % 4 * 32;
+        const uint32 offset = Config::kC + kGroupOffset + k / 4 * Config::kTileBytes + k % 4 * 32;
         wgmma<false>(y, &entering[4 * k], swizzled_operand(stage, offset), k > 0);
       }
       wgmma_commit();
       if constexpr (!Config::kTwoSums) {
         wgmma_wait<0>();
+        if constexpr (Config::kHalves == 2) load_x(x, shared.x(s, tile), warp, lane);  // there was no room before
         load_tokens(reach, shared.decay(s, head_of_cta, kReach), lane);
 #pragma unroll
         for (int i = 0; i < 32; ++i) y[i] *= reach[i / 4 * 2 + i % 2];
-        add_mixed(y, true);
+        if constexpr (kHalf == 0) add_mixed(y, true);
       }
     }
 
@@ -223,10 +227,18 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {  // S += (scaled X)^T B
-      wgmma<true>(state, x[k], swizzled_operand(stage, Config::kB + k * 2048, Config::kTileBytes), true);
+      wgmma<true>(state, x[k], swizzled_operand(stage, Config::kB + kGroupOffset + k * 2048, Config::kTileBytes), true);
     }
     wgmma_commit();
-    if constexpr (!Config::kStatesOnly) {
+    if constexpr (!Config::kStatesOnly && kHalf == 1) {
+      wait(shared.partial_empty(), (iteration + 1) & 1);
+#pragma unroll
+      for (int i = 0; i < 32; i += 4) {
+        store_shared4(shared.partial() + (i / 4 * 128 + thread) * 16, y[i], y[i + 1], y[i + 2], y[i + 3]);
+      }
+      __syncwarp();
+      if (lane == 0) arrive(shared.partial_full());
+    } else if constexpr (!Config::kStatesOnly) {
       if constexpr (Config::kTwoSums) {
         load_tokens(reach, shared.decay(s, head_of_cta, kReach), lane);
         wgmma_wait<1>();
@@ -235,6 +247,18 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
       if constexpr (Config::kTwoSums) {
 #pragma unroll
         for (int i = 0; i < 32; ++i) y[i] = fmaf(y[i], reach[i / 4 * 2 + i % 2], y_mixed[i]);
+      }
+      if constexpr (Config::kHalves == 2) {
+        wait(shared.partial_full(), iteration & 1);
+#pragma unroll
+        for (int i = 0; i < 32; i += 4) {
+          float other[4];
+          load_shared4(other, shared.partial() + (i / 4 * 128 + thread) * 16);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) y[i + k] += other[k];
+        }
+        __syncwarp();
+        if (lane == 0) arrive(shared.partial_empty());
       }
       finish_chunk(shared, s, tile, D, own, y);
     }
@@ -252,12 +276,12 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
       for (int i = 0; i < kStates / 2; ++i) state[i] = 0.f;
       log_decay = 0.f;
       for (int c = 0; c < unit.chunks; ++c, ++iteration) walk_chunk(iteration);
-      store_state(p, segment_states(p), unit.slot, head, feature, state);
-      if (thread == 0 && (Config::kHeads > 1 || tile == 0)) {
+      store_state(p, segment_states(p), unit.slot, head, feature, kLeft, state);
+      if (thread == 0 && kHalf == 0 && (Config::kHeads > 1 || tile == 0)) {
         p.segment_decay[static_cast<int64>(unit.slot) * p.nheads + head] = log_decay;
       }
     } else {
-      load_state(p, unit, head, feature, state);
+      load_state(p, unit, head, feature, kLeft, state);
       if (p.D.data != nullptr) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {  // of no row beyond the last is y stored
@@ -272,7 +296,7 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
           States target;
           int64 slot;
           if (find_target(p, unit, c, copy, target, slot)) {
-            store_state(p, target, slot, head, feature, state);
+            store_state(p, target, slot, head, feature, kLeft, state);
           }
         }
       } while (c < unit.chunks);
@@ -291,12 +315,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
   if (threadIdx.x == 0) {
     for (int s = 0; s < Config::kStages; ++s) {
       init_barrier(shared.full(s), 1 + Config::kHeads);
-      init_barrier(shared.empty(s), 4 + (Config::kStatesOnly ? 4 : 5) * Config::kTiles);
+      init_barrier(shared.empty(s), 4 + 4 * Config::kWalkers + (Config::kStatesOnly ? 0 : Config::kTiles));
       for (int tile = 0; tile < Config::kTiles; ++tile) init_barrier(shared.output_full(s, tile), 4);
     }
     for (int m = 0; m < Config::kBuffers; ++m) {
       init_barrier(shared.mixed_full(m), 4);
-      init_barrier(shared.mixed_empty(m), 4 * Config::kTiles);
+      init_barrier(shared.mixed_empty(m), 4 * Config::kWalkers);
+    }
+    if constexpr (Config::kHalves == 2) {
+      init_barrier(shared.partial_full(), 4);
+      init_barrier(shared.partial_empty(), 4);
     }
     fence_barrier_init();
   }
@@ -316,7 +344,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
     mix_chunks<Config>(p, shared);
   } else {
     take_registers<Config::kStateRegisters>();
-    walk_states<Config>(p, shared, warpgroup - 2);
+    if constexpr (Config::kHalves == 2) {
+      if (warpgroup == 2) {
+        walk_states<Config, 0>(p, shared, 0);
+      } else {
+        walk_states<Config, 1>(p, shared, 0);
+      }
+    } else {
+      walk_states<Config, 0>(p, shared, warpgroup - 2);
+    }
   }
 }
 

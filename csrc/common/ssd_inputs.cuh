@@ -223,7 +223,7 @@ __device__ __forceinline__ void mix_chunks(const SsdParams& p, const SharedMemor
         if constexpr (!Config::kStatesOnly) {
           wgmma_fence();
 #pragma unroll
-          for (int k = 0; k < kStates / 16; ++k) {
+          for (int k = 0; k < Config::kGroupTiles * 4; ++k) {
             const uint32 offset = k / 4 * Config::kTileBytes + k % 4 * 32;
             wgmma<false, false>(cb, swizzled_operand(stage, Config::kC + offset),
                                 swizzled_operand(stage, Config::kB + offset), k > 0);

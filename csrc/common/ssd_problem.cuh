@@ -51,31 +51,34 @@ struct SsdParams {
 };
 
 constexpr int kChunk = 64;
-constexpr int kStates = 128;  // dstate, padded
+constexpr int kStates = 128;  // columns of a state that a warpgroup has: dstate, padded, or half of it
 
 // A number for each token of a chunk, float32. What the four lanes of a quarter need, tokens 8 j + 2 (lane % 4) + {0,
 // 1} for all j, are neighbours, and the quarters 80 bytes apart, so that four lanes meet no bank twice.
 constexpr int kTokens = 4 * 20;
 __device__ __forceinline__ int place_of(int token) { return token % 8 / 2 * 20 + token / 8 * 2 + token % 2; }
 
-template <int kTiles_, int kHeads_, bool kGated_, bool kStatesOnly_>
+template <int kTiles_, int kHeads_, int kHalves_, bool kGated_, bool kStatesOnly_>
 struct SsdConfig {
-  static constexpr int kTiles = kTiles_;  // of 64 rows of states in a CTA
-  static constexpr int kHeads = kHeads_;  // of a CTA: kTiles, or 1 with several tiles
+  static constexpr int kTiles = kTiles_;             // of 64 rows of states in a CTA
+  static constexpr int kHeads = kHeads_;             // of a CTA: kTiles, or 1 with several tiles
+  static constexpr int kHalves = kHalves_;           // 2: a tile's state is too wide for one warpgroup
+  static constexpr int kWalkers = kTiles * kHalves;  // warpgroups with a part of the states
   static constexpr bool kGated = kGated_;
   static constexpr bool kStatesOnly = kStatesOnly_;  // the segments' states, without y
 
   // the two parts of y have registers of their own, so that no product waits for another one's result; several tiles
   // have no room for that, and overlap each other anyway
-  static constexpr bool kTwoSums = kTiles == 1;
+  static constexpr bool kTwoSums = kWalkers == 1;
 
-  static constexpr int kThreads = 128 * (2 + kTiles);
-  static constexpr int kProducerRegisters = kTiles == 1 ? 64 : 56;
-  static constexpr int kMixRegisters = kTiles == 1 ? 120 : 104;
-  static constexpr int kStateRegisters = kTiles == 1 ? 248 : 176;
+  static constexpr int kThreads = 128 * (2 + kWalkers);
+  // all with which ptxas spills nothing
+  static constexpr int kProducerRegisters = kWalkers == 1 ? 64 : kHalves == 2 ? 40 : 56;
+  static constexpr int kMixRegisters = kWalkers == 1 ? 120 : kHalves == 2 ? 72 : 104;
+  static constexpr int kStateRegisters = kWalkers == 1 ? 248 : kHalves == 2 ? 200 : 176;
 
-  static constexpr int kTileBytes = kChunk * 64 * 2;  // 64 tokens of 128 bytes, swizzled
-  static constexpr int kGroupTiles = kStates / 64;    // of B, and of C
+  static constexpr int kTileBytes = kChunk * 64 * 2;          // 64 tokens of 128 bytes, swizzled
+  static constexpr int kGroupTiles = kHalves * kStates / 64;  // of B, and of C
   static constexpr int kGroupBytes = kGroupTiles * kTileBytes;
   static constexpr int kGroupLoads = kGroupTiles * (kStatesOnly ? 1 : 2);
 
@@ -91,9 +94,11 @@ struct SsdConfig {
       (kStageLoads + kHeads * kDecayBytes + 1023) / 1024 * 1024;  // as swizzled tiles must lie
 
   // behind the stages
-  static constexpr int kBuffers = kTiles == 1 ? 3 : 2;                    // of M and what goes with it
+  static constexpr int kBuffers = kWalkers == 1 ? 3 : 2;                  // of M and what goes with it
   static constexpr int kMixed = (kStatesOnly ? 0 : kHeads * kTileBytes);  // M of all heads
-  static constexpr int kTail = kBuffers * (kMixed + kHeads * kTokens * 4) + 256;
+  static constexpr int kPartial =
+      kHalves == 2 && !kStatesOnly ? 64 * kChunk * 4 : 0;  // Y^T of the second half, float32
+  static constexpr int kTail = kBuffers * (kMixed + kHeads * kTokens * 4) + kPartial + 256;
   static constexpr int kLimit = 232448 - 1024;  // a CTA's shared memory, less what aligning it takes
   static constexpr int kStages = (kLimit - kTail) / kStage > 4 ? 4 : (kLimit - kTail) / kStage;
   static_assert(kStages >= 2);
@@ -120,7 +125,8 @@ struct SharedMemory {
   __device__ __forceinline__ uint32 own(int m, int head = 0) const {
     return mixed(Config::kBuffers) + (m * Config::kHeads + head) * kTokens * 4;
   }
-  __device__ __forceinline__ uint32 barrier(int i) const { return own(Config::kBuffers) + 8 * i; }
+  __device__ __forceinline__ uint32 partial() const { return own(Config::kBuffers); }
+  __device__ __forceinline__ uint32 barrier(int i) const { return partial() + Config::kPartial + 8 * i; }
   __device__ __forceinline__ uint32 full(int s) const { return barrier(s); }
   __device__ __forceinline__ uint32 empty(int s) const { return barrier(Config::kStages + s); }
   __device__ __forceinline__ uint32 mixed_full(int m) const { return barrier(2 * Config::kStages + m); }
@@ -130,6 +136,8 @@ struct SharedMemory {
   __device__ __forceinline__ uint32 output_full(int s, int tile) const {
     return barrier(2 * (Config::kStages + Config::kBuffers) + s * Config::kTiles + tile);
   }
+  __device__ __forceinline__ uint32 partial_full() const { return output_full(Config::kStages, 0); }
+  __device__ __forceinline__ uint32 partial_empty() const { return partial_full() + 8; }
 };
 
 __device__ __forceinline__ float load_shared(uint32 address) {
@@ -138,15 +146,17 @@ __device__ __forceinline__ float load_shared(uint32 address) {
   return value;
 }
 
+__device__ __forceinline__ void load_shared4(float* v, uint32 address) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+               : "r"(address)
+               : "memory");
+}
+
 // The numbers of a lane's 16 tokens: see place_of.
 __device__ __forceinline__ void load_tokens(float (&numbers)[16], uint32 tokens, int lane) {
 #pragma unroll
-  for (int i = 0; i < 16; i += 4) {
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(numbers[i]), "=f"(numbers[i + 1]), "=f"(numbers[i + 2]), "=f"(numbers[i + 3])
-                 : "r"(tokens + lane % 4 * 80 + i * 4)
-                 : "memory");
-  }
+  for (int i = 0; i < 16; i += 4) load_shared4(numbers + i, tokens + lane % 4 * 80 + i * 4);
 }
 
 __device__ __forceinline__ void store_shared(uint32 address, float x) {
@@ -155,6 +165,10 @@ __device__ __forceinline__ void store_shared(uint32 address, float x) {
 
 __device__ __forceinline__ void store_shared2(uint32 address, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
+
+__device__ __forceinline__ void store_shared4(uint32 address, float x, float y, float z, float w) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
 }
 
 __device__ __forceinline__ uint32 pack_bf16(float low, float high) {

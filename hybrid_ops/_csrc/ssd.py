@@ -21,17 +21,17 @@ class Config(NamedTuple):
 
 
 # microseconds: of a block for a chunk, for a chunk's state alone, and to find the states that enter segments
-_CHUNK_US, _STATE_US, _JOIN_US = 1.15, 0.7, 9.0
+_CHUNK_US, _STATE_US, _JOIN_US = 1.1, 0.7, 9.0
 
 
 @functools.cache
 def config(
-    nseq: int, total: int, nheads: int, headdim: int, ngroups: int, batch_invariant: bool, num_sms: int
+    nseq: int, total: int, nheads: int, headdim: int, ngroups: int, dstate: int, batch_invariant: bool, num_sms: int
 ) -> Config:
     """For `total` tokens of `nseq` sequences: two heads a block where there are blocks enough; segments where there
     are too few, and where that saves more time than it takes to find their states."""
     blocks = nseq * nheads
-    paired = headdim <= 64 and nheads // ngroups % 2 == 0 and blocks > num_sms
+    paired = headdim <= 64 and dstate <= 128 and nheads // ngroups % 2 == 0 and blocks > num_sms
     if paired or batch_invariant:
         return Config(heads=2 if paired else 1, segment_chunks=0, parts=1)
     chunks = -(-total // (CHUNK * max(nseq, 1)))
@@ -73,10 +73,11 @@ def refusal(
         return f"the CUDA kernel is for bfloat16, not {x.dtype}"
     if z is not None and z.dtype != torch.bfloat16:
         return f"the CUDA kernel takes z in bfloat16, not {z.dtype}"
-    if not 64 < dstate <= 128 or dstate % 8:
-        return f"the CUDA kernel has dstate 72 to 128 in steps of 8, not {dstate}"
-    if headdim > 128 or headdim % 8:
-        return f"the CUDA kernel has headdim up to 128 in steps of 8, not {headdim}"
+    if not 64 < dstate <= 256 or dstate % 8:
+        return f"the CUDA kernel has dstate 72 to 256 in steps of 8, not {dstate}"
+    widest = 128 if dstate <= 128 else 64
+    if headdim > widest or headdim % 8:
+        return f"the CUDA kernel has headdim up to {widest} in steps of 8 with dstate {dstate}, not {headdim}"
     if seq_idx is not None:
         return "the CUDA kernel has no seq_idx"
     if state_interval % CHUNK:
@@ -142,7 +143,7 @@ def ssd_chunk_scan(
     index = x.device.index
     num_sms = _device.num_sms(index)
     if chosen is None:
-        chosen = config(nseq, batch * seqlen, nheads, headdim, ngroups, batch_invariant, num_sms)
+        chosen = config(nseq, batch * seqlen, nheads, headdim, ngroups, dstate, batch_invariant, num_sms)
     places, length = nseq, chosen.segment_chunks
     if length and cu_seqlens is None:
         places = nseq * -(-(seqlen // CHUNK + 2) // length)  # a sequence may begin and end within a chunk
