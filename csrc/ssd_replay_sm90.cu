@@ -29,11 +29,12 @@ void launch_rounding(const SsdReplayParams& p, const SsdReplayArgs& a, cudaStrea
   launch<State, kDstate, kRows, false>(p, a, stream);
 }
 
-// Those for which _csrc/ssd_replay.py chooses: 8 or 16 loads of a lane.
+// Those for which _csrc/ssd_replay.py chooses.
 template <typename State, int kDstate>
 void launch_rows(const SsdReplayParams& p, const SsdReplayArgs& a, cudaStream_t stream) {
-  if (a.rows == 8) return launch_rounding<State, kDstate, 8>(p, a, stream);
-  if constexpr (sizeof(State) * kDstate >= 256 && sizeof(State) * kDstate <= 512) {
+  constexpr int kFew = sizeof(State) * kDstate == 1024 ? 4 : 8;
+  if (a.rows == kFew) return launch_rounding<State, kDstate, kFew>(p, a, stream);
+  if constexpr (kDstate == 128) {
     if (a.rows == 16) return launch_rounding<State, kDstate, 16>(p, a, stream);
   }
   throw std::runtime_error("ssd_replay: no such tile: rows " + std::to_string(a.rows));

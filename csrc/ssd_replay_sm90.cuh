@@ -149,8 +149,9 @@ __device__ __forceinline__ Found find(const SsdReplayParams& p, int b, int slot,
 template <typename State, typename L, bool kStochastic>
 __device__ __forceinline__ void take_in(const SsdReplayParams& p, const State* source, const float* weights,
                                         float decay, const void* x, int x_stride, const void* B, int n, int place,
-                                        int head, int above, int local, int column, int64 seed) {
+                                        int head, int above, int local, int column) {
   constexpr int kRows = L::kTile / L::kGroups, kTogether = L::kColumns <= 4 ? 4 : 2;  // that share what is read of B
+  const int64 seed = kStochastic ? *p.seed : 0;
 #pragma unroll 1
   for (int first = 0; first < kRows; first += kTogether) {
     const int row = above + first * L::kGroups, x_row = local + first * L::kGroups;
@@ -230,7 +231,7 @@ __global__ void __launch_bounds__(256, 2) ssd_replay_kernel(const __grid_constan
   }
   const int count = p.heads * T * real_rows;
 #pragma unroll 1
-#pragma unroll 4
+#pragma unroll 2
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     const int token = i / real_rows, row = i % real_rows;  // token of the head, head by head
     const int64 source = offset(p.x_strides, b, token % T, first_head + token / T, first_row + row);
@@ -334,7 +335,6 @@ __global__ void __launch_bounds__(256, 2) ssd_replay_kernel(const __grid_constan
     place = p.write_slots[static_cast<int64>(b) * p.write_stride];
     stored = usable(p, place);
   }
-  const int64 seed = kStochastic ? *p.seed : 0;
 
 #pragma unroll 1
   for (int i = 0; i < p.heads; ++i) {
@@ -404,7 +404,7 @@ __global__ void __launch_bounds__(256, 2) ssd_replay_kernel(const __grid_constan
         if (stored) {
           take_in<State, L, kStochastic>(p, head_of<State>(p, slot, head), weights + T * kMaxTokens, decays[T], old_x,
                                          rows, shared + s.B + item * T * kN, n, place, head, above, above - first_row,
-                                         column, seed);
+                                         column);
         }
         if (more) load_tile<State, L>(p, head_of<State>(p, slot, head + 1), above, column, raw);
       }
@@ -412,7 +412,7 @@ __global__ void __launch_bounds__(256, 2) ssd_replay_kernel(const __grid_constan
         // the lanes that have a row's sum share its tokens
         sum = part % L::kLanesPerSum == 0 ? decays[t] * sum : 0.f;
         if (has_mine) {
-#pragma unroll 2
+#pragma unroll 1
           for (int j = part % L::kLanesPerSum; j <= n + t; j += L::kLanesPerSum) {
             const unsigned char* const x = j < n ? old_x + item * j * rows : new_x + item * (j - n) * rows;
             sum = fmaf(weights[t * kMaxTokens + j], load_float(x, p.dtype, mine), sum);

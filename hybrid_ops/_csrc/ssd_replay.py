@@ -24,8 +24,8 @@ def config(
     """A head's rows to a block, 16 loads (of 16 bytes) of each lane; up to 8 heads of a group, as long as there are two
     blocks for each multiprocessor."""
     lanes = min(32, dstate * itemsize // 16)  # of a row
-    rows = 16 if itemsize == 4 and dstate <= 128 else 8
-    warps = min(8, math.ceil(headdim * lanes / (32 * rows)))
+    rows = 16 if (itemsize, dstate) == (4, 128) else 4 if (itemsize, dstate) == (4, 256) else 8
+    warps = min(8, max(2, math.ceil(headdim * lanes / (32 * rows))))
     heads, heads_per_group = 1, nheads // ngroups
     while heads < 8 and heads_per_group % (2 * heads) == 0 and batch * nheads >= 2 * num_sms * 2 * heads:
         heads *= 2
