@@ -157,7 +157,7 @@ def check_stream(case, impl, device="cpu"):
     stream = Stream(case)
     state = to_device(stream.state, device)
     cache = stream.cache._make(to_device(part, device) for part in stream.cache)
-    A = to_device(stream.A, device)
+    A, ys = to_device(stream.A, device), []
     for tokens in case["tokens"]:
         (x, dt, B, C), options = stream.step(tokens)
         before = state.clone(), cache._make(p.clone() if isinstance(p, torch.Tensor) else p for p in cache)
@@ -167,10 +167,11 @@ def check_stream(case, impl, device="cpu"):
         out = {"fresh": torch.full_like(x, float("nan")), "x": x}.get(case["out"])
         y = hybrid_ops.ssd_replay_update(state, cache, x, dt, A, B, C, out=out, impl=impl, **moved)
         assert out is None or y is out
-        times = len(singles)
-        all_y = np.concatenate([single[0] for single in singles])
-        assert_within("y", torch.cat([y] * times), np.concatenate([exact[0]] * times), all_y, case["dtype"], axis=-2)
+        ys += [(y.clone().cpu(), exact[0], single[0]) for single in singles]
         check_kept(case, before, state, cache, exact[1:], singles[0][1:], options)
+    got, ref, base = ([t.reshape(-1, *stream.sizes[:2]) for t in results] for results in zip(*ys, strict=True))
+    # of all steps together: the errors of few tokens are larger or smaller than the baseline's by chance
+    assert_within("y", torch.cat(got), np.concatenate(ref), np.concatenate(base), case["dtype"], axis=1)
     before = state.clone(), cache._make(p.clone() if isinstance(p, torch.Tensor) else p for p in cache)
     options = stream.index({})
     if case["slots"]:
@@ -203,7 +204,7 @@ def oracles(function, state, cache, arguments, options, case):
     singles = [oracle(function, state, cache, arguments, options, np.float32, rounded)]
     if case["dtype"] == torch.float32 and function == "ssd_replay_update":
         x, dt, A, B, C = arguments
-        for k in range(1, 4):
+        for k in range(1, 6):
             order = torch.arange(B.shape[-1]).roll(5 * k)
             rolled = (state[..., order], cache._replace(B=cache.B[..., order]), (x, dt, A, B[..., order], C[..., order]))
             singles.append(oracle(function, *rolled, options, np.float32, keep))
