@@ -32,7 +32,8 @@ void launch_rounding(const SsdReplayParams& p, const SsdReplayArgs& a, cudaStrea
 // Those for which _csrc/ssd_replay.py chooses.
 template <typename State, int kDstate>
 void launch_rows(const SsdReplayParams& p, const SsdReplayArgs& a, cudaStream_t stream) {
-  constexpr int kFew = sizeof(State) * kDstate == 1024 ? 4 : 8;
+  constexpr int kRow = sizeof(State) * kDstate;  // bytes
+  constexpr int kFew = kRow == 1024 || kRow == 128 ? 4 : 8;
   if (a.rows == kFew) return launch_rounding<State, kDstate, kFew>(p, a, stream);
   if constexpr (kDstate == 128) {
     if (a.rows == 16) return launch_rounding<State, kDstate, 16>(p, a, stream);

@@ -23,7 +23,7 @@ def test_stream(case):
 
 
 @pytest.mark.interpreter
-@settings(max_examples=14)
+@settings(max_examples=9)
 @given(case=cases(INTERPRETER_DTYPES, steps=2))
 def test_stream_interpreter(case):
     check_stream(case, "triton")

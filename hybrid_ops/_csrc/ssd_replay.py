@@ -18,13 +18,13 @@ class Config(NamedTuple):
     heads: int  # of a block, one after the other
 
 
-def config(
-    headdim: int, dstate: int, itemsize: int, nheads: int, ngroups: int, batch: int, num_sms: int
-) -> Config:
-    """A head's rows to a block, 16 loads (of 16 bytes) of each lane; up to 8 heads of a group, as long as there are two
-    blocks for each multiprocessor."""
+ROWS = {(4, 128): 16, (4, 256): 4, (2, 64): 4}  # what registers hold, by itemsize and dstate; 8 otherwise
+
+
+def config(headdim: int, dstate: int, itemsize: int, nheads: int, ngroups: int, batch: int, num_sms: int) -> Config:
+    """A head's rows to a block; up to 8 heads of a group, as long as there are two blocks for each multiprocessor."""
     lanes = min(32, dstate * itemsize // 16)  # of a row
-    rows = 16 if (itemsize, dstate) == (4, 128) else 4 if (itemsize, dstate) == (4, 256) else 8
+    rows = ROWS.get((itemsize, dstate), 8)
     warps = min(8, max(2, math.ceil(headdim * lanes / (32 * rows))))
     heads, heads_per_group = 1, nheads // ngroups
     while heads < 8 and heads_per_group % (2 * heads) == 0 and batch * nheads >= 2 * num_sms * 2 * heads:
