@@ -8,8 +8,9 @@
 // the ring holds. Without new tokens (T = 0) this kernel materialises: it takes the tokens in, there or elsewhere.
 //
 // A block has p.heads heads of one group of one sequence, one after the other, and of each the same rows (headdim). A
-// warp loads its tile of a head's state all at once, while it still computes with the last head's. B_j . C_t is the same
-// for all heads of a group and computed once. Tokens go through shared memory: a ring's by cp.async, one head ahead.
+// warp loads its tile of a head's state all at once, while it still computes with the last head's. B_j . C_t is the
+// same for all heads of a group and computed once. Tokens go through shared memory: a ring's by cp.async, one head
+// ahead.
 //
 // Blocks of one sequence need no order. Who reads ring[slot], start + 256 length, announces itself in the same atomic
 // addition; the last one knows that all have read, and writes the new number. New tokens go to places that hold none
@@ -85,10 +86,10 @@ __host__ __device__ constexpr ReplayShared replay_shared(int tokens, int capacit
 }
 
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-               "l"(global)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+      "l"(global)
+      : "memory");
 }
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
@@ -144,8 +145,8 @@ __device__ __forceinline__ Found find(const SsdReplayParams& p, int b, int slot,
   return {start, length, flush};
 }
 
-// kCount rows of a lane through the n cached tokens, weight_j x_j (outer) B_j each, and into slot `place`. They are read
-// again, from the L2 cache: a flush is rare, and in registers it would leave no room for the next head's rows.
+// kCount rows of a lane through the n cached tokens, weight_j x_j (outer) B_j each, and into slot `place`. They are
+// read again, from the L2 cache: a flush is rare, and in registers it would leave no room for the next head's rows.
 template <typename State, typename L, bool kStochastic>
 __device__ __forceinline__ void take_in(const SsdReplayParams& p, const State* source, const float* weights,
                                         float decay, const void* x, int x_stride, const void* B, int n, int place,
@@ -194,10 +195,10 @@ __global__ void __launch_bounds__(256, 2) ssd_replay_kernel(const __grid_constan
   const int lane = threadIdx.x % 32, part = lane % L::kLanes, column = part * L::kPerLoad;
   const int T = p.tokens, item = p.dtype == DType::float32 ? 4 : 2;
   const int b = blockIdx.y, first_head = blockIdx.x / p.row_blocks * p.heads;
-  const int rows = warps * L::kTile;                         // of the block,
-  const int first_row = blockIdx.x % p.row_blocks * rows;    // of those that there are
+  const int rows = warps * L::kTile;                       // of the block,
+  const int first_row = blockIdx.x % p.row_blocks * rows;  // of those that there are
   const int real_rows = min(rows, p.headdim - first_row);
-  const int above = first_row + warp * L::kTile + lane / L::kLanes;  // first row of the lane
+  const int above = first_row + warp * L::kTile + lane / L::kLanes;                           // first row of the lane
   const int mine = warp * L::kTile + part / L::kLanesPerSum * L::kGroups + lane / L::kLanes;  // of the block, whose y
   const bool has_mine = mine < real_rows;
   const int group = first_head / p.heads_per_group;
@@ -359,7 +360,8 @@ __global__ void __launch_bounds__(256, 2) ssd_replay_kernel(const __grid_constan
         const float newer = __shfl_down_sync(~0u, sum, o);
         if (lane + o < 32) sum += newer;
       }
-      const float behind = __shfl_down_sync(~0u, sum, 1);  // a difference of large sums would leave nothing of small ones
+      const float behind =
+          __shfl_down_sync(~0u, sum, 1);  // a difference of large sums would leave nothing of small ones
       if (lane <= newest) {
         const float weight = own * expf(A * (lane < 31 ? behind : 0.f));
         weights[t * kMaxTokens + lane] = t < T ? weight * scores[t * kMaxTokens + lane] : weight;
@@ -389,7 +391,8 @@ __global__ void __launch_bounds__(256, 2) ssd_replay_kernel(const __grid_constan
         }
         float columns[L::kColumns], sums[kRows];
 #pragma unroll
-        for (int c = 0; c < L::kColumns; ++c) columns[c] = C[t * kN + column + c / L::kPerLoad * L::kStep + c % L::kPerLoad];
+        for (int c = 0; c < L::kColumns; ++c)
+          columns[c] = C[t * kN + column + c / L::kPerLoad * L::kStep + c % L::kPerLoad];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           float S[L::kColumns];

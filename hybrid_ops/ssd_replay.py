@@ -297,7 +297,9 @@ def _check_materialize(
     floats = _checks.FLOATS if cache_x.dtype == torch.float64 else _checks.FLOATS[:3]
     _checks.tensor("state", state, state.shape, dtype=floats)
     if ngroups < 1 or nheads % ngroups:
-        raise ValueError(f"cache.B must have a number of groups that divides {nheads} heads, got {tuple(cache_B.shape)}")
+        raise ValueError(
+            f"cache.B must have a number of groups that divides {nheads} heads, got {tuple(cache_B.shape)}"
+        )
     _checks.tensor("A", A, (nheads,), dtype=cache_dt.dtype, device=state.device)
     batch = nslots if slots is None else slots.shape[0]
     _check_slots(state, batch, slots, rollback, capacity, null_slot)

@@ -206,7 +206,11 @@ def oracles(function, state, cache, arguments, options, case):
         x, dt, A, B, C = arguments
         for k in range(1, 6):
             order = torch.arange(B.shape[-1]).roll(5 * k)
-            rolled = (state[..., order], cache._replace(B=cache.B[..., order]), (x, dt, A, B[..., order], C[..., order]))
+            rolled = (
+                state[..., order],
+                cache._replace(B=cache.B[..., order]),
+                (x, dt, A, B[..., order], C[..., order]),
+            )
             singles.append(oracle(function, *rolled, options, np.float32, keep))
     return exact, singles
 

@@ -137,7 +137,9 @@ def check_bad_indices(impl, device="cpu"):
     cache.ring.copy_(5 + 256 * torch.tensor([3, 0, 15], device=device))
     y = torch.full_like(x, float("nan"))
     raw(impl, state, cache, x, dt, A, B, C, y, int32(-7, 2, huge, 3).to(device), int32(0, -9, huge, 0).to(device))
-    assert torch.equal(y != 0, torch.tensor([False, True, False, False], device=device)[:, None, None, None].expand_as(y))
+    assert torch.equal(
+        y != 0, torch.tensor([False, True, False, False], device=device)[:, None, None, None].expand_as(y)
+    )
     assert torch.equal(state[:2], before[:2])
     assert cache.ring.tolist() == [5 + 256 * 3, 5, (5 + 15) % 19 + 256 * 2]
     raw(impl, state, cache, x[:1], dt[:1], A, B[:1], C[:1], y[:1], int32(0).to(device), int32(huge).to(device))
@@ -231,11 +233,23 @@ SEED = torch.tensor([1])
 BAD = [
     (dict(cache=(1, 2)), TypeError, "cache must be a hybrid_ops.ReplayCache, got tuple"),
     (dict(cache=new(dtype=torch.float16)), TypeError, "cache.x must have dtype float32, got float16"),
-    (dict(cache=new()._replace(B=torch.zeros(5, 1, 9, N))), ValueError, r"cache.B must have shape \(5, 2, 9, 16\), got"),
+    (
+        dict(cache=new()._replace(B=torch.zeros(5, 1, 9, N))),
+        ValueError,
+        r"cache.B must have shape \(5, 2, 9, 16\), got",
+    ),
     (dict(cache=new()._replace(dt=torch.zeros(5, H, 8))), ValueError, r"cache.dt must have shape \(5, 4, 9\), got"),
     (dict(cache=new()._replace(ring=torch.zeros(5))), TypeError, "cache.ring must have dtype int32, got float32"),
-    (dict(cache=new()._replace(capacity=9)), ValueError, "cache.capacity must be from 1 to 16, and less than the places"),
-    (dict(cache=new(max_tokens=2)), ValueError, r"x must have 1 to 2 tokens, as cache has room for, got \(2, 3, 4, 8\)"),
+    (
+        dict(cache=new()._replace(capacity=9)),
+        ValueError,
+        "cache.capacity must be from 1 to 16, and less than the places",
+    ),
+    (
+        dict(cache=new(max_tokens=2)),
+        ValueError,
+        r"x must have 1 to 2 tokens, as cache has room for, got \(2, 3, 4, 8\)",
+    ),
     (dict(state=torch.zeros(4, H, P, N)), ValueError, r"cache.x must have shape \(4, 4, \*, 8\), got"),
     (dict(state=torch.zeros(5, H, P, N).to(torch.int8)), TypeError, "state must have dtype .* got int8"),
     (dict(x=torch.ones(2, 3, 3, P)), ValueError, "dt must have shape"),
@@ -250,7 +264,11 @@ BAD = [
     (dict(out=torch.ones(2, H, P)), ValueError, r"out must have shape \(2, 3, 4, 8\), got \(2, 4, 8\)"),
     (dict(impl="fast"), ValueError, "impl must be one of .* got 'fast'"),
     (dict(impl="triton"), RuntimeError, "impl='triton' needs CUDA tensors"),
-    (dict(C=torch.ones(2, 3, G, N, requires_grad=True)), ValueError, "C must not require a gradient, got one that does"),
+    (
+        dict(C=torch.ones(2, 3, G, N, requires_grad=True)),
+        ValueError,
+        "C must not require a gradient, got one that does",
+    ),
 ]
 
 

@@ -89,7 +89,7 @@ struct SsdReplayArgs {
 
   DType state_dtype, dtype, dt_dtype, D_dtype, z_dtype, dt_bias_dtype;  // dtype: of x, B, C, y and the cache
   std::int64_t batch, tokens, nslots, nheads, headdim, dstate, ngroups, capacity, places;
-  std::array<std::int64_t, 3> state_strides;                                    // slot, head, p
+  std::array<std::int64_t, 3> state_strides;                                       // slot, head, p
   std::array<std::int64_t, 3> cache_x_strides, cache_B_strides, cache_dt_strides;  // slot, head or group, place
   std::int64_t ring_stride;
   TokenStrides x_strides, z_strides, y_strides, dt_strides, B_strides, C_strides;
