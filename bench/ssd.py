@@ -161,8 +161,8 @@ def ssd_update(model: str, batch: int, state_dtype: torch.dtype, tp: int = 1) ->
 
 
 def ssd_replay(model: str, batch: int, state_dtype: torch.dtype, tokens: int = 1, accepted: int = 1) -> Case:
-    """A step of `tokens`, of which `accepted` stay. Sequences are at all stages from one flush to the next, so that each
-    call has its share of flushes: what it takes is the average over a whole period."""
+    """A step of `tokens`, of which `accepted` stay. Sequences are at all stages from one flush to the next: each call
+    has its share of flushes, and takes what the average over a whole period is."""
     mixer, capacity = mixer_of(model), hybrid_ops.ssd_replay.MAX_CAPACITY
     period = (capacity - tokens) // accepted + 1
     kept = ("cache_x", "cache_B", "cache_dt", "ring")

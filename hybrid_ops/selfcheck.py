@@ -96,9 +96,9 @@ class ReplayProblem(Problem):
     """A call with a `ReplayCache`, whose parts are among the tensors: they are updated in place."""
 
     def arguments(self, tensors: dict[str, Any]) -> dict[str, Any]:
-        parts = [tensors[name] for name in REPLAY_CACHE]
+        x, B, dt, ring = (tensors[name] for name in REPLAY_CACHE)
         others = {name: t for name, t in tensors.items() if name not in REPLAY_CACHE}
-        return others | dict(cache=hybrid_ops.ReplayCache(*parts, capacity=5))
+        return others | dict(cache=hybrid_ops.ReplayCache(x, B, dt, ring, capacity=5))
 
 
 REPLAY_CACHE = ("cache_x", "cache_B", "cache_dt", "ring")

@@ -128,9 +128,9 @@ def ssd_replay_update(
     Returns:
         y, x's shape and dtype.
 
-    x and state in float32, bfloat16 or float16 (float64 on the CPU), cache.x and cache.B in x's dtype, D, z, dt, dt_bias
-    in any of them. Arithmetic is float32 (float64 where x is). No length is read on the host: a CUDA graph replays
-    through the steps that write the state. Not differentiable.
+    x and state in float32, bfloat16 or float16 (float64 on the CPU), cache.x and cache.B in x's dtype, D, z, dt and
+    dt_bias in any of them. Arithmetic is float32 (float64 where x is). No length is read on the host: a CUDA graph
+    replays through the steps that write the state. Not differentiable.
 
     Raises:
         ValueError, TypeError: an argument that is not the one expected, or one that requires a gradient; nothing has
@@ -184,8 +184,8 @@ def ssd_replay_materialize(
         A: (nheads,), negative; float32 (float64 where cache.x is).
         slots: (batch,) int32, the rows to write out, all distinct; None: all.
         rollback: (batch,) int32, as in `ssd_replay_update`.
-        write_slots: (batch,) int32, where the states go: all distinct, and none in `slots`. `null_slot`: that one is not
-            written.
+        write_slots: (batch,) int32, where the states go: all distinct, and none in `slots`. `null_slot`: that one is
+            not written.
         rounding: of a float16 or bfloat16 state, "nearest" or "stochastic", as in `ssd_state_update`.
         seed: (1,) int64 on the state's device, for stochastic rounding; random bits as there, with t = 0.
         null_slot: the slot of padding, for which nothing happens; as any slot out of range on a GPU.
@@ -262,12 +262,12 @@ def _check(
     low, high = float(dt_limit[0]), float(dt_limit[1])
     if torch.compiler.is_compiling() or not x.is_cuda:
         return low, high, None
-    inputs, index = (dt, A, B, C, D, z, dt_bias), (slots, rollback)
-    if _choice(impl, state, *kept, steps or 1, batch, (x, *inputs, *index))[0] != "cuda":
+    inputs = (dt, A, B, C, D, z, dt_bias, slots, rollback)
+    if _choice(impl, state, *kept, steps or 1, batch, (x, *inputs))[0] != "cuda":
         return low, high, None
     strides = torch.empty(x.shape, device="meta").stride() if out is None else out.stride()
-    options = (strides, capacity, dt_softplus, low, high, null_slot)
-    return low, high, _csrc_ssd_replay.ssd_replay_update(x, state, *kept, *inputs, *index, seed, *options)
+    rest: Any = (*kept, *inputs, seed, strides, capacity, dt_softplus, low, high, null_slot)
+    return low, high, _csrc_ssd_replay.ssd_replay_update(x, state, *rest)
 
 
 @_checks.remembered
@@ -337,7 +337,7 @@ def _check_cache(
     places = x.shape[2]
     if not 1 <= capacity <= MAX_CAPACITY or not capacity < places < 256:
         raise ValueError(
-            f"cache.capacity must be from 1 to {MAX_CAPACITY}, and less than the places of cache.x, which are less than "
+            f"cache.capacity must be from 1 to {MAX_CAPACITY}, and less than the places of cache.x, which are below "
             f"256; got {capacity} and {tuple(x.shape)}"
         )
     _checks.tensor("cache.B", B, (nslots, ngroups, places, dstate), dtype=dtype, device=state.device)
@@ -396,7 +396,7 @@ def _explain(
     **_: Any,
 ) -> Choice:
     state = torch.empty(1, nheads, headdim, dstate, dtype=state_dtype, device="meta")
-    *kept, _capacity = ReplayCache.new(1, nheads, headdim, ngroups, dstate, dtype=dtype, device="meta")
+    kept, _capacity = _parts(ReplayCache.new(1, nheads, headdim, ngroups, dstate, dtype=dtype, device="meta"))
     where = torch.device(device)
     refusal = _device.not_sm90(where) or _csrc_ssd_replay.refusal(state, *kept, tokens, batch, ())
     chosen, reason = _device.choose(impl, where, refusal)
@@ -440,24 +440,25 @@ def _ssd_replay_update(
     null_slot: int,
     impl: str,
 ) -> None:
-    kept, inputs, index = (cache_x, cache_B, cache_dt, ring), (dt, A, B, C, D, z, dt_bias), (slots, rollback)
+    kept = (cache_x, cache_B, cache_dt, ring)
+    inputs: Any = (dt, A, B, C, D, z, dt_bias, slots, rollback)
     options = (capacity, dt_softplus, dt_min, dt_max, null_slot)
     steps = x.shape[1] if x.dim() == 4 else 1
-    chosen = _choice(impl, state, *kept, steps, x.shape[0], (x, *inputs, *index, y))[0]
+    chosen = _choice(impl, state, *kept, steps, x.shape[0], (x, *inputs, y))[0]
     if chosen == "cuda":
-        launch = _csrc_ssd_replay.ssd_replay_update(x, state, *kept, *inputs, *index, seed, y.stride(), *options)
-        launch(state, *kept, x, *inputs, *index, seed, y)
+        rest: Any = (*kept, *inputs, seed, y.stride(), *options)
+        _csrc_ssd_replay.ssd_replay_update(x, state, *rest)(state, *kept, x, *inputs, seed, y)
         return
     if x.dim() == 3:
         x, dt, B, C, y = (t.unsqueeze(1) for t in (x, dt, B, C, y))
         z = None if z is None else z.unsqueeze(1)
-    inputs = (dt, A, B, C, D, z, dt_bias)
+    rest = (*kept, x, dt, A, B, C, D, z, dt_bias, slots, rollback, seed, y, *options)
     if chosen == "triton":
         from .triton_kernels import ssd_replay as kernels
 
-        kernels.ssd_replay_update(state, *kept, x, *inputs, *index, seed, y, *options)
+        kernels.ssd_replay_update(state, *rest)
         return
-    _torch_ssd_replay.ssd_replay_update(state, *kept, x, *inputs, *index, seed, y, *options)
+    _torch_ssd_replay.ssd_replay_update(state, *rest)
 
 
 _ssd_replay_update_op = define(
@@ -501,6 +502,7 @@ def _ssd_replay_materialize(
 
 _ssd_replay_materialize_op = define(
     "ssd_replay_materialize(Tensor(a!) state, Tensor cache_x, Tensor cache_B, Tensor cache_dt, Tensor(b!) ring, "
-    "Tensor A, Tensor? slots, Tensor? rollback, Tensor? write_slots, Tensor? seed, int capacity, int null_slot, str impl)",
+    "Tensor A, Tensor? slots, Tensor? rollback, Tensor? write_slots, Tensor? seed, int capacity, int null_slot, "
+    "str impl)",
     _ssd_replay_materialize,
 )

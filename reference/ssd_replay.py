@@ -32,7 +32,7 @@ def ssd_replay_update(
 ):
     """Returns (y, the pool and the parts (x, B, dt, ring, capacity) of the cache afterwards).
 
-    x, z (batch, nheads, headdim) or (batch, T, nheads, headdim), dt the same without headdim, B, C (.., ngroups, dstate).
+    x, z (batch, nheads, headdim) or (batch, T, nheads, headdim), dt without headdim, B, C (.., ngroups, dstate).
     `store(S, slot, t)` rounds a state that is written.
     """
     shape = np.shape(x)
@@ -75,7 +75,7 @@ def ssd_replay_materialize(
     """Returns the pool and the cache afterwards."""
     pool, cache, A = np.array(state, dtype), _copy(cache, dtype), np.asarray(A, dtype)
     for b in range(len(pool) if slots is None else len(slots)):
-        slot, S, start, _ = _checkpoint(pool, cache, A, b, slots, rollback, null_slot)
+        slot, S, _, _ = _checkpoint(pool, cache, A, b, slots, rollback, null_slot)
         if slot is None:
             continue
         place = slot if write_slots is None else int(write_slots[b])

@@ -217,7 +217,7 @@ def oracles(function, state, cache, arguments, options, case):
 
 def check_kept(case, before, state, cache, exact, single, options):
     """The state within the budget where it was written, the tokens exactly, and everything else as it was."""
-    (old_state, old_cache), (pool, kept) = before, exact
+    old_state, (pool, kept) = before[0], exact
     changed = [s for s in range(len(pool)) if not np.array_equal(pool[s], array(old_state[s]))]
     same = [s for s in range(len(pool)) if s not in changed]
     if "seed" not in options:
@@ -231,7 +231,7 @@ def check_kept(case, before, state, cache, exact, single, options):
             assert (got != base).mean() < 0.05
         else:
             assert_within("state", torch.from_numpy(got), ref, base, width, axis=0)
-    for name, part, old, want in zip(KEPT, cache, old_cache, kept, strict=False):
+    for name, part, want in zip(KEPT, cache, kept, strict=False):
         if name == "dt":
             np.testing.assert_allclose(array(part), want, rtol=2**-20, atol=1e-30, err_msg=name)
         else:

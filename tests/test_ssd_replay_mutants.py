@@ -72,7 +72,7 @@ def flush_leaves_its_tokens_in_the_cache(**p):
 
 def ring_does_not_wrap(**p):
     """Tokens behind the last place are taken from it."""
-    x, B, dt, ring, _ = p["cache"]
+    x, B, dt, *_ = p["cache"]
     x, B, dt = (part.copy() for part in (x, B, dt))
     for part in (x, B, dt):
         part[FLUSHED, :, : LENGTHS[FLUSHED] - (part.shape[2] - 7)] = part[FLUSHED, :, -1:]
@@ -94,7 +94,6 @@ def new_tokens_do_not_see_each_other(**p):
 
 
 def state_does_not_decay(**p):
-    y, state = right(**p)
     still = right(**p | dict(state=np.zeros_like(p["state"])))
     return still[0] + np.einsum("bhpn,bthn->bthp", p["state"], np.repeat(p["C"], 3, 2)), still[1] + p["state"]
 

@@ -168,6 +168,6 @@ def _take_in(state: Tensor, S: Tensor, old: Cached, A: Tensor, place: Tensor, se
 
 
 def _suffix_sums(dt: Tensor) -> Tensor:
-    """[.., n + 1]: the sum of all n, of all but the first, .., of none. Of differences large sums would leave nothing."""
+    """[.., n + 1]: the sum of all n, of all but the first, .., of none. Differences of large sums would be coarse."""
     sums = dt.flip(-1).cumsum(-1).flip(-1)
     return torch.cat([sums, torch.zeros_like(sums[..., :1])], -1)
