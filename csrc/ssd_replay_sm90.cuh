@@ -37,9 +37,9 @@ struct SsdReplayParams {
   const void* dt_bias;     // (nheads,) or null
   const int* slots;        // (batch,) or null: slot b
   const int* rollback;     // (batch,) or null: 0
-  const int* write_slots;  // (batch,), with T = 0, or null: in place
   const int64* seed;       // of stochastic rounding
   void* y;                 // as x; may be x
+  const int* write_slots;  // (batch,), with T = 0, or null: in place
   int64 state_slot_stride, cache_x_slot_stride, cache_B_slot_stride, cache_dt_slot_stride, ring_stride;
   int state_head_stride, state_p_stride;
   int cache_x_head_stride, cache_x_place_stride, cache_B_group_stride, cache_B_place_stride;

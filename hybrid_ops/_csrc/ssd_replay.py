@@ -113,7 +113,7 @@ def ssd_replay_update(
     def run(*arguments: Any) -> None:
         """state, cache_x, cache_B, cache_dt, ring, x, dt, A, B, C, D, z, dt_bias, slots, rollback, seed, y, .."""
         if batch:
-            launch((*arguments[:15], None, *arguments[15:17]))
+            launch(*arguments[:17])
 
     return run
 
@@ -142,8 +142,8 @@ def ssd_replay_materialize(
     def run(*arguments: Any) -> None:
         """state, cache_x, cache_B, cache_dt, ring, A, slots, rollback, write_slots, seed, .."""
         if batch:
-            kept, (A, *index_and_seed) = arguments[:5], arguments[5:10]
-            launch((*kept, None, None, A, *(None,) * 5, *index_and_seed, None))
+            kept, (A, slots, rollback, write_slots, seed) = arguments[:5], arguments[5:10]
+            launch(*kept, None, None, A, *(None,) * 5, slots, rollback, seed, None, write_slots)
 
     return run
 
@@ -168,7 +168,7 @@ def _launcher(
     small: tuple[int, ...] = (0, 0, 0),
     dt_limit: tuple[float, float] = (0.0, math.inf),
     dt_softplus: bool = False,
-) -> Callable[[tuple[Tensor | None, ...]], None]:
+) -> Callable[..., None]:
     extension = _device.cuda_extension()
     assert extension is not None  # `choose` has seen it
     (nslots, nheads, headdim, dstate), (ngroups, places) = state.shape, cache_B.shape[1:3]
@@ -191,8 +191,11 @@ def _launcher(
         config=chosen,
     )
 
-    def run(tensors: tuple[Tensor | None, ...]) -> None:
+    def run(*tensors: Tensor | None) -> None:
+        """In the order of SsdReplayPointers; write_slots, the last, may be left out."""
         pointers = [0 if t is None else t.data_ptr() for t in tensors]
+        if len(pointers) < 18:
+            pointers.append(0)
         launch(pointers, index, torch._C._cuda_getCurrentRawStream(index))
 
     return run
