@@ -56,8 +56,8 @@ TokenStrides strides(const SsdReplayArgs::TokenStrides& s) { return {int(s[0]), 
 }  // namespace
 
 void ssd_replay(const SsdReplayArgs& a, const SsdReplayPointers& pointers, Target target) {
-  const auto [state, cache_x, cache_B, cache_dt, ring, x, dt, A, B, C, D, z, dt_bias, slots, rollback, write_slots,
-              seed, y] = pointers;
+  const auto [state, cache_x, cache_B, cache_dt, ring, x, dt, A, B, C, D, z, dt_bias, slots, rollback, seed, y,
+              write_slots] = pointers;
   const SsdReplayParams p{
       .state = reinterpret_cast<void*>(state),
       .cache_x = reinterpret_cast<void*>(cache_x),
