@@ -60,7 +60,7 @@ inline constexpr int kMaxTokens = 32;  // of a sequence in one call, cached and 
 
 // Where things are in a block's shared memory, as offsets in bytes; `item`: of an element of x and B.
 struct ReplayShared {
-  int C, scores, weights, decays;  // float: [T][dstate], [T][kMaxTokens], [2][T + 1][kMaxTokens], [2][T + 1]
+  int C, scores, weights, decays;  // float: [T][dstate], [T + 1][kMaxTokens], [2][T + 1][kMaxTokens], [2][T + 1]
   int B;                           // [T + capacity][dstate], the new tokens first
   int new_x;                       // [heads][T][rows]
   int cached_x;                    // [2][capacity][rows]
@@ -76,7 +76,7 @@ __host__ __device__ constexpr ReplayShared replay_shared(int tokens, int capacit
     return first;
   };
   s.C = take(4 * tokens * dstate);
-  s.scores = take(4 * tokens * kMaxTokens);
+  s.scores = take(4 * (tokens + 1) * kMaxTokens);
   s.weights = take(4 * 2 * (tokens + 1) * kMaxTokens);
   s.decays = take(4 * 2 * (tokens + 1));
   s.B = take(item * (tokens + capacity) * dstate);
@@ -145,7 +145,24 @@ __device__ __forceinline__ Found find(const SsdReplayParams& p, int b, int slot,
   return {start, length, flush};
 }
 
-// kCount rows of a lane through the n cached tokens, weight_j x_j (outer) B_j each, and into slot `place`. They are
+// What tokens up to `newest` weigh in the state after it, times their scores, and how far that state has decayed. By a
+// warp: lane j has token j, with its step `dt`.
+__device__ __forceinline__ void weigh(float dt, float A, int newest, const float* scores, float* weights,
+                                      float& decay) {
+  const int lane = threadIdx.x % 32;
+  const float own = lane <= newest ? dt : 0.f;
+  float sum = own;  // of this token's step and all newer
+#pragma unroll
+  for (int o = 1; o < 32; o *= 2) {
+    const float newer = __shfl_down_sync(~0u, sum, o);
+    if (lane + o < 32) sum += newer;
+  }
+  const float behind = __shfl_down_sync(~0u, sum, 1);  // not sum - own: of a large sum little is left of small steps
+  if (lane <= newest) weights[lane] = own * expf(A * (lane < 31 ? behind : 0.f)) * scores[lane];
+  if (lane == 0) decay = expf(A * sum);
+}
+
+// The rows of a lane through the n cached tokens, weight_j x_j (outer) B_j each, and into slot `place`. They are
 // read again, from the L2 cache: a flush is rare, and in registers it would leave no room for the next head's rows.
 template <typename State, typename L, bool kStochastic>
 __device__ __forceinline__ void take_in(const SsdReplayParams& p, const State* source, const float* weights,
@@ -203,15 +220,18 @@ __global__ void __launch_bounds__(256, 2) ssd_replay_kernel(const __grid_constan
   const bool has_mine = mine < real_rows;
   const int group = first_head / p.heads_per_group;
 
+  const auto each = [&](int count, const auto& run) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += blockDim.x) run(i);
+  };
+
   int slot = b;
   if (p.slots != nullptr) slot = p.slots[static_cast<int64>(b) * p.slots_stride];
   if (p.slots == nullptr ? b >= p.nslots : !usable(p, slot)) {
-#pragma unroll 1
-#pragma unroll 1
-    for (int i = threadIdx.x; i < p.heads * T * real_rows; i += blockDim.x) {
+    each(p.heads * T * real_rows, [&](int i) {
       const int head = first_head + i / (T * real_rows), t = i / real_rows % T, row = first_row + i % real_rows;
       store_float(p.y, p.dtype, offset(p.y_strides, b, t, head, row), 0.f);
-    }
+    });
     return;
   }
 
@@ -224,14 +244,12 @@ __global__ void __launch_bounds__(256, 2) ssd_replay_kernel(const __grid_constan
   const ReplayShared s = replay_shared(T, p.capacity, kN, p.heads, rows, item);
   float* const C = reinterpret_cast<float*>(shared + s.C);
   float* const scores = reinterpret_cast<float*>(shared + s.scores);
-#pragma unroll 1
 #pragma unroll 2
   for (int i = threadIdx.x; i < T * kN; i += blockDim.x) {
     C[i] = load_float(p.C, p.dtype, offset(p.C_strides, b, i / kN, group, i % kN));
     copy_element(shared + s.B, i, p.B, offset(p.B_strides, b, i / kN, group, i % kN), p.dtype);
   }
   const int count = p.heads * T * real_rows;
-#pragma unroll 1
 #pragma unroll 2
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     const int token = i / real_rows, row = i % real_rows;  // token of the head, head by head
@@ -261,12 +279,10 @@ __global__ void __launch_bounds__(256, 2) ssd_replay_kernel(const __grid_constan
   const auto stage_x = [&](int stage) { return shared + s.cached_x + item * stage * p.capacity * rows; };
   const int pieces = item * real_rows / 16;  // of 16 bytes, of a token's rows
   const auto fetch_x = [&](int head, int stage) {
-#pragma unroll 1
-#pragma unroll 1
-    for (int i = threadIdx.x; i < n * pieces; i += blockDim.x) {
+    each(n * pieces, [&](int i) {
       const int j = i / pieces, piece = i % pieces;
       copy_async(stage_x(stage) + item * j * rows + 16 * piece, cache_x(head, j) + 16 * piece);
-    }
+    });
   };
   // dt of token `lane` of a head, and what makes a number of it
   unsigned dt_bits = 0;
@@ -281,43 +297,36 @@ __global__ void __launch_bounds__(256, 2) ssd_replay_kernel(const __grid_constan
     bias = load_bias(p, head);
   };
 
-  constexpr int kPiecesOfB = kN / 8;  // of 16-bit elements, of a token
-#pragma unroll 1
-#pragma unroll 1
-  for (int i = threadIdx.x; i < n * kPiecesOfB * item / 2; i += blockDim.x) {
-    const int j = i / (kPiecesOfB * item / 2), piece = i % (kPiecesOfB * item / 2);
+  const int pieces_of_B = item * kN / 16;
+  each(n * pieces_of_B, [&](int i) {
+    const int j = i / pieces_of_B, piece = i % pieces_of_B;
     copy_async(shared + s.B + item * (T + j) * kN + 16 * piece, cache_B(j) + 16 * piece);
-  }
+  });
   fetch_x(first_head, 0);
   fetch_dt(first_head);
   // the new tokens to their places
-#pragma unroll 1
-#pragma unroll 1
-  for (int i = threadIdx.x; i < p.heads * T * pieces; i += blockDim.x) {
+  const auto copy = [](void* target, const void* source) {
+    *static_cast<uint4*>(target) = *static_cast<const uint4*>(source);
+  };
+  each(p.heads * T * pieces, [&](int i) {
     const int token = i / pieces, piece = i % pieces;
-    *reinterpret_cast<uint4*>(cache_x(first_head + token / T, n + token % T) + 16 * piece) =
-        *reinterpret_cast<const uint4*>(shared + s.new_x + item * token * rows + 16 * piece);
-  }
+    copy(cache_x(first_head + token / T, n + token % T) + 16 * piece,
+         shared + s.new_x + item * token * rows + 16 * piece);
+  });
   if (first_row == 0 && first_head % p.heads_per_group == 0) {
-#pragma unroll 1
-#pragma unroll 1
-    for (int i = threadIdx.x; i < T * kPiecesOfB * item / 2; i += blockDim.x) {
-      const int t = i / (kPiecesOfB * item / 2), piece = i % (kPiecesOfB * item / 2);
-      *reinterpret_cast<uint4*>(cache_B(n + t) + 16 * piece) =
-          *reinterpret_cast<const uint4*>(shared + s.B + item * t * kN + 16 * piece);
-    }
+    each(T * pieces_of_B,
+         [&](int i) { copy(cache_B(n + i / pieces_of_B) + i % pieces_of_B * 16, shared + s.B + 16 * i); });
   }
   wait_for_copies();
   __syncthreads();
 
-  // scores: B_j . C_t, of a warp those of every warps-th token j
-#pragma unroll 1
+  // scores: B_j . C_t, of a warp those of every warps-th token j; ones for the flush
+  if (warp == 0) scores[T * kMaxTokens + lane] = 1.f;
 #pragma unroll 1
   for (int j = warp; j < n + T; j += warps) {
     constexpr int kMine = kN / 32;
     float B[kMine];
     read_neighbours<kMine>(shared + s.B, p.dtype, (j < n ? T + j : j - n) * kN + lane * kMine, B);
-#pragma unroll 1
 #pragma unroll 1
     for (int t = max(j - n, 0); t < T; ++t) {
       float sum = 0.f;
@@ -344,7 +353,7 @@ __global__ void __launch_bounds__(256, 2) ssd_replay_kernel(const __grid_constan
     float* const decays = reinterpret_cast<float*>(shared + s.decays) + stage * (T + 1);
     const float D = has_mine ? load_D(p, head, first_row + mine) : 0.f;
 
-    // weights: c_tj of y_t in row t; of the flush, without scores, in row T. A row is a warp's
+    // of y_t in row t; of the flush in row T
     float dt = __uint_as_float(dt_bits);
     if (lane >= n && lane < n + T) {
       dt = step_of(p, dt_bits, bias);
@@ -352,21 +361,7 @@ __global__ void __launch_bounds__(256, 2) ssd_replay_kernel(const __grid_constan
     }
 #pragma unroll 1
     for (int t = warp; t < T + flush; t += warps) {
-      const int newest = t < T ? n + t : n - 1;
-      const float own = lane <= newest ? dt : 0.f;
-      float sum = own;  // of this lane's and all newer
-#pragma unroll
-      for (int o = 1; o < 32; o *= 2) {
-        const float newer = __shfl_down_sync(~0u, sum, o);
-        if (lane + o < 32) sum += newer;
-      }
-      const float behind =
-          __shfl_down_sync(~0u, sum, 1);  // a difference of large sums would leave nothing of small ones
-      if (lane <= newest) {
-        const float weight = own * expf(A * (lane < 31 ? behind : 0.f));
-        weights[t * kMaxTokens + lane] = t < T ? weight * scores[t * kMaxTokens + lane] : weight;
-      }
-      if (lane == 0) decays[t] = expf(A * sum);
+      weigh(dt, A, t < T ? n + t : n - 1, scores + t * kMaxTokens, weights + t * kMaxTokens, decays[t]);
     }
     wait_for_copies();
     __syncthreads();
