@@ -120,6 +120,13 @@ __device__ __forceinline__ void copy_element(void* target, int i, const void* so
   }
 }
 
+// run(i) for all i < count, by the threads of a block.
+template <typename Run>
+__device__ __forceinline__ void each(int count, const Run& run) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += blockDim.x) run(i);
+}
+
 // What a block finds in a slot.
 struct Found {
   int start, length;  // of the ring, without the tokens dropped
@@ -219,11 +226,6 @@ __global__ void __launch_bounds__(256, 2) ssd_replay_kernel(const __grid_constan
   const int mine = warp * L::kTile + part / L::kLanesPerSum * L::kGroups + lane / L::kLanes;  // of the block, whose y
   const bool has_mine = mine < real_rows;
   const int group = first_head / p.heads_per_group;
-
-  const auto each = [&](int count, const auto& run) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < count; i += blockDim.x) run(i);
-  };
 
   int slot = b;
   if (p.slots != nullptr) slot = p.slots[static_cast<int64>(b) * p.slots_stride];
