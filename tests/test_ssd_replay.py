@@ -24,7 +24,7 @@ def test_stream(case):
 
 @pytest.mark.interpreter
 @settings(max_examples=9)
-@given(case=cases(INTERPRETER_DTYPES, steps=2))
+@given(case=cases(INTERPRETER_DTYPES, steps=2, float32_times=8))
 def test_stream_interpreter(case):
     check_stream(case, "triton")
 
