@@ -30,15 +30,15 @@ def test_stream_interpreter(case):
 
 
 @pytest.mark.gpu
-@settings(max_examples=26)
-@given(case=cases(CPU_DTYPES, headdims=(8, 64, 80), dstates=(16, 20, 96, 128, 256), max_groups=3))
+@settings(max_examples=20)
+@given(case=cases(CPU_DTYPES, headdims=(8, 64, 80), dstates=(16, 20, 96, 128), max_groups=3, steps=2))
 def test_stream_gpu(case):
     check_stream(case, "triton", "cuda")
 
 
 @pytest.mark.gpu
-@settings(max_examples=40)
-@given(case=cases(CPU_DTYPES, headdims=(8, 24, 64, 80), max_groups=3))
+@settings(max_examples=30)
+@given(case=cases(CPU_DTYPES, headdims=(8, 24, 64, 80), max_groups=3, steps=3))
 def test_stream_cuda_gpu(case):
     check_stream(for_cuda(case), implementation("cuda"), "cuda")
 
