@@ -37,6 +37,7 @@ class Case:
     rate: str = "bf16_tflops"  # the measured ceiling that flops are compared with
     budget_dtype: torch.dtype = torch.bfloat16  # of x
     in_place: tuple[str, ...] = ()
+    moves: bool = False  # each call goes on from where the last one came to: after the replays one more call is checked
     impls: tuple[str, ...] = ("cuda", "triton")
     problem: Mapping[str, object] = field(default_factory=dict)  # what `hybrid_ops.explain` wants to know
     peers: Mapping[str, Callable[[Tensors], object]] = field(default_factory=dict)

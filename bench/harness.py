@@ -216,7 +216,9 @@ def measure(case: Case, impl: str, sets: Sequence[Tensors], row: Row, device: to
                 result.fill_(math.nan if result.is_floating_point() else 255)
     samples = cold.samples()
     for index in (0, len(sets) - 1):
-        error, row["check"] = check(case, *right_results(case, sets[index]), cold.results[index])
+        right = right_results(case, sets[index])
+        left = case.call(sets[index], impl) if case.moves else cold.results[index]
+        error, row["check"] = check(case, *right, left)
         row["error_ratio"] = max(row["error_ratio"], error)
         if row["check"] != "passed":
             return []

@@ -1,4 +1,4 @@
-"""The state-space scan: whole sequences (chunked), and one token of each sequence."""
+"""The state-space scan: whole sequences (chunked), and a few tokens of each sequence."""
 
 import itertools
 from collections.abc import Iterator
@@ -34,6 +34,7 @@ def cases(on_gpu: bool) -> Iterator[Case]:
     if not on_gpu:
         yield ssd("tiny", 256, 2)
         yield ssd_update("tiny", 4, torch.float32)
+        yield ssd_replay("tiny", 4, torch.float32, 2, 1)
         return
     yield ssd("super", 8192, 1)
     yield ssd("super", 512, 1)
@@ -46,6 +47,11 @@ def cases(on_gpu: bool) -> Iterator[Case]:
         yield ssd_update("super", batch, torch.float32)
     for dtype in (torch.bfloat16, torch.float16):
         yield ssd_update("super", 64, dtype)
+    for batch in (1, 16, 64, 256):
+        yield ssd_replay("super", batch, torch.float32)
+    yield ssd_replay("super", 64, torch.bfloat16)
+    for accepted in range(1, 5):
+        yield ssd_replay("nano3", 64, torch.float32, 4, accepted)
 
 
 def sweep() -> Iterator[Case]:
@@ -55,6 +61,10 @@ def sweep() -> Iterator[Case]:
         for batch in DECODE:
             yield ssd_update(model, batch, torch.float32, tp)
             yield ssd_update(model, batch, torch.bfloat16, tp)
+    for model, batch, dtype in itertools.product(("nano3", "super"), DECODE, (torch.float32, torch.bfloat16)):
+        yield ssd_replay(model, batch, dtype)
+        for accepted in range(1, 5):
+            yield ssd_replay(model, batch, dtype, 4, accepted)
 
 
 def inputs(mixer: Mixer, generator: torch.Generator, *shape: int) -> Tensors:
@@ -147,4 +157,84 @@ def ssd_update(model: str, batch: int, state_dtype: torch.dtype, tp: int = 1) ->
             "state_dtype": state_dtype,
         },
         peers={**peers.ssd_update(), **peers.eager_and_compiled(torch_update, model)},
+    )
+
+
+def ssd_replay(model: str, batch: int, state_dtype: torch.dtype, tokens: int = 1, accepted: int = 1) -> Case:
+    """A step of `tokens`, of which `accepted` stay. Sequences are at all stages from one flush to the next: each call
+    has its share of flushes, and takes what the average over a whole period is."""
+    mixer, capacity = mixer_of(model), hybrid_ops.ssd_replay.MAX_CAPACITY
+    period = (capacity - tokens) // accepted + 1
+    kept = ("cache_x", "cache_B", "cache_dt", "ring")
+
+    def make(device: torch.device, generator: torch.Generator) -> Tensors:
+        sizes = (mixer.nheads, mixer.headdim, mixer.ngroups, mixer.dstate)
+        *parts, _ = hybrid_ops.ReplayCache.new(batch, *sizes, max_tokens=tokens, dtype=torch.bfloat16, device=device)
+        offset = torch.randint(period, (1,), generator=generator, device=device)
+        stage = (torch.arange(batch, device=device) * period // batch + offset) % period
+        parts[3] += (256 * (tokens + accepted * stage)).int()
+        tensors = {
+            "state": randn(generator, batch, mixer.nheads, mixer.headdim, mixer.dstate, dtype=state_dtype),
+            **dict(zip(kept, parts, strict=True)),
+            **inputs(mixer, generator, *((batch,) if tokens == 1 else (batch, tokens))),
+            "slots": torch.randperm(batch, generator=generator, device=device).to(torch.int32),
+        }
+        if tokens == 1:
+            return tensors
+        table = tensors["slots"][:, None] + batch * torch.arange(tokens, dtype=torch.int32, device=device)
+        return tensors | {
+            "rollback": torch.full_like(tensors["slots"], tokens - accepted),
+            "drafts": tensors["state"].repeat(tokens, 1, 1, 1),  # of ssd_state_update: a state after each token
+            "table": table,
+            "num_accepted": torch.full_like(tensors["slots"], accepted),
+        }
+
+    def call(t: Tensors, impl: str) -> Tensors:
+        cache = hybrid_ops.ReplayCache(*(t[name] for name in kept), capacity)
+        arguments = {name: t[name] for name in ("state", *SCAN_INPUTS, "slots", "rollback") if name in t}
+        y = hybrid_ops.ssd_replay_update(**arguments, cache=cache, dt_softplus=True, impl=impl)
+        return {"y": y, "state": t["state"]}
+
+    def expected(t: Tensors) -> Tensors:
+        index = {name: t[name].clone() for name in ("ring", "slots", "rollback") if name in t}
+        return call({**float32(t, "state", *kept[:3], *SCAN_INPUTS), **index}, "torch")
+
+    def ssd_state_update(t: Tensors) -> torch.Tensor:
+        arguments = {name: t[name] for name in SCAN_INPUTS}
+        if tokens == 1:
+            options = {"state": t["state"], "read_slots": t["slots"]}
+        else:
+            table = t["table"]
+            options = {"state": t["drafts"], "read_slots": table, "write_slots": table}
+            options["num_accepted"] = t["num_accepted"]
+        return hybrid_ops.ssd_state_update(**arguments, **options, dt_softplus=True)
+
+    inner, groups = mixer.inner, mixer.ngroups * mixer.dstate
+    element, cached = torch.finfo(state_dtype).bits // 8, accepted * (period + 1) / 2  # tokens, on average
+    token = 2 * inner + 2 * groups + 4 * mixer.nheads  # bytes, in the cache
+    new = 2 * (2 * inner + 2 * groups + mixer.nheads)
+    states = element * inner * mixer.dstate * (1 + 1 / period)
+    return Case(
+        op="ssd_replay_update",
+        public="ssd_replay_update",
+        name=decode(model, batch, *([f"T{tokens}", f"a{accepted}"] if tokens > 1 else [])),
+        dtype=state_dtype,
+        make=make,
+        call=call,
+        expected=expected,
+        axis={"y": -2, "state": -3},
+        bytes=round(batch * (states + cached * token + tokens * (new + token))),
+        flops=0,
+        in_place=("state",),
+        moves=True,
+        problem={
+            "batch": batch,
+            "tokens": tokens,
+            "nheads": mixer.nheads,
+            "headdim": mixer.headdim,
+            "ngroups": mixer.ngroups,
+            "dstate": mixer.dstate,
+            "state_dtype": state_dtype,
+        },
+        peers={"ssd_state_update": ssd_state_update},
     )

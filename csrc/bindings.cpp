@@ -227,6 +227,67 @@ PYBIND11_MODULE(_cuda, m) {
           },
           py::arg("tensors"), py::arg("device"), py::arg("stream"));
 
+  py::class_<SsdReplayArgs>(m, "SsdReplay",
+                            "A replaying step of one signature; the groups hold what SsdReplayArgs in api.h names.")
+      .def(py::init([](std::array<int, 6> dtypes, std::array<std::int64_t, 9> sizes,
+                       std::array<std::array<std::int64_t, 3>, 4> slot_strides,
+                       std::array<SsdReplayArgs::TokenStrides, 6> token_strides,
+                       std::array<std::int64_t, 8> small_strides, int null_slot, std::array<float, 2> dt_limit,
+                       bool dt_softplus, std::array<int, 3> config) {
+             const auto [batch, tokens, nslots, nheads, headdim, dstate, ngroups, capacity, places] = sizes;
+             const auto [ring, A, dt_bias, D_head, D_p, slots, rollback, write] = small_strides;
+             return SsdReplayArgs{
+                 .state_dtype = DType(dtypes[0]),
+                 .dtype = DType(dtypes[1]),
+                 .dt_dtype = DType(dtypes[2]),
+                 .D_dtype = DType(dtypes[3]),
+                 .z_dtype = DType(dtypes[4]),
+                 .dt_bias_dtype = DType(dtypes[5]),
+                 .batch = batch,
+                 .tokens = tokens,
+                 .nslots = nslots,
+                 .nheads = nheads,
+                 .headdim = headdim,
+                 .dstate = dstate,
+                 .ngroups = ngroups,
+                 .capacity = capacity,
+                 .places = places,
+                 .state_strides = slot_strides[0],
+                 .cache_x_strides = slot_strides[1],
+                 .cache_B_strides = slot_strides[2],
+                 .cache_dt_strides = slot_strides[3],
+                 .ring_stride = ring,
+                 .x_strides = token_strides[0],
+                 .z_strides = token_strides[1],
+                 .y_strides = token_strides[2],
+                 .dt_strides = token_strides[3],
+                 .B_strides = token_strides[4],
+                 .C_strides = token_strides[5],
+                 .A_stride = A,
+                 .dt_bias_stride = dt_bias,
+                 .D_strides = {D_head, D_p},
+                 .slots_stride = slots,
+                 .rollback_stride = rollback,
+                 .write_stride = write,
+                 .null_slot = null_slot,
+                 .dt_min = dt_limit[0],
+                 .dt_max = dt_limit[1],
+                 .dt_softplus = dt_softplus,
+                 .rows = config[0],
+                 .warps = config[1],
+                 .heads = config[2],
+             };
+           }),
+           py::arg("dtypes"), py::arg("sizes"), py::arg("slot_strides"), py::arg("token_strides"),
+           py::arg("small_strides"), py::arg("null_slot"), py::arg("dt_limit"), py::arg("dt_softplus"),
+           py::arg("config"))
+      .def(
+          "__call__",
+          [](const SsdReplayArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
+            ssd_replay(args, addresses<SsdReplayPointers>(tensors), {device, stream});
+          },
+          py::arg("tensors"), py::arg("device"), py::arg("stream"));
+
   m.def(
       "conv1d_bwd",
       [](std::array<std::uintptr_t, 12> pointers, std::array<int, 4> dtypes, std::array<std::int64_t, 5> sizes,

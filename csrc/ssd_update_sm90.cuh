@@ -6,14 +6,9 @@
 // computes and stores, others load. No warp reads what another writes.
 #pragma once
 
-#include "common/random.cuh"
-#include "common/state_rows.cuh"
+#include "common/ssd_step.cuh"
 
 namespace hybrid_ops {
-
-struct TokenStrides {
-  int sequence, token, head, element;  // `head` is the group of B and C; dt has no element
-};
 
 struct SsdUpdateParams {
   void* state;              // (nslots, nheads, headdim, dstate), rows of neighbours aligned to 16 bytes
@@ -47,9 +42,6 @@ struct SsdUpdateParams {
   bool dt_softplus, store_each, store_last;
 };
 
-// log(1 + exp(v)), of an exponential that cannot overflow.
-__device__ __forceinline__ float softplus(float v) { return fmaxf(v, 0.f) + log1pf(expf(-fabsf(v))); }
-
 struct Rows {
   int64 first;          // token of the sequence in its row
   int length, written;  // tokens; rows of y, more than tokens behind the last sequence
@@ -60,10 +52,6 @@ __device__ __forceinline__ Rows find_rows(const SsdUpdateParams& p, int b) {
   const int first = min(max(p.cu_seqlens[static_cast<int64>(b) * p.bounds_stride], 0), p.total);
   const int end = min(max(p.cu_seqlens[(b + int64{1}) * p.bounds_stride], first), p.total);
   return {first, end - first, (b == p.batch - 1 ? p.total : end) - first};
-}
-
-__device__ __forceinline__ bool usable(const SsdUpdateParams& p, int slot) {
-  return slot >= 0 && slot < p.nslots && slot != p.null_slot;
 }
 
 // Whether sequence b starts from a slot, and from which.
@@ -94,12 +82,6 @@ struct Token {
   Bits<kColumns> B, C;
 };
 
-// The element at (b, token, head or group, element) of a tensor of tokens.
-__device__ __forceinline__ int64 offset(const TokenStrides& s, int b, int64 token, int head, int element) {
-  return static_cast<int64>(b) * s.sequence + token * s.token + static_cast<int64>(head) * s.head +
-         static_cast<int64>(element) * s.element;
-}
-
 template <typename L>
 __device__ __forceinline__ Token<L::kColumns> load_token(const SsdUpdateParams& p, int b, int64 token, int head,
                                                          int group, int column) {
@@ -110,50 +92,6 @@ __device__ __forceinline__ Token<L::kColumns> load_token(const SsdUpdateParams& 
   load_runs<L::kColumns, L::kPerLoad, L::kStep>(p.C, p.dtype, offset(p.C_strides, b, token, group, 0), column,
                                                 p.C_strides.element, p.columns_aligned, loaded.C);
   return loaded;
-}
-
-// dt of the recurrence.
-__device__ __forceinline__ float step_of(const SsdUpdateParams& p, unsigned bits, float bias) {
-  float dt = from_bits(bits, p.dt_dtype) + bias;
-  if (p.dt_softplus) dt = softplus(dt);
-  dt = dt < p.dt_min ? p.dt_min : dt;  // comparisons leave NaN as it is
-  return dt > p.dt_max ? p.dt_max : dt;
-}
-
-// What a lane needs for the row whose y it computes.
-struct RowBits {
-  unsigned x, z;
-};
-
-__device__ __forceinline__ RowBits load_row(const SsdUpdateParams& p, int b, int64 token, int head, int row) {
-  RowBits bits{0, 0};
-  if (row < p.headdim) {
-    bits.x = load_bits(p.x, p.dtype, offset(p.x_strides, b, token, head, row));
-    if (p.z != nullptr) bits.z = load_bits(p.z, p.z_dtype, offset(p.z_strides, b, token, head, row));
-  }
-  return bits;
-}
-
-__device__ __forceinline__ float load_D(const SsdUpdateParams& p, int head, int row) {
-  if (p.D == nullptr || row >= p.headdim) return 0.f;
-  return load_float(p.D, p.D_dtype,
-                    static_cast<int64>(head) * p.D_head_stride + static_cast<int64>(row) * p.D_p_stride);
-}
-
-__device__ __forceinline__ float load_bias(const SsdUpdateParams& p, int head) {
-  if (p.dt_bias == nullptr) return 0.f;
-  return load_float(p.dt_bias, p.dt_bias_dtype, static_cast<int64>(head) * p.dt_bias_stride);
-}
-
-// (sum + D x) silu(z), to y; `writes`: of the lanes that have the row, one.
-__device__ __forceinline__ void finish_row(const SsdUpdateParams& p, int64 y_offset, float sum, float D, RowBits bits,
-                                           bool writes) {
-  float y = fmaf(D, from_bits(bits.x, p.dtype), sum);
-  if (p.z != nullptr) {
-    const float z = from_bits(bits.z, p.z_dtype);
-    y *= z / (1.f + expf(-z));
-  }
-  if (writes) store_float(p.y, p.dtype, y_offset, y);
 }
 
 // A row's part of a lane through one token: S moves on; the part's sum with C is returned.
@@ -167,60 +105,6 @@ __device__ __forceinline__ float advance(float (&S)[kColumns], float decay, floa
     sum = fmaf(S[i], C[i], sum);
   }
   return sum;
-}
-
-template <typename State>
-__device__ __forceinline__ State* head_of(const SsdUpdateParams& p, int slot, int head) {
-  return static_cast<State*>(p.state) + slot * p.state_slot_stride + static_cast<int64>(head) * p.state_head_stride;
-}
-
-__device__ __forceinline__ float* scale_of(const SsdUpdateParams& p, int slot, int head, int row) {
-  return p.state_scale + static_cast<int64>(slot) * p.scale_slot_stride +
-         static_cast<int64>(head) * p.scale_head_stride + static_cast<int64>(row) * p.scale_p_stride;
-}
-
-// Stores a lane's part of a row of head `head` in slot `place`, rounded as after token t.
-template <typename State, typename L, bool kStochastic>
-__device__ __forceinline__ void store_row(const SsdUpdateParams& p, int place, int head, int row, int column,
-                                          const float (&S)[L::kColumns], int64 seed, int t) {
-  float values[L::kColumns], scale, multiplier;
-  if constexpr (sizeof(State) == 1) multiplier = multiplier_of<State, L>(S, scale);
-#pragma unroll
-  for (int i = 0; i < L::kColumns; ++i) values[i] = sizeof(State) == 1 ? __fmul_rn(S[i], multiplier) : S[i];
-  if (row >= p.headdim) return;
-  State* target = head_of<State>(p, place, head) + static_cast<int64>(row) * p.state_p_stride + column;
-#pragma unroll
-  for (int i = 0; i < L::kLoads; ++i) {
-    const float* v = values + i * L::kPerLoad;
-    uint4 packed;
-    if constexpr (kStochastic) {
-      const int64 number = (static_cast<int64>(place) * p.nheads + head) * p.headdim + row;  // of the row
-      packed = round_stochastic<State>(v, philox(seed, (number * L::kDstate + column + i * L::kStep) / 8, t));
-    } else {
-      constexpr int kPerWord = 4 / sizeof(State);
-      packed = make_uint4(pack_word<State>(v), pack_word<State>(v + kPerWord), pack_word<State>(v + 2 * kPerWord),
-                          pack_word<State>(v + 3 * kPerWord));
-    }
-    __stcs(reinterpret_cast<uint4*>(target + i * L::kStep), packed);
-  }
-  if constexpr (sizeof(State) == 1) {
-    if (column == 0) *scale_of(p, place, head, row) = scale;
-  }
-}
-
-template <typename State, typename L, int kRows>
-__device__ __forceinline__ void load_tile(const SsdUpdateParams& p, const State* head, int above, int column,
-                                          uint4 (&raw)[kRows][L::kLoads]) {
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    const int row = above + r * L::kGroups;
-#pragma unroll
-    for (int i = 0; i < L::kLoads; ++i) {
-      raw[r][i] = make_uint4(0, 0, 0, 0);
-      if (row < p.headdim)
-        raw[r][i] = load_state(head + static_cast<int64>(row) * p.state_p_stride + column + i * L::kStep);
-    }
-  }
 }
 
 // T = 1. The state stays packed until its row's turn, and what the tiles have in common stays in registers.

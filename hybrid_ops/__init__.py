@@ -14,6 +14,7 @@ from .norm import gated_rms_norm, rms_norm
 from .quant_fp8 import Fp8Tensor, fp8_dequantize, fp8_quantize
 from .quant_nvfp4 import Nvfp4Tensor, nvfp4_dequantize, nvfp4_quantize, swizzle_scales, unswizzle_scales
 from .ssd import ssd_chunk_scan
+from .ssd_replay import ReplayCache, ssd_replay_materialize, ssd_replay_update
 from .ssd_update import ssd_state_update
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "MoERouting",
     "Nvfp4Packed",
     "Nvfp4Tensor",
+    "ReplayCache",
     "causal_conv1d",
     "causal_conv1d_update",
     "explain",
@@ -47,6 +49,8 @@ __all__ = [
     "ops",
     "rms_norm",
     "ssd_chunk_scan",
+    "ssd_replay_materialize",
+    "ssd_replay_update",
     "ssd_state_update",
     "swizzle_scales",
     "unswizzle_scales",

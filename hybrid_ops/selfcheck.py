@@ -65,10 +65,13 @@ class Problem:
     also_return: dict[str, bool] = field(default_factory=dict)  # what the reference always returns
     store: torch.dtype | None = None  # of what a layer of several ops keeps between them; its reference rounds to it
 
+    def arguments(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        return tensors
+
     def run(self, op: str, impl: str, device: str) -> dict[str, Tensor]:
         tensors = {name: t.clone().to(device) for name, t in self.tensors.items()}
         options = {name: _moved(value, device) for name, value in self.options.items()}
-        returned = getattr(hybrid_ops, op)(**tensors, **options, **self.also_return, impl=impl)
+        returned = getattr(hybrid_ops, op)(**self.arguments(tensors), **options, **self.also_return, impl=impl)
         results = iter(_present(returned))
         return {name: tensors[name] if name in tensors else next(results) for name in self.axis}
 
@@ -79,13 +82,26 @@ class Problem:
         rounded = {}
         if self.store is not None and dtype == np.float32:
             rounded["store"] = lambda result: round_to(result, self.store).astype(dtype)
-        returned = getattr(module, op)(**arrays, **self.options, **rounded, dtype=dtype)
+        returned = getattr(module, op)(**self.arguments(arrays), **self.options, **rounded, dtype=dtype)
         return dict(zip(self.axis, _present(returned), strict=False))  # more may be returned than was asked for
 
     def measure(self, op: str, got: dict[str, Tensor], dtype: torch.dtype) -> Iterator[Measure]:
         ref, base = expected(op, dtype)
         for name, value in got.items():
             yield measure(name, value, ref[name], base[name], dtype, axis=self.axis[name])
+
+
+@dataclass
+class ReplayProblem(Problem):
+    """A call with a `ReplayCache`, whose parts are among the tensors: they are updated in place."""
+
+    def arguments(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        x, B, dt, ring = (tensors[name] for name in REPLAY_CACHE)
+        others = {name: t for name, t in tensors.items() if name not in REPLAY_CACHE}
+        return others | dict(cache=hybrid_ops.ReplayCache(x, B, dt, ring, capacity=5))
+
+
+REPLAY_CACHE = ("cache_x", "cache_B", "cache_dt", "ring")
 
 
 def _moved(value: Any, device: str) -> Any:
@@ -228,6 +244,13 @@ def problems(dtype: torch.dtype) -> dict[str, Problem | ByteProblem]:
     )
     tokens = {name: t[:, 0] if t.dim() > 2 else t for name, t in scan.items()}
     states = randn(nslots, heads, headdim, 16, of=torch.float32).repeat(1, 1, 1, 8)
+    cached = dict(
+        cache_x=randn(nslots, heads, 8, headdim),
+        cache_B=randn(nslots, groups, 8, 128),
+        cache_dt=torch.rand(nslots, heads, 8, generator=generator),
+        ring=torch.tensor([2, 0, 0, 7], dtype=torch.int32) + 256 * torch.tensor([3, 0, 0, 5], dtype=torch.int32),
+    )
+    drafts = {name: t[:, :3] if t.dim() > 2 else t for name, t in scan.items()}
     rows = dict(counts=0, offs=0, token_index=0, sorted_weights=0, row_index=0)
     choices = torch.rand(7, 12, generator=generator).argsort(1)[:, :3].to(torch.int32)
     ends, sources = torch.tensor([4, 4, 11], dtype=torch.int32), torch.tensor([3, 0, 6, 1] * 3, dtype=torch.int32)
@@ -270,6 +293,16 @@ def problems(dtype: torch.dtype) -> dict[str, Problem | ByteProblem]:
             dict(state=states, **tokens, read_slots=slots, write_slots=slots),
             dict(y=-2, state=-3),
             dict(dt_softplus=True),
+        ),
+        "ssd_replay_update": ReplayProblem(
+            "ssd_replay",
+            # one sequence whose state takes its tokens in, one that appends
+            dict(state=states, **cached, **drafts, slots=slots, rollback=torch.tensor([1, 2], dtype=torch.int32)),
+            dict(y=-2, state=-3),
+            dict(dt_softplus=True),
+        ),
+        "ssd_replay_materialize": ReplayProblem(
+            "ssd_replay", dict(state=states, **cached, A=scan["A"], slots=slots), dict(state=-3)
         ),
         "moe_router": Problem(
             "moe_router",

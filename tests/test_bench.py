@@ -198,7 +198,7 @@ def test_a_sample_has_both_ends(tokens, monkeypatch):
 def test_cases_have_unique_agreed_names(cases):
     names = [(case.op, case.name, case.dtype) for case in cases()]
     assert len(set(names)) == len(names)
-    sequences = r"(-L\d+)?-b\d+(-(strided|packed\d+|residual|gated|tp8))*"
+    sequences = r"(-L\d+)?-b\d+(-(strided|packed\d+|residual|gated|tp8|T\d+-a\d))*"
     tokens = (
         r"-T\d+(-(up|down|tensor|row|1x128|128x128|mx|column|1x16|16x16|swizzled|hadamard|modelopt|4over6|w4a16|tp8))*"
     )
@@ -221,6 +221,8 @@ def test_cases_have_unique_agreed_names(cases):
         ("ssd_chunk_scan_fwd", "h56b-L8192-b1", torch.bfloat16, 198),
         ("ssd_state_update", "super-b64", torch.float32, 125),
         ("ssd_state_update", "super-b64", torch.bfloat16, 63),
+        ("ssd_replay_update", "super-b64", torch.float32, 70),
+        ("ssd_replay_update", "nano3-b64-T4-a4", torch.float32, 42),
         ("norm_fwd", "super-L8192-b1-gated", torch.bfloat16, 95),
         ("norm_bwd", "super-L8192-b1-gated", torch.bfloat16, 158),
     ],

@@ -179,6 +179,15 @@ def test_ssd_update(library):
     close(case.peers["mamba_ssm"](in_place), ours["y"])
 
 
+@pytest.mark.parametrize(("tokens", "accepted"), [(1, 1), (3, 2)])
+def test_ssd_replay(tokens, accepted):
+    """The tokens cached at first are zeros, so that both start from the same state."""
+    case = ssd.ssd_replay("tiny", 5, torch.float32, tokens, accepted)
+    tensors = tensors_of(case)
+    assert len(tensors["ring"].unique()) == 5
+    close(case.peers["ssd_state_update"](copies(tensors)), case.call(tensors, "torch")["y"])
+
+
 def test_norms(library):
     def rms_norm_fn(x, weight, bias, residual=None, eps=1e-6, prenorm=False):
         assert prenorm

@@ -57,6 +57,13 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::ssd_update_one_kernel<hybrid_ops::E4m3, 64, 4, false>",
         "hybrid_ops::ssd_update_kernel<hybrid_ops::Int8, 128, 4, false>",
     ],
+    "ssd_replay_sm90.cuh": [
+        "hybrid_ops::ssd_replay_kernel<float, 128, 16, false>",
+        "hybrid_ops::ssd_replay_kernel<float, 256, 4, false>",
+        "hybrid_ops::ssd_replay_kernel<__nv_bfloat16, 128, 8, false>",
+        "hybrid_ops::ssd_replay_kernel<__nv_bfloat16, 256, 8, true>",
+        "hybrid_ops::ssd_replay_kernel<__half, 64, 4, true>",
+    ],
     "conv1d_bwd_sm90.cuh": [
         "hybrid_ops::conv1d_bwd_kernel<__nv_bfloat16, 4, true, false, 4, 4>",
         "hybrid_ops::conv1d_bwd_kernel<__half, 4, true, true, 4, 4>",
@@ -326,6 +333,20 @@ def test_config_of_ssd_update():
     assert of(16, 2, stochastic=True) == Config(rows=4, tiles=2, warps=4)
     assert of(64, 1) == Config(rows=4, tiles=4, warps=1)
     assert config(1, 64, 4, False, 1, 132) == Config(rows=2, tiles=1, warps=1)
+
+
+def test_config_of_ssd_replay():
+    from hybrid_ops._csrc.ssd_replay import Config, config
+
+    def of(batch, itemsize=4, headdim=64, dstate=128, nheads=64, ngroups=8):
+        return config(headdim, dstate, itemsize, nheads, ngroups, batch, 132)
+
+    assert of(1) == of(8) == Config(rows=16, warps=4, heads=1)
+    assert of(64) == Config(rows=16, warps=4, heads=8)
+    assert of(64, nheads=128, ngroups=1, headdim=80) == Config(rows=16, warps=5, heads=8)
+    assert of(64, nheads=9, ngroups=3) == Config(rows=16, warps=4, heads=1)
+    assert of(16, itemsize=2) == Config(rows=8, warps=4, heads=2)
+    assert of(16, dstate=256) == Config(rows=4, warps=8, heads=2)
 
 
 def test_config_of_conv1d_update():

@@ -90,6 +90,17 @@ def ssd_update():
     return hybrid_ops.ssd_state_update, arguments | dict(read_slots=torch.tensor([2, 0], dtype=torch.int32))
 
 
+def ssd_replay():
+    def run(cache_x, cache_B, cache_dt, ring, **arguments):
+        cache = hybrid_ops.ReplayCache(cache_x, cache_B, cache_dt, ring, 4)
+        return hybrid_ops.ssd_replay_update(cache=cache, **arguments)
+
+    _, arguments = ssd_update()
+    cache = hybrid_ops.ReplayCache.new(3, 4, 8, 1, 16, capacity=4)
+    arguments |= dict(zip(("cache_x", "cache_B", "cache_dt", "ring"), cache, strict=False))
+    return run, arguments | dict(slots=arguments.pop("read_slots"))
+
+
 def ssd():
     x, B = torch.ones(1, 20, 4, 8), torch.ones(1, 20, 1, 16)
     arguments = dict(x=x, dt=torch.ones(1, 20, 4), A=-torch.ones(4), B=B, C=B, D=torch.ones(4), z=x)
@@ -110,10 +121,15 @@ def gated_norm():
     return hybrid_ops.gated_rms_norm, dict(x=torch.ones(3, 8), z=torch.ones(3, 8), weight=torch.ones(8))
 
 
-WITHOUT_GRADIENT = (hybrid_ops.causal_conv1d_update, hybrid_ops.ssd_state_update)
+WITH_GRADIENT = (
+    hybrid_ops.causal_conv1d,
+    hybrid_ops.gated_rms_norm,
+    hybrid_ops.rms_norm,
+    hybrid_ops.ssd_chunk_scan,
+)
 
 
-@pytest.mark.parametrize("problem", [conv1d_update, ssd_update, ssd, conv1d, norm, gated_norm])
+@pytest.mark.parametrize("problem", [conv1d_update, ssd_update, ssd_replay, ssd, conv1d, norm, gated_norm])
 def test_operators(problem, on_gpu):
     """After a good call, each tensor of another dtype, shape or device is refused, and so is the gradient it lacks."""
     run, good = problem()
@@ -123,7 +139,7 @@ def test_operators(problem, on_gpu):
         for bad in (tensor.to(torch.int16), tensor.new_empty(*tensor.shape, 1, 1), tensor.to("meta")):
             with pytest.raises((TypeError, ValueError), match=" must "):
                 run(**good | {name: bad})
-        if tensor.is_floating_point() and run in WITHOUT_GRADIENT:
+        if tensor.is_floating_point() and run not in WITH_GRADIENT and not name.startswith("cache"):
             with pytest.raises(ValueError, match=f"{name} must not require a gradient"):
                 run(**good | {name: tensor.clone().requires_grad_()})
 

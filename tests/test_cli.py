@@ -83,6 +83,8 @@ def test_check_sees_one_percent(op, monkeypatch, capsys):
 
     def one_percent_more(*args, **kwargs):
         result = function(*args, **kwargs)
+        if result is None:
+            return kwargs["state"].mul_(1.01)
         if op.endswith("_quantize"):  # quantised: one byte of the data
             result.data.view(torch.uint8)[0, 0, 0] ^= 1
             return result

@@ -88,6 +88,28 @@ struct SsdUpdateArgs {
 // The pointers of SsdUpdateParams, in its order.
 using SsdUpdatePointers = std::array<std::uintptr_t, 16>;
 
+// All of a replaying decoding step, or (tokens = 0) of materialising states, but its pointers.
+struct SsdReplayArgs {
+  using TokenStrides = std::array<std::int64_t, 4>;  // sequence, token, head or group, element
+
+  DType state_dtype, dtype, dt_dtype, D_dtype, z_dtype, dt_bias_dtype;  // dtype: of x, B, C, y and the cache
+  std::int64_t batch, tokens, nslots, nheads, headdim, dstate, ngroups, capacity, places;
+  std::array<std::int64_t, 3> state_strides;                                       // slot, head, p
+  std::array<std::int64_t, 3> cache_x_strides, cache_B_strides, cache_dt_strides;  // slot, head or group, place
+  std::int64_t ring_stride;
+  TokenStrides x_strides, z_strides, y_strides, dt_strides, B_strides, C_strides;
+  std::int64_t A_stride, dt_bias_stride;
+  std::array<std::int64_t, 2> D_strides;
+  std::int64_t slots_stride, rollback_stride, write_stride;
+  int null_slot;
+  float dt_min, dt_max;
+  bool dt_softplus;
+  int rows, warps, heads;  // of a lane; of a block; of a block, one after the other
+};
+
+// The pointers of SsdReplayParams, in its order.
+using SsdReplayPointers = std::array<std::uintptr_t, 18>;
+
 // All of an update of the convolution but its pointers.
 struct Conv1dUpdateArgs {
   DType dtype, weight_dtype, bias_dtype;  // dtype: of x, y and the state
@@ -109,6 +131,9 @@ void conv1d_update(const Conv1dUpdateArgs& args, const Conv1dUpdatePointers& poi
 
 // ssd_update_sm90.cu
 void ssd_update(const SsdUpdateArgs& args, const SsdUpdatePointers& pointers, Target target);
+
+// ssd_replay_sm90.cu
+void ssd_replay(const SsdReplayArgs& args, const SsdReplayPointers& pointers, Target target);
 
 // conv1d_bwd_sm90.cu
 void conv1d_bwd(const Conv1dBwdArgs& args, Target target);

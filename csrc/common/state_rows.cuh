@@ -99,20 +99,23 @@ __device__ __forceinline__ float multiplier_of(const float (&S)[L::kColumns], fl
 // The sums over kLanes lanes of kRows numbers of each: lane `part` of them returns row part / (kLanes / kRows).
 // Each step halves the rows that a lane still carries.
 template <int kLanes, int kRows>
-__device__ __forceinline__ float sum_rows(float (&sums)[kRows], int part) {
-  int offset = kLanes / 2;
+__device__ __forceinline__ float sum_rows(const float (&sums)[kRows], int part) {
+  if constexpr (kRows == 1) {
+    float sum = sums[0];
 #pragma unroll
-  for (int half = kRows / 2; half >= 1; half /= 2, offset /= 2) {
-    const bool upper = part & offset;
+    for (int offset = kLanes / 2; offset >= 1; offset /= 2) sum += __shfl_xor_sync(0xffffffff, sum, offset);
+    return sum;
+  } else {
+    constexpr int kHalf = kRows / 2;
+    const bool upper = part & kLanes / 2;
+    float halves[kHalf];
 #pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float given = upper ? sums[i] : sums[i + half];
-      sums[i] = (upper ? sums[i + half] : sums[i]) + __shfl_xor_sync(0xffffffff, given, offset);
+    for (int i = 0; i < kHalf; ++i) {
+      const float given = upper ? sums[i] : sums[i + kHalf];
+      halves[i] = (upper ? sums[i + kHalf] : sums[i]) + __shfl_xor_sync(0xffffffff, given, kLanes / 2);
     }
+    return sum_rows<kLanes / 2>(halves, part);
   }
-#pragma unroll
-  for (; offset >= 1; offset /= 2) sums[0] += __shfl_xor_sync(0xffffffff, sums[0], offset);
-  return sums[0];
 }
 
 }  // namespace hybrid_ops

@@ -1,0 +1,131 @@
+// What the kernels that decode with the SSD recurrence have in common: numbers of a token, rows of y, rows of states.
+// Params: the parameters of a kernel, whose members have the same names in all of them.
+#pragma once
+
+#include "common/random.cuh"
+#include "common/state_rows.cuh"
+
+namespace hybrid_ops {
+
+struct TokenStrides {
+  int sequence, token, head, element;  // `head` is the group of B and C; dt has no element
+};
+
+// log(1 + exp(v)), of an exponential that cannot overflow.
+__device__ __forceinline__ float softplus(float v) { return fmaxf(v, 0.f) + log1pf(expf(-fabsf(v))); }
+
+template <typename Params>
+__device__ __forceinline__ bool usable(const Params& p, int slot) {
+  return slot >= 0 && slot < p.nslots && slot != p.null_slot;
+}
+
+// The element at (b, token, head or group, element) of a tensor of tokens.
+__device__ __forceinline__ int64 offset(const TokenStrides& s, int b, int64 token, int head, int element) {
+  return static_cast<int64>(b) * s.sequence + token * s.token + static_cast<int64>(head) * s.head +
+         static_cast<int64>(element) * s.element;
+}
+
+// dt of the recurrence.
+template <typename Params>
+__device__ __forceinline__ float step_of(const Params& p, unsigned bits, float bias) {
+  float dt = from_bits(bits, p.dt_dtype) + bias;
+  if (p.dt_softplus) dt = softplus(dt);
+  dt = dt < p.dt_min ? p.dt_min : dt;  // comparisons leave NaN as it is
+  return dt > p.dt_max ? p.dt_max : dt;
+}
+
+// What a lane needs for the row whose y it computes.
+struct RowBits {
+  unsigned x, z;
+};
+
+template <typename Params>
+__device__ __forceinline__ RowBits load_row(const Params& p, int b, int64 token, int head, int row) {
+  RowBits bits{0, 0};
+  if (row < p.headdim) {
+    bits.x = load_bits(p.x, p.dtype, offset(p.x_strides, b, token, head, row));
+    if (p.z != nullptr) bits.z = load_bits(p.z, p.z_dtype, offset(p.z_strides, b, token, head, row));
+  }
+  return bits;
+}
+
+template <typename Params>
+__device__ __forceinline__ float load_D(const Params& p, int head, int row) {
+  if (p.D == nullptr || row >= p.headdim) return 0.f;
+  return load_float(p.D, p.D_dtype,
+                    static_cast<int64>(head) * p.D_head_stride + static_cast<int64>(row) * p.D_p_stride);
+}
+
+template <typename Params>
+__device__ __forceinline__ float load_bias(const Params& p, int head) {
+  if (p.dt_bias == nullptr) return 0.f;
+  return load_float(p.dt_bias, p.dt_bias_dtype, static_cast<int64>(head) * p.dt_bias_stride);
+}
+
+// (sum + D x) silu(z), to y; `writes`: of the lanes that have the row, one.
+template <typename Params>
+__device__ __forceinline__ void finish_row(const Params& p, int64 y_offset, float sum, float D, RowBits bits,
+                                           bool writes) {
+  float y = fmaf(D, from_bits(bits.x, p.dtype), sum);
+  if (p.z != nullptr) {
+    const float z = from_bits(bits.z, p.z_dtype);
+    y *= z / (1.f + expf(-z));
+  }
+  if (writes) store_float(p.y, p.dtype, y_offset, y);
+}
+
+template <typename State, typename Params>
+__device__ __forceinline__ State* head_of(const Params& p, int slot, int head) {
+  return static_cast<State*>(p.state) + slot * p.state_slot_stride + static_cast<int64>(head) * p.state_head_stride;
+}
+
+template <typename Params>
+__device__ __forceinline__ float* scale_of(const Params& p, int slot, int head, int row) {
+  return p.state_scale + static_cast<int64>(slot) * p.scale_slot_stride +
+         static_cast<int64>(head) * p.scale_head_stride + static_cast<int64>(row) * p.scale_p_stride;
+}
+
+// Stores a lane's part of a row of head `head` in slot `place`, rounded as after token t.
+template <typename State, typename L, bool kStochastic, typename Params>
+__device__ __forceinline__ void store_row(const Params& p, int place, int head, int row, int column,
+                                          const float (&S)[L::kColumns], int64 seed, int t) {
+  float values[L::kColumns], scale, multiplier;
+  if constexpr (sizeof(State) == 1) multiplier = multiplier_of<State, L>(S, scale);
+#pragma unroll
+  for (int i = 0; i < L::kColumns; ++i) values[i] = sizeof(State) == 1 ? __fmul_rn(S[i], multiplier) : S[i];
+  if (row >= p.headdim) return;
+  State* target = head_of<State>(p, place, head) + static_cast<int64>(row) * p.state_p_stride + column;
+#pragma unroll
+  for (int i = 0; i < L::kLoads; ++i) {
+    const float* v = values + i * L::kPerLoad;
+    uint4 packed;
+    if constexpr (kStochastic) {
+      const int64 number = (static_cast<int64>(place) * p.nheads + head) * p.headdim + row;  // of the row
+      packed = round_stochastic<State>(v, philox(seed, (number * L::kDstate + column + i * L::kStep) / 8, t));
+    } else {
+      constexpr int kPerWord = 4 / sizeof(State);
+      packed = make_uint4(pack_word<State>(v), pack_word<State>(v + kPerWord), pack_word<State>(v + 2 * kPerWord),
+                          pack_word<State>(v + 3 * kPerWord));
+    }
+    __stcs(reinterpret_cast<uint4*>(target + i * L::kStep), packed);
+  }
+  if constexpr (sizeof(State) == 1) {
+    if (column == 0) *scale_of(p, place, head, row) = scale;
+  }
+}
+
+template <typename State, typename L, int kRows, typename Params>
+__device__ __forceinline__ void load_tile(const Params& p, const State* head, int above, int column,
+                                          uint4 (&raw)[kRows][L::kLoads]) {
+  const State* source = head + static_cast<int64>(above) * p.state_p_stride + column;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r, source += static_cast<int64>(L::kGroups) * p.state_p_stride) {
+#pragma unroll
+    for (int i = 0; i < L::kLoads; ++i) {
+      raw[r][i] = make_uint4(0, 0, 0, 0);
+      if (above + r * L::kGroups < p.headdim) raw[r][i] = load_state(source + i * L::kStep);
+    }
+  }
+}
+
+}  // namespace hybrid_ops
