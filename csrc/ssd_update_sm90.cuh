@@ -6,7 +6,6 @@
 // computes and stores, others load. No warp reads what another writes.
 #pragma once
 
-#include "common/random.cuh"
 #include "common/state_rows.cuh"
 
 namespace hybrid_ops {
@@ -46,9 +45,6 @@ struct SsdUpdateParams {
   bool columns_aligned;                                    // B and C: neighbours, each four of them aligned
   bool dt_softplus, store_each, store_last;
 };
-
-// log(1 + exp(v)), of an exponential that cannot overflow.
-__device__ __forceinline__ float softplus(float v) { return fmaxf(v, 0.f) + log1pf(expf(-fabsf(v))); }
 
 struct Rows {
   int64 first;          // token of the sequence in its row
@@ -114,10 +110,7 @@ __device__ __forceinline__ Token<L::kColumns> load_token(const SsdUpdateParams& 
 
 // dt of the recurrence.
 __device__ __forceinline__ float step_of(const SsdUpdateParams& p, unsigned bits, float bias) {
-  float dt = from_bits(bits, p.dt_dtype) + bias;
-  if (p.dt_softplus) dt = softplus(dt);
-  dt = dt < p.dt_min ? p.dt_min : dt;  // comparisons leave NaN as it is
-  return dt > p.dt_max ? p.dt_max : dt;
+  return step_size(from_bits(bits, p.dt_dtype) + bias, p.dt_softplus, p.dt_min, p.dt_max);
 }
 
 // What a lane needs for the row whose y it computes.
@@ -156,19 +149,6 @@ __device__ __forceinline__ void finish_row(const SsdUpdateParams& p, int64 y_off
   if (writes) store_float(p.y, p.dtype, y_offset, y);
 }
 
-// A row's part of a lane through one token: S moves on; the part's sum with C is returned.
-template <int kColumns>
-__device__ __forceinline__ float advance(float (&S)[kColumns], float decay, float input, const float (&B)[kColumns],
-                                         const float (&C)[kColumns]) {
-  float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < kColumns; ++i) {
-    S[i] = fmaf(S[i], decay, input * B[i]);
-    sum = fmaf(S[i], C[i], sum);
-  }
-  return sum;
-}
-
 template <typename State>
 __device__ __forceinline__ State* head_of(const SsdUpdateParams& p, int slot, int head) {
   return static_cast<State*>(p.state) + slot * p.state_slot_stride + static_cast<int64>(head) * p.state_head_stride;
@@ -188,38 +168,11 @@ __device__ __forceinline__ void store_row(const SsdUpdateParams& p, int place, i
 #pragma unroll
   for (int i = 0; i < L::kColumns; ++i) values[i] = sizeof(State) == 1 ? __fmul_rn(S[i], multiplier) : S[i];
   if (row >= p.headdim) return;
-  State* target = head_of<State>(p, place, head) + static_cast<int64>(row) * p.state_p_stride + column;
-#pragma unroll
-  for (int i = 0; i < L::kLoads; ++i) {
-    const float* v = values + i * L::kPerLoad;
-    uint4 packed;
-    if constexpr (kStochastic) {
-      const int64 number = (static_cast<int64>(place) * p.nheads + head) * p.headdim + row;  // of the row
-      packed = round_stochastic<State>(v, philox(seed, (number * L::kDstate + column + i * L::kStep) / 8, t));
-    } else {
-      constexpr int kPerWord = 4 / sizeof(State);
-      packed = make_uint4(pack_word<State>(v), pack_word<State>(v + kPerWord), pack_word<State>(v + 2 * kPerWord),
-                          pack_word<State>(v + 3 * kPerWord));
-    }
-    __stcs(reinterpret_cast<uint4*>(target + i * L::kStep), packed);
-  }
+  store_columns<State, L, kStochastic>(head_of<State>(p, place, head) + static_cast<int64>(row) * p.state_p_stride,
+                                       column, values, (static_cast<int64>(place) * p.nheads + head) * p.headdim + row,
+                                       seed, t);
   if constexpr (sizeof(State) == 1) {
     if (column == 0) *scale_of(p, place, head, row) = scale;
-  }
-}
-
-template <typename State, typename L, int kRows>
-__device__ __forceinline__ void load_tile(const SsdUpdateParams& p, const State* head, int above, int column,
-                                          uint4 (&raw)[kRows][L::kLoads]) {
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    const int row = above + r * L::kGroups;
-#pragma unroll
-    for (int i = 0; i < L::kLoads; ++i) {
-      raw[r][i] = make_uint4(0, 0, 0, 0);
-      if (row < p.headdim)
-        raw[r][i] = load_state(head + static_cast<int64>(row) * p.state_p_stride + column + i * L::kStep);
-    }
   }
 }
 
@@ -256,7 +209,7 @@ __global__ void __launch_bounds__(256, Layout<State, kDstate, kRows>::kBlocks)
   RowBits bits;
   float D, scale = 1.f;  // of the lane's own row
   const auto load = [&](int tile) {
-    load_tile<State, L>(p, source, tile + lane / L::kLanes, column, raw);
+    load_tile<State, L>(source, p.state_p_stride, tile + lane / L::kLanes, p.headdim, column, raw);
     bits = load_row(p, b, 0, head, tile + mine);
     D = load_D(p, head, tile + mine);
     if (sizeof(State) == 1 && tile + mine < p.headdim) scale = *scale_of(p, slot, head, tile + mine);
@@ -310,7 +263,7 @@ __global__ void __launch_bounds__(256) ssd_update_kernel(const __grid_constant__
     const int64 seed = kStochastic ? *p.seed : 0;
     const State* source = head_of<State>(p, slot, head);
     uint4 raw[kRows][L::kLoads];
-    load_tile<State, L>(p, source, above, column, raw);
+    load_tile<State, L>(source, p.state_p_stride, above, p.headdim, column, raw);
     float S[kRows][L::kColumns];
     float scale = 1.f;
     if (sizeof(State) == 1 && mine < p.headdim) scale = *scale_of(p, slot, head, mine);

@@ -154,7 +154,7 @@ def _check(
         raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, got {dt_limit}")
     _check_slots(state, batch, steps, read_slots, write_slots, num_accepted, cu_seqlens, update_state, null_slot)
     _check_scale(state, state_scale)
-    _check_rounding(state, rounding, seed)
+    check_rounding(state, rounding, seed)
     _checks.out(out, x, needs_grad=False)
     low, high = float(dt_limit[0]), float(dt_limit[1])
     if torch.compiler.is_compiling() or not x.is_cuda or not state.is_cuda:
@@ -294,7 +294,7 @@ def _check_scale(state: Tensor, state_scale: Tensor | None) -> None:
     _checks.updatable("state_scale", state_scale)
 
 
-def _check_rounding(state: Tensor, rounding: str, seed: Tensor | None) -> None:
+def check_rounding(state: Tensor, rounding: str, seed: Tensor | None) -> None:
     _checks.one_of("rounding", rounding, ("nearest", "stochastic"))
     if rounding == "nearest":
         if seed is not None:
