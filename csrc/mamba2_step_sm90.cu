@@ -20,7 +20,11 @@ void launch(Mamba2StepParams p, const Mamba2StepArgs& a, cudaStream_t stream) {
       .attrs = &cluster,
       .numAttrs = 1,
   };
-  check(cudaLaunchKernelEx(&config, mamba2_step_kernel<State, kDstate, kStochastic>, p), "mamba2_step_kernel");
+  const auto kernel = mamba2_step_kernel<State, kDstate, kStochastic>;
+  if (a.cluster > 8) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "mamba2_step_kernel");
+  }
+  check(cudaLaunchKernelEx(&config, kernel, p), "mamba2_step_kernel");
 }
 
 template <typename State, int kDstate>

@@ -260,7 +260,7 @@ def _choose(
         return Choice(chosen, {}, reason)
     from .triton_kernels import mamba2_step as kernels
 
-    return Choice(chosen, kernels.config(batch, nheads, headdim, dstate, group_size)._asdict(), reason)
+    return Choice(chosen, kernels.config(headdim, dstate)._asdict(), reason)
 
 
 def _mamba2_step(
