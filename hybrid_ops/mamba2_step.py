@@ -184,8 +184,9 @@ def _check_inputs(
     if min(nheads, headdim, dstate) < 1:
         raise ValueError(f"state must have at least one head, feature and state of each, got {tuple(state.shape)}")
     d_inner, columns = nheads * headdim, zxbcdt.shape[1]
-    ngroups, rest = divmod(columns - 2 * d_inner - nheads, 2 * dstate)
-    if rest or ngroups < 1 or nheads % ngroups:
+    shared = columns - 2 * d_inner - nheads  # of B and C
+    ngroups = shared // (2 * dstate)
+    if shared % (2 * dstate) or ngroups < 1 or nheads % ngroups:
         raise ValueError(
             f"zxbcdt must have 2 * {d_inner} + 2 * ngroups * {dstate} + {nheads} columns for this state, with an "
             f"ngroups that divides {nheads}, got {columns}"

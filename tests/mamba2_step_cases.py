@@ -34,7 +34,7 @@ def cases(draw, dtypes, headdims=(8, 24), dstates=(16, 20), max_batch=3):
         heads_per_group=heads_per_group,
         headdim=choose(headdims),
         dstate=choose(dstates),
-        width=choose([2, 3, 4, 4, 4, 6]),
+        width=choose([1, 2, 3, 4, 4, 4, 6]),
         spare=choose([0, 0, 2]),  # columns of the window that no token sees
         norm=choose(["group", "group", "all", "head"]),
         norm_before_gate=choose([False, False, True]),
@@ -142,7 +142,7 @@ def for_cuda(case):
     return case | dict(
         headdim={8: 64, 24: 80}[case["headdim"]],
         dstate={16: 64, 20: 128}[case["dstate"]],
-        width=min(case["width"], 4),
+        width=min(max(case["width"], 2), 4),
         spare=0,
         norm="group" if case["norm"] == "head" else case["norm"],
     )
