@@ -89,13 +89,19 @@ def ssd_update():
     return hybrid_ops.ssd_state_update, arguments | dict(read_slots=torch.tensor([2, 0], dtype=torch.int32))
 
 
+def mamba2_step():
+    arguments = dict(zxbcdt=torch.ones(2, 100), conv_state=torch.zeros(3, 64, 3), state=torch.zeros(3, 4, 8, 16))
+    arguments |= dict(conv_weight=torch.ones(64, 4), A=-torch.ones(4), norm_weight=torch.ones(32), D=torch.ones(4))
+    return hybrid_ops.mamba2_step, arguments | dict(slots=torch.tensor([2, 0], dtype=torch.int32))
+
+
 def ssd():
     x, B = torch.ones(1, 20, 4, 8), torch.ones(1, 20, 1, 16)
     arguments = dict(x=x, dt=torch.ones(1, 20, 4), A=-torch.ones(4), B=B, C=B, D=torch.ones(4), z=x)
     return hybrid_ops.ssd_chunk_scan, arguments | dict(cu_seqlens=torch.tensor([0, 20], dtype=torch.int32))
 
 
-@pytest.mark.parametrize("problem", [conv1d_update, ssd_update, ssd])
+@pytest.mark.parametrize("problem", [conv1d_update, ssd_update, mamba2_step, ssd])
 def test_operators(problem, on_gpu):
     """After a good call, each tensor of another dtype, shape or device is refused, and so is the gradient it lacks."""
     run, good = problem()

@@ -340,7 +340,9 @@ def test_what_the_cuda_kernel_takes():
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("dstate", [64, 128, 256])
-@pytest.mark.parametrize(("nheads", "headdim", "ngroups"), [(64, 64, 8), (128, 64, 8), (128, 80, 8), (64, 64, 1), (8, 64, 1)])
+@pytest.mark.parametrize(
+    ("nheads", "headdim", "ngroups"), [(64, 64, 8), (128, 64, 8), (128, 80, 8), (64, 64, 1), (8, 64, 1)]
+)
 def test_configurations(nheads, headdim, ngroups, dstate, itemsize, stochastic):
     """Every warp has whole tiles of one head, and a block what a block may have."""
     rows_per_group = nheads * headdim // ngroups

@@ -96,7 +96,9 @@ def refusal(
         )
     strides = (*conv_state.stride()[1:], *state.stride()[1:], *(s for t in others if t is not None for s in t.stride()))
     if zxbcdt.shape[0] > 65535 or max(*strides, *conv_state.shape, *zxbcdt.shape) >= 2**31:
-        return "the CUDA kernel counts sequences up to 65535, and has 32 bits for all strides but those of rows and slots"
+        return (
+            "the CUDA kernel counts sequences up to 65535, and has 32 bits for all strides but those of rows and slots"
+        )
     return None
 
 
