@@ -161,6 +161,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
   const int senders = min(warps, (p.rows + 31) / 32);  // warps that have a sum of squares
   const int expected = static_cast<int>(cluster_size()) * senders;
 
+  let_next_grid_start();
+  wait_for_previous_grid();
   const int slot = p.slots == nullptr ? b : p.slots[static_cast<int64>(b) * p.slots_stride];
 
   // what does not need the slot

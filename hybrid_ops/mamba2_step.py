@@ -50,7 +50,7 @@ def mamba2_step(
     That is what the three operators of these names compute, but for roundings: what lies between them stays in float32.
 
     Args:
-        zxbcdt: (batch, 2 d_inner + 2 ngroups dstate + nheads), any strides; ngroups follows from it, and divides nheads.
+        zxbcdt: (batch, 2 d_inner + 2 ngroups dstate + nheads), any strides; ngroups follows from it, dividing nheads.
         conv_state: (nslots, d_inner + 2 ngroups dstate, state_len), any strides, updated in place: newest column last,
             state_len >= width - 1.
         state: (nslots, nheads, headdim, dstate), any strides, updated in place.
@@ -77,8 +77,8 @@ def mamba2_step(
         y, (batch, d_inner), zxbcdt's dtype.
 
     float32, bfloat16, float16 (float64 on the CPU), each tensor its own. Arithmetic is float32 (float64 where zxbcdt
-    is), every result cast once. Not differentiable. Several tokens a call, drafts and states in 8 bits are for the three
-    operators themselves.
+    is), every result cast once. Not differentiable. Several tokens a call, drafts and states in 8 bits: the three
+    operators do that.
 
     Raises:
         ValueError, TypeError: an argument that is not the one expected, or one that requires a gradient; nothing has
@@ -134,7 +134,7 @@ def _check(
     null_slot: int,
     impl: str,
 ) -> tuple[int, float, float, Callable[..., None] | None]:
-    """The norm's group size, the bounds of dt, and the CUDA kernel's launch, where that is what a plain call comes to."""
+    """The norm's group size, the bounds of dt; the CUDA kernel's launch, where that is what a plain call comes to."""
     batch, d_inner = _check_inputs(zxbcdt, conv_state, state, conv_weight, conv_bias, A, D, dt_bias, norm_weight)
     if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"dt_limit must be (low, high) with 0 <= low <= high, got {dt_limit}")

@@ -340,15 +340,14 @@ def test_what_the_cuda_kernel_takes():
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("dstate", [64, 128, 256])
-@pytest.mark.parametrize(
-    ("nheads", "headdim", "ngroups"), [(64, 64, 8), (128, 64, 8), (128, 80, 8), (64, 64, 1), (8, 64, 1)]
-)
-def test_configurations(nheads, headdim, ngroups, dstate, itemsize, stochastic):
+@pytest.mark.parametrize("heads", [(64, 64, 8), (128, 64, 8), (128, 80, 8), (64, 64, 1), (8, 64, 1)])
+def test_configurations(heads, dstate, itemsize, stochastic):
     """Every warp has whole tiles of one head, and a block what a block may have."""
+    nheads, headdim, ngroups = heads
     rows_per_group = nheads * headdim // ngroups
     for group_size in {rows_per_group, nheads * headdim}:
         for batch in (1, 64):
-            cluster, warps = csrc.config(batch, headdim, dstate, itemsize, stochastic, group_size, rows_per_group)
+            cluster, warps, *_ = csrc.config(batch, headdim, dstate, itemsize, stochastic, group_size, rows_per_group)
             rows, tile = group_size // cluster, csrc.tile(dstate, itemsize, stochastic)
             assert rows * cluster == group_size
             assert rows % tile == rows_per_group % rows == headdim % tile == 0

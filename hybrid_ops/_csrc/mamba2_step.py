@@ -17,6 +17,7 @@ MAX_ROWS = 2048  # of a CTA: its features are in shared memory
 class Config(NamedTuple):
     cluster: int  # CTAs that share a group of the norm, each with consecutive features
     warps: int  # of a CTA
+    early: int = 0
 
 
 def tile(dstate: int, itemsize: int, stochastic: bool) -> int:
@@ -34,7 +35,7 @@ def config(
     once anyway; and a thread for each channel that it convolves, where there are as many.
     """
     rows_of_tile = tile(dstate, itemsize, stochastic)
-    if group_size % rows_per_group or headdim % rows_of_tile:
+    if group_size % rows_per_group or headdim % max(4, rows_of_tile):  # with 4, no more heads than threads
         return None
     for cluster in (8, 4, 2, 1):
         rows = group_size // cluster
@@ -91,14 +92,12 @@ def refusal(
     # either rounding: what one takes, the other does
     if config(1, headdim, dstate, state.element_size(), False, group_size, rows_per_group(zxbcdt, state)) is None:
         return (
-            f"the CUDA kernel needs norm groups of whole groups of B and C, in up to 8 equal parts of one of them, each "
-            f"of whole heads of {tile(dstate, state.element_size(), False)} n features; not {group_size} of {headdim}"
+            "the CUDA kernel needs norm groups of whole groups of B and C, in up to 8 equal parts of whole heads of "
+            f"{max(4, tile(dstate, state.element_size(), False))} n features; not {group_size} of headdim {headdim}"
         )
     strides = (*conv_state.stride()[1:], *state.stride()[1:], *(s for t in others if t is not None for s in t.stride()))
     if zxbcdt.shape[0] > 65535 or max(*strides, *conv_state.shape, *zxbcdt.shape) >= 2**31:
-        return (
-            "the CUDA kernel counts sequences up to 65535, and has 32 bits for all strides but those of rows and slots"
-        )
+        return "the CUDA kernel counts sequences up to 65535, and has 32 bits for strides but those of rows and slots"
     return None
 
 
