@@ -175,7 +175,7 @@ class Mamba2Mixer(nn.Module):
         """The next tokens of every sequence: u (batch, seqlen, hidden) -> (batch, seqlen, hidden).
 
         `state` is read and overwritten. With drafts, it starts after the tokens of the last call that count, and keeps
-        what it is after each of these.
+        what it is after each of these. Without, a single token of each sequence is one `mamba2_step`.
         """
         zxbcdt, drafts = self.in_proj(u), state.drafts
         if drafts is None and u.shape[1] == 1:
