@@ -27,7 +27,7 @@ def test_step(case):
 
 
 @pytest.mark.interpreter
-@settings(max_examples=15)
+@settings(max_examples=25)
 @given(case=cases(INTERPRETER_DTYPES))
 def test_step_interpreter(case):
     check_step(case, "triton")
