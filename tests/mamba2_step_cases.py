@@ -101,7 +101,8 @@ def problem(case):
         arguments["slots"] = slots
         arguments["null_slot"] = NULL
     options = ("dt_softplus", "dt_limit", "norm_before_gate")
-    return arguments | {k: case[k] for k in options} | dict(group_size=group_size(case))
+    # of few features, a group that cancels to almost nothing would have its rounding magnified by a small eps
+    return arguments | {k: case[k] for k in options} | dict(group_size=group_size(case), eps=1.0)
 
 
 def oracle(arguments, dtype, store=lambda S, slot, t: S):
@@ -167,17 +168,9 @@ def check_step(case, impl, device="cpu"):
     y = hybrid_ops.mamba2_step(**given, out=out, impl=impl)
     assert out is None or y is out
 
-    times = len(runs)
     inner, size = ref.shape[1], group_size(case)
-    heads = (times * len(ref), inner // size, size)  # errors by group of the norm
-    assert_within(
-        "y",
-        torch.cat([y] * times).view(heads),
-        np.concatenate([ref] * times).reshape(heads),
-        np.concatenate([run[0] for run in runs]).reshape(heads),
-        case["dtype"],
-        axis=1,
-    )
+    groups = (len(ref), inner // size, size)  # of the norm
+    assert_within_all("y", y.view(groups), ref.reshape(groups), [run[0].reshape(groups) for run in runs], case["dtype"])
     slots, nslots = arguments.get("slots"), len(ref_states)
     written = range(len(ref)) if slots is None else [s for s in slots.tolist() if s != NULL]
     written, others = sorted(written), [s for s in range(nslots) if s not in written]
@@ -187,8 +180,14 @@ def check_step(case, impl, device="cpu"):
         assert torch.equal(after[name][others], before[name][others])
     exact = torch.from_numpy(ref_windows)[written].to(case["conv_state_dtype"]).double()
     assert torch.equal(after["conv_state"][written], exact)
-    if written:
-        rows = (len(written) * ref_states.shape[1], *ref_states.shape[2:])
-        width = max(case["dtype"], case["state_dtype"], key=lambda d: torch.finfo(d).eps)
-        states = (after["state"][written], ref_states[written], runs[0][1][written])
-        assert_within("state", *(t.reshape(rows) for t in states), width, axis=0)
+    width = max(case["dtype"], case["state_dtype"], key=lambda d: torch.finfo(d).eps)
+    states = [run[1][written] for run in runs]  # by head
+    assert_within_all("state", after["state"][written], ref_states[written], states, width)
+
+
+def assert_within_all(name, got, ref, baselines, dtype):
+    """By slices of axis 1, against the error of all baselines together."""
+    times = len(baselines)
+    assert_within(
+        name, torch.cat([got] * times), np.concatenate([ref] * times), np.concatenate(baselines), dtype, axis=1
+    )
