@@ -236,6 +236,7 @@ def test_cases_have_unique_agreed_names(cases):
         ("ssd_chunk_scan_fwd", "h56b-L8192-b1", torch.bfloat16, 198),
         ("ssd_state_update", "super-b64", torch.float32, 125),
         ("ssd_state_update", "super-b64", torch.bfloat16, 63),
+        ("mamba2_step", "nano3-b16", torch.bfloat16, 16),
         ("norm_fwd", "super-L8192-b1-gated", torch.bfloat16, 95),
         ("norm_bwd", "super-L8192-b1-gated", torch.bfloat16, 158),
     ],
