@@ -73,20 +73,21 @@ __device__ __forceinline__ ChannelBits load_channel(const Mamba2StepParams& p, i
   return bits;
 }
 
-// The window that a channel's token sees, the token last; zeros before it.
-__device__ __forceinline__ void load_window(const Mamba2StepParams& p, int64 first, unsigned x,
-                                            float (&window)[kMaxWidth]) {
-  unsigned bits[kMaxWidth - 1];
+// The columns that a channel's token sees, as bits; zeros before them.
+struct WindowBits {
+  unsigned columns[kMaxWidth - 1];
+};
+
+__device__ __forceinline__ WindowBits load_window(const Mamba2StepParams& p, int64 first) {
+  WindowBits bits;
 #pragma unroll
   for (int k = 0; k < kMaxWidth - 1; ++k) {
     const int column = k - (kMaxWidth - p.width);
-    bits[k] = column < 0 ? 0
-                         : load_bits(p.conv_state, p.conv_state_dtype,
-                                     first + static_cast<int64>(column) * p.conv_column_stride);
+    bits.columns[k] = column < 0 ? 0
+                                 : load_bits(p.conv_state, p.conv_state_dtype,
+                                             first + static_cast<int64>(column) * p.conv_column_stride);
   }
-#pragma unroll
-  for (int k = 0; k < kMaxWidth - 1; ++k) window[k] = from_bits(bits[k], p.conv_state_dtype);
-  window[kMaxWidth - 1] = from_bits(x, p.dtype);
+  return bits;
 }
 
 // The window without its oldest column, to where it came from.
@@ -103,9 +104,12 @@ __device__ __forceinline__ void store_window(const Mamba2StepParams& p, int64 fi
 
 __device__ __forceinline__ float silu(float v) { return v / (1.f + expf(-v)); }
 
-// The convolution and its activation.
-__device__ __forceinline__ float convolve(const Mamba2StepParams& p, const ChannelBits& bits,
-                                          const float (&window)[kMaxWidth]) {
+// The convolution and its activation; `window` gets the columns and the token.
+__device__ __forceinline__ float convolve(const Mamba2StepParams& p, const ChannelBits& bits, const WindowBits& before,
+                                          float (&window)[kMaxWidth]) {
+#pragma unroll
+  for (int k = 0; k < kMaxWidth - 1; ++k) window[k] = from_bits(before.columns[k], p.conv_state_dtype);
+  window[kMaxWidth - 1] = from_bits(bits.x, p.dtype);
   float taps[kMaxWidth], sum = from_bits(bits.bias, p.conv_bias_dtype);
   runs_to_float(bits.weight, p.conv_weight_dtype, p.weight_aligned, taps);
 #pragma unroll
@@ -221,31 +225,36 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
     return;
   }
 
+  // the windows first: they are small, and more waits for them
+  const int64 windows = slot * p.conv_slot_stride;
+  const auto place_of = [&](int c) { return windows + static_cast<int64>(channel_of(c)) * p.conv_channel_stride; };
+  WindowBits before;
+  if (c < channels) before = load_window(p, place_of(c));
   uint4 raw[kRows][L::kLoads];
   const auto load_rows = [&] {
     load_tile<State, L>(head_of(), p.state_p_stride, in_head + lane / L::kLanes, p.headdim, column, raw);
   };
   if (warp < tiles) load_rows();
 
-  // the convolution; the windows of B and C wait for the other CTAs, those of rows do not
-  const int64 windows = slot * p.conv_slot_stride;
+  // windows of B and C are stored once the other CTAs have read them, those of rows at once
   float window[kMaxWidth];
   while (c < channels) {
-    const int64 place = windows + static_cast<int64>(channel_of(c)) * p.conv_channel_stride;
-    load_window(p, place, bits.x, window);
-    const float value = convolve(p, bits, window);
+    const float value = convolve(p, bits, before, window);
     BC[c] = value;  // and x, which lies behind
     if (c < kShared) {
 #pragma unroll
       for (int k = 1; k < kMaxWidth; ++k) moved[(k - 1) * kShared + c] = window[k];
     } else {
-      store_window(p, place, window);
+      store_window(p, place_of(c), window);
       y[c - kShared] = from_bits(feature.D, p.D_dtype) * value;
       gate[c - kShared] = silu(from_bits(feature.z, p.dtype));
       weight[c - kShared] = from_bits(feature.weight, p.norm_weight_dtype);
     }
     c += threads;
-    if (c < channels) load();
+    if (c < channels) {
+      load();
+      before = load_window(p, place_of(c));
+    }
   }
   if (my_head < heads) {
     const float dt = step_size(from_bits(dt_bits, p.dtype) + dt_bias, p.dt_softplus, p.dt_min, p.dt_max);
@@ -311,7 +320,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
   for (c = mine * share + threadIdx.x; c < (mine + 1) * share; c += threads) {
 #pragma unroll
     for (int k = 1; k < kMaxWidth; ++k) window[k] = moved[(k - 1) * kShared + c];
-    store_window(p, windows + static_cast<int64>(channel_of(c)) * p.conv_channel_stride, window);
+    store_window(p, place_of(c), window);
   }
 }
 
