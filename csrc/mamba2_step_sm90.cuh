@@ -269,26 +269,30 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
     const int n = column + i / L::kPerLoad * L::kStep + i % L::kPerLoad;
     B[i] = BC[n], C[i] = BC[kDstate + n];
   }
+  float S[kRows][L::kColumns];
+  const auto store_rows = [&] {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int below = in_head + lane / L::kLanes + r * L::kGroups;
+      store_columns<State, L, kStochastic>(head_of() + static_cast<int64>(below) * p.state_p_stride, column, S[r],
+                                           (static_cast<int64>(slot) * p.nheads + head) * p.headdim + below, seed, 0);
+    }
+  };
   for (int tile = warp; tile < tiles;) {
     const float dt = steps[2 * (head - first_head)], decay = steps[2 * (head - first_head) + 1];
     float sums[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int below = lane / L::kLanes + r * L::kGroups;  // the tile's first
-      float S[L::kColumns];
-      unpack_row<State, L>(raw[r], 1.f, S);
-      sums[r] = advance(S, decay, dt * x[row + below], B, C);
-      store_columns<State, L, kStochastic>(
-          head_of() + static_cast<int64>(in_head + below) * p.state_p_stride, column, S,
-          (static_cast<int64>(slot) * p.nheads + head) * p.headdim + in_head + below, seed, 0);
+      unpack_row<State, L>(raw[r], 1.f, S[r]);
+      sums[r] = advance(S[r], decay, dt * x[row + lane / L::kLanes + r * L::kGroups], B, C);
     }
     const float sum = sum_rows<L::kLanes>(sums, part);
     if (part % L::kLanesPerSum == 0) y[row + part / L::kLanesPerSum * L::kGroups + lane / L::kLanes] += sum;
     tile += warps;
-    if (tile < tiles) {
-      go_to(tile);
-      load_rows();
-    }
+    if (tile >= tiles) break;  // the last tile's states are stored when nobody waits for this warp
+    store_rows();
+    go_to(tile);
+    load_rows();
   }
   __syncthreads();
 
@@ -304,6 +308,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
     const uint32 rank = cluster_rank(), place = shared_address(partials + rank * senders + warp);
     if (lane < cluster_size()) store_counted(address_in_cta(place, lane), squares, address_in_cta(barrier, lane));
   }
+  if (warp < tiles) store_rows();
   wait_for_cluster(barrier, 0);
 
   if (warp < senders) {
