@@ -26,7 +26,7 @@ from .session import Session
 from .table import list_cases
 from .timing import Graph, host_us, summary, wall_samples, wall_us
 
-FAMILIES = ("conv1d", "ssd", "norm", "moe_router", "grouped_gemm", "moe", "quant", "gemm")
+FAMILIES = ("conv1d", "ssd", "norm", "mamba2_step", "moe_router", "grouped_gemm", "moe", "quant", "gemm")
 TIMES = ("gpu_us", "gpu_us_p10", "gpu_us_p90", "gpu_us_warm", "host_us", "host_us_p10", "host_us_p90")
 
 

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -190,6 +191,25 @@ def gated_norm(group_size: int) -> Peers:
 
         options = {"z": t["z"], "eps": 1e-5, "group_size": group_size, "norm_before_gate": False}
         return rmsnorm_fn(t["x"], t["weight"], None, **options)
+
+    return _present(mamba_ssm=mamba_ssm)
+
+
+def mamba2_step(
+    split: Callable[[Tensors], tuple[torch.Tensor, ...]],
+    scan_inputs: Callable[[Tensors, torch.Tensor], Tensors],
+    group_size: int,
+) -> Peers:
+    """The three calls of causal_conv1d and mamba_ssm; `split` gives z, xBC, dt, `scan_inputs` what the scan takes."""
+    if not present("causal_conv1d"):
+        return {}
+
+    def mamba_ssm(t: Tensors) -> object:
+        z, xBC, _ = split(t)
+        conv = {"x": xBC, "weight": t["conv_weight"], "bias": t["conv_bias"]}
+        xBC = cast(torch.Tensor, conv1d_update()["causal_conv1d"]({**t, **conv}))
+        y = cast(torch.Tensor, ssd_update()["mamba_ssm"]({**t, **scan_inputs(t, xBC), "write_slots": t["slots"]}))
+        return gated_norm(group_size)["mamba_ssm"]({"x": y.flatten(1), "z": z, "weight": t["norm_weight"]})
 
     return _present(mamba_ssm=mamba_ssm)
 

@@ -288,6 +288,65 @@ PYBIND11_MODULE(_cuda, m) {
           },
           py::arg("tensors"), py::arg("device"), py::arg("stream"));
 
+  py::class_<Mamba2StepArgs>(m, "Mamba2Step",
+                             "A mixer's decoding step of one signature; the groups hold what Mamba2StepArgs in api.h "
+                             "names.")
+      .def(py::init([](std::array<int, 8> dtypes, std::array<std::int64_t, 9> sizes,
+                       std::array<std::int64_t, 2> row_strides, std::array<std::int64_t, 3> conv_strides,
+                       std::array<std::int64_t, 3> state_strides, std::array<std::int64_t, 7> small_strides,
+                       int null_slot, std::array<float, 2> dt_limit, float eps, bool dt_softplus, bool norm_before_gate,
+                       std::array<int, 3> config) {
+             const auto [batch, nslots, nheads, headdim, dstate, conv_dim, width, group_size, rows_per_group] = sizes;
+             const auto [conv_bias, A, D_head, D_p, dt_bias, norm_weight, slots] = small_strides;
+             return Mamba2StepArgs{
+                 .dtype = DType(dtypes[0]),
+                 .conv_state_dtype = DType(dtypes[1]),
+                 .state_dtype = DType(dtypes[2]),
+                 .conv_weight_dtype = DType(dtypes[3]),
+                 .conv_bias_dtype = DType(dtypes[4]),
+                 .D_dtype = DType(dtypes[5]),
+                 .dt_bias_dtype = DType(dtypes[6]),
+                 .norm_weight_dtype = DType(dtypes[7]),
+                 .batch = batch,
+                 .nslots = nslots,
+                 .nheads = nheads,
+                 .headdim = headdim,
+                 .dstate = dstate,
+                 .conv_dim = conv_dim,
+                 .width = width,
+                 .group_size = group_size,
+                 .rows_per_group = rows_per_group,
+                 .zxbcdt_stride = row_strides[0],
+                 .y_stride = row_strides[1],
+                 .conv_strides = conv_strides,
+                 .state_strides = state_strides,
+                 .conv_bias_stride = conv_bias,
+                 .A_stride = A,
+                 .D_strides = {D_head, D_p},
+                 .dt_bias_stride = dt_bias,
+                 .norm_weight_stride = norm_weight,
+                 .slots_stride = slots,
+                 .null_slot = null_slot,
+                 .dt_min = dt_limit[0],
+                 .dt_max = dt_limit[1],
+                 .eps = eps,
+                 .dt_softplus = dt_softplus,
+                 .norm_before_gate = norm_before_gate,
+                 .cluster = config[0],
+                 .warps = config[1],
+                 .early = config[2],
+             };
+           }),
+           py::arg("dtypes"), py::arg("sizes"), py::arg("row_strides"), py::arg("conv_strides"),
+           py::arg("state_strides"), py::arg("small_strides"), py::arg("null_slot"), py::arg("dt_limit"),
+           py::arg("eps"), py::arg("dt_softplus"), py::arg("norm_before_gate"), py::arg("config"))
+      .def(
+          "__call__",
+          [](const Mamba2StepArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
+            mamba2_step(args, addresses<Mamba2StepPointers>(tensors), {device, stream});
+          },
+          py::arg("tensors"), py::arg("device"), py::arg("stream"));
+
   m.def(
       "conv1d_bwd",
       [](std::array<std::uintptr_t, 12> pointers, std::array<int, 4> dtypes, std::array<std::int64_t, 5> sizes,

@@ -94,19 +94,6 @@ __device__ __forceinline__ Token<L::kColumns> load_token(const SsdUpdateParams& 
   return loaded;
 }
 
-// A row's part of a lane through one token: S moves on; the part's sum with C is returned.
-template <int kColumns>
-__device__ __forceinline__ float advance(float (&S)[kColumns], float decay, float input, const float (&B)[kColumns],
-                                         const float (&C)[kColumns]) {
-  float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < kColumns; ++i) {
-    S[i] = fmaf(S[i], decay, input * B[i]);
-    sum = fmaf(S[i], C[i], sum);
-  }
-  return sum;
-}
-
 // T = 1. The state stays packed until its row's turn, and what the tiles have in common stays in registers.
 template <typename State, int kDstate, int kRows, bool kStochastic>
 __global__ void __launch_bounds__(256, Layout<State, kDstate, kRows>::kBlocks)

@@ -7,6 +7,7 @@ from .conv1d_update import causal_conv1d_update
 from .gemm_fp8 import fp8_gemm, fp8_grouped_gemm
 from .gemm_nvfp4 import Nvfp4Packed, nvfp4_gemm, nvfp4_grouped_gemm, nvfp4_prepack, nvfp4_unpack
 from .grouped_gemm import grouped_gemm
+from .mamba2_step import mamba2_step
 from .models import warmup
 from .moe import latent_down_proj, latent_moe, latent_up_proj, moe_combine, moe_mlp
 from .moe_router import MoERouting, moe_router, moe_sort
@@ -36,6 +37,7 @@ __all__ = [
     "latent_down_proj",
     "latent_moe",
     "latent_up_proj",
+    "mamba2_step",
     "moe_combine",
     "moe_mlp",
     "moe_router",

@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         "families",
         nargs="*",
         metavar="FAMILY",
-        help="conv1d, ssd, norm, moe_router, grouped_gemm, moe, quant, gemm; all of them if none is named",
+        help="conv1d, ssd, norm, mamba2_step, moe_router, grouped_gemm, moe, quant, gemm; all of them if none is named",
     )
     bench.add_argument("--only", metavar="NAME", action="append", help="cases of this name, with * and ?; repeatable")
     bench.add_argument("--all", action="store_true", help="every shape of the real models, on a GPU: hours")

@@ -221,6 +221,32 @@ def product_problems(a: Tensor, b: Tensor, offs: Tensor, gather: Tensor) -> dict
     }
 
 
+def mixer_problem(dtype: torch.dtype) -> Problem:
+    """A decoding step of a mixer of two groups, each of two heads."""
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(of)
+
+    batch, heads, headdim, groups, dstate, nslots = 2, 4, 16, 2, 128, 4
+    inner = heads * headdim
+    channels = inner + 2 * groups * dstate
+    tensors = dict(
+        zxbcdt=randn(batch, inner + channels + heads),
+        conv_state=randn(nslots, channels, 3),
+        state=randn(nslots, heads, headdim, dstate, of=torch.float32),
+        conv_weight=randn(channels, 4),
+        conv_bias=randn(channels),
+        A=-torch.rand(heads, generator=generator) * 4 - 0.1,
+        D=randn(heads),
+        dt_bias=randn(heads, of=torch.float32),
+        norm_weight=randn(inner),
+        slots=torch.tensor([3, 0], dtype=torch.int32),
+    )
+    axis = dict(y=0, conv_state=-2, state=-3)
+    return Problem("mamba2_step", tensors, axis, dict(group_size=inner // groups))
+
+
 def problems(dtype: torch.dtype) -> dict[str, Problem | ByteProblem]:
     """A problem for each public op, the same on every machine."""
     generator = torch.Generator().manual_seed(0)
@@ -304,6 +330,7 @@ def problems(dtype: torch.dtype) -> dict[str, Problem | ByteProblem]:
         "ssd_replay_materialize": ReplayProblem(
             "ssd_replay", dict(state=states, **cached, A=scan["A"], slots=slots), dict(state=-3)
         ),
+        "mamba2_step": mixer_problem(dtype),
         "moe_router": Problem(
             "moe_router",
             dict(x=randn(7, 96, scale=0.1), weight=randn(12, 96), correction_bias=randn(12, of=torch.float32)),

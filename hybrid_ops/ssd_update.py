@@ -153,7 +153,7 @@ def _check(
     _check_slots(state, batch, steps, read_slots, write_slots, num_accepted, cu_seqlens, update_state, null_slot)
     _checks.number("null_slot", null_slot)
     _check_scale(state, state_scale)
-    _check_rounding(state, rounding, seed)
+    check_rounding(state, rounding, seed)
     _checks.out(out, x, needs_grad=False)
     low, high = float(dt_limit[0]), float(dt_limit[1])
     if not _checks.eager_on_gpu(x):
@@ -293,7 +293,7 @@ def _check_scale(state: Tensor, state_scale: Tensor | None) -> None:
     _checks.updatable("state_scale", state_scale)
 
 
-def _check_rounding(state: Tensor, rounding: str, seed: Tensor | None) -> None:
+def check_rounding(state: Tensor, rounding: str, seed: Tensor | None) -> None:
     _checks.one_of("rounding", rounding, ("nearest", "stochastic"))
     if rounding == "nearest":
         if seed is not None:

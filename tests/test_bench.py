@@ -7,13 +7,27 @@ import types
 import pytest
 import torch
 
-from hybrid_ops.bench import check, conv1d, gemm, grouped_gemm, harness, moe, moe_router, norm, quant, ssd, timing
+from hybrid_ops.bench import (
+    check,
+    conv1d,
+    gemm,
+    grouped_gemm,
+    harness,
+    mamba2_step,
+    moe,
+    moe_router,
+    norm,
+    quant,
+    ssd,
+    timing,
+)
 from hybrid_ops.bench.cases import MIXERS, MODELS, WIDTHS
 
 FAMILIES = {
     "conv1d": conv1d,
     "ssd": ssd,
     "norm": norm,
+    "mamba2_step": mamba2_step,
     "moe_router": moe_router,
     "grouped_gemm": grouped_gemm,
     "moe": moe,
@@ -58,6 +72,7 @@ def test_a_sweep_repeats_no_other_case():
         conv1d.conv1d("tiny", 64, 1, strided=True, tp=2),
         conv1d.conv1d_bwd("tiny", 64, 1, tp=2),
         conv1d.conv1d_update("tiny", 2, tp=2),
+        mamba2_step.mamba2_step("tiny", 2, tp=2),
         ssd.ssd("tiny", 64, 1, tp=2),
         ssd.ssd_update("tiny", 2, torch.float32, tp=2),
         norm.gated_norm("tiny", 64, 1, tp=2),
@@ -223,6 +238,7 @@ def test_cases_have_unique_agreed_names(cases):
         ("ssd_state_update", "super-b64", torch.bfloat16, 63),
         ("ssd_replay_update", "super-b64", torch.float32, 70),
         ("ssd_replay_update", "nano3-b64-T4-a4", torch.float32, 42),
+        ("mamba2_step", "nano3-b16", torch.bfloat16, 16),
         ("norm_fwd", "super-L8192-b1-gated", torch.bfloat16, 95),
         ("norm_bwd", "super-L8192-b1-gated", torch.bfloat16, 158),
     ],

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import hybrid_ops
-from hybrid_ops.bench import conv1d, gemm, harness, norm, peers, ssd
+from hybrid_ops.bench import conv1d, gemm, harness, mamba2_step, norm, peers, ssd
 
 CPU = torch.device("cpu")
 
@@ -130,6 +130,35 @@ def test_ssd(library):
     ours = case.call(tensors, "torch")["y"]
     for name in ("mamba_ssm", "vllm", "fla"):
         close(case.peers[name](tensors), ours)
+
+
+def test_mamba2_step(library):
+    def update(x, conv_state, weight, bias, activation, conv_state_indices):
+        options = dict(activation=activation, slots=conv_state_indices)
+        return hybrid_ops.causal_conv1d_update(x, conv_state, weight, bias, **options)
+
+    def scan(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, state_batch_indices=None):
+        options = dict(D=D[:, 0], dt_bias=dt_bias[:, 0], dt_softplus=dt_softplus, read_slots=state_batch_indices)
+        return hybrid_ops.ssd_state_update(state, x, dt[..., 0], A[:, 0, 0], B, C, **options)
+
+    def norm(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True):
+        return hybrid_ops.gated_rms_norm(
+            x, z, weight, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate
+        )
+
+    library("causal_conv1d", causal_conv1d_update=update)
+    library("mamba_ssm.ops.triton.selective_state_update", selective_state_update=scan)
+    library("mamba_ssm.ops.triton.layernorm_gated", rmsnorm_fn=norm)
+    case = mamba2_step.mamba2_step("tiny", 4)
+    tensors = tensors_of(case)
+    before = copies(tensors)
+    ours = case.call(tensors, "torch")
+    for name in ("conv_state", "state"):  # where every replay leaves the same
+        torch.testing.assert_close(tensors[name], before[name])
+    for name in ("three ops", "mamba_ssm"):
+        theirs = copies(before)
+        close(case.peers[name](theirs), ours["y"])
+        close(theirs["state"], ours["state"])
 
 
 def test_ssd_update(library):

@@ -267,6 +267,7 @@ def test_pytest_benchmark_stores_what_the_harness_measured(tmp_path):
     found = {entry["name"]: entry["stats"] for entry in json.loads(stored.read_text())["benchmarks"]}
     assert set(found) == {
         "test_case[causal_conv1d_update-tiny-b4-bfloat16-torch]",
+        "test_case[mamba2_step-tiny-b4-bfloat16-torch]",
         "test_case[ssd_state_update-tiny-b4-float32-torch]",
     }
     for stats in found.values():

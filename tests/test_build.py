@@ -64,6 +64,12 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::ssd_replay_kernel<__nv_bfloat16, 256, 8, true>",
         "hybrid_ops::ssd_replay_kernel<__half, 64, 4, true>",
     ],
+    "mamba2_step_sm90.cuh": [
+        "hybrid_ops::mamba2_step_kernel<float, 128, false>",
+        "hybrid_ops::mamba2_step_kernel<float, 256, false>",
+        "hybrid_ops::mamba2_step_kernel<__nv_bfloat16, 64, false>",
+        "hybrid_ops::mamba2_step_kernel<__half, 256, true>",
+    ],
     "conv1d_bwd_sm90.cuh": [
         "hybrid_ops::conv1d_bwd_kernel<__nv_bfloat16, 4, true, false, 4, 4>",
         "hybrid_ops::conv1d_bwd_kernel<__half, 4, true, true, 4, 4>",

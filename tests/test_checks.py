@@ -101,6 +101,12 @@ def ssd_replay():
     return run, arguments | dict(slots=arguments.pop("read_slots"))
 
 
+def mamba2_step():
+    arguments = dict(zxbcdt=torch.ones(2, 100), conv_state=torch.zeros(3, 64, 3), state=torch.zeros(3, 4, 8, 16))
+    arguments |= dict(conv_weight=torch.ones(64, 4), A=-torch.ones(4), norm_weight=torch.ones(32), D=torch.ones(4))
+    return hybrid_ops.mamba2_step, arguments | dict(slots=torch.tensor([2, 0], dtype=torch.int32))
+
+
 def ssd():
     x, B = torch.ones(1, 20, 4, 8), torch.ones(1, 20, 1, 16)
     arguments = dict(x=x, dt=torch.ones(1, 20, 4), A=-torch.ones(4), B=B, C=B, D=torch.ones(4), z=x)
@@ -129,7 +135,7 @@ WITH_GRADIENT = (
 )
 
 
-@pytest.mark.parametrize("problem", [conv1d_update, ssd_update, ssd_replay, ssd, conv1d, norm, gated_norm])
+@pytest.mark.parametrize("problem", [conv1d_update, ssd_update, ssd_replay, mamba2_step, ssd, conv1d, norm, gated_norm])
 def test_operators(problem, on_gpu):
     """After a good call, each tensor of another dtype, shape or device is refused, and so is the gradient it lacks."""
     run, good = problem()

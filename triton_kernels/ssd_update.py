@@ -142,6 +142,15 @@ def store_state(
     tl.store(state_ptr + slot * slot_stride, S.to(dtype), mask)
 
 
+@triton.jit
+def step_size(dt, dt_min, dt_max, DT_SOFTPLUS: tl.constexpr):
+    """dt of the recurrence; `dt` has its bias."""
+    if DT_SOFTPLUS:
+        dt = softplus(dt)
+    dt = tl.where(dt < dt_min, dt_min, dt)  # comparisons leave NaN as it is
+    return tl.where(dt > dt_max, dt_max, dt)
+
+
 # these change from call to call: one kernel for all values
 @triton.jit(do_not_specialize=["T", "total", "nslots", "read_width", "write_width", "null_slot"])
 def ssd_update_kernel(
@@ -278,11 +287,7 @@ def ssd_update_kernel(
         x = tl.load(x_ptr, mask_p, other=0.0).to(tl.float32)  # [P]
         B = tl.load(B_ptr, mask_n, other=0.0).to(tl.float32)  # [N]
         C = tl.load(C_ptr, mask_n, other=0.0).to(tl.float32)  # [N]
-        dt = tl.load(dt_ptr).to(tl.float32) + dt_bias
-        if DT_SOFTPLUS:
-            dt = softplus(dt)
-        dt = tl.where(dt < dt_min, dt_min, dt)  # comparisons leave NaN as it is
-        dt = tl.where(dt > dt_max, dt_max, dt)
+        dt = step_size(tl.load(dt_ptr).to(tl.float32) + dt_bias, dt_min, dt_max, DT_SOFTPLUS)
         S = S * tl.exp(dt * A) + (dt * x)[:, None] * B[None, :]
         y = tl.sum(S * C[None, :], axis=1)
         if HAS_D:

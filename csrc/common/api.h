@@ -123,6 +123,25 @@ struct Conv1dUpdateArgs {
 // x, conv_state, weight, bias, slots, y
 using Conv1dUpdatePointers = std::array<std::uintptr_t, 6>;
 
+// All of a decoding step of a Mamba-2 mixer but its pointers.
+struct Mamba2StepArgs {
+  DType dtype, conv_state_dtype, state_dtype, conv_weight_dtype, conv_bias_dtype, D_dtype, dt_bias_dtype,
+      norm_weight_dtype;  // dtype: of zxbcdt and y
+  std::int64_t batch, nslots, nheads, headdim, dstate, conv_dim, width, group_size, rows_per_group;
+  std::int64_t zxbcdt_stride, y_stride;
+  std::array<std::int64_t, 3> conv_strides, state_strides;  // slot, channel, column; slot, head, p
+  std::int64_t conv_bias_stride, A_stride;
+  std::array<std::int64_t, 2> D_strides;
+  std::int64_t dt_bias_stride, norm_weight_stride, slots_stride;
+  int null_slot;
+  float dt_min, dt_max, eps;
+  bool dt_softplus, norm_before_gate;
+  int cluster, warps, early;  // CTAs of a group of the norm; of a CTA; begin before the previous grid ends
+};
+
+// The pointers of Mamba2StepParams, in its order.
+using Mamba2StepPointers = std::array<std::uintptr_t, 12>;
+
 // conv1d_sm90.cu
 void conv1d_fwd(const Conv1dArgs& args, const Conv1dTensors& tensors, Target target);
 
@@ -134,6 +153,9 @@ void ssd_update(const SsdUpdateArgs& args, const SsdUpdatePointers& pointers, Ta
 
 // ssd_replay_sm90.cu
 void ssd_replay(const SsdReplayArgs& args, const SsdReplayPointers& pointers, Target target);
+
+// mamba2_step_sm90.cu
+void mamba2_step(const Mamba2StepArgs& args, const Mamba2StepPointers& pointers, Target target);
 
 // conv1d_bwd_sm90.cu
 void conv1d_bwd(const Conv1dBwdArgs& args, Target target);

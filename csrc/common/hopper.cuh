@@ -44,6 +44,58 @@ __device__ __forceinline__ void wait(uint32 barrier, uint32 parity) {
       : "memory");
 }
 
+// ----------------------------------------------------------------------------------------------------- clusters
+
+__device__ __forceinline__ uint32 cluster_rank() {
+  uint32 rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ uint32 cluster_size() {
+  uint32 size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+
+// Where the launch allows it a grid starts before the one in front of it has ended: until that has, and all that it
+// wrote is there; and to let the next one start.
+__device__ __forceinline__ void wait_for_previous_grid() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_next_grid_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Every thread of the cluster arrives and, later, waits for all; orders no memory but barriers after
+// fence_barrier_init.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
+// The same place in another CTA's shared memory.
+__device__ __forceinline__ uint32 address_in_cta(uint32 address, uint32 rank) {
+  uint32 there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+
+// Four bytes to a CTA of the cluster, whose `barrier` counts them; no fence, nobody waits.
+__device__ __forceinline__ void store_counted(uint32 destination, float value, uint32 barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(destination),
+               "r"(__float_as_uint(value)), "r"(barrier)
+               : "memory");
+}
+
+// As `wait`, where other CTAs of the cluster wrote.
+__device__ __forceinline__ void wait_for_cluster(uint32 barrier, uint32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "WAIT:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
 // ---------------------------------------------------------------------------------------------------------- TMA
 
 // A box of a 4-D tensor into shared memory; `barrier` counts its bytes.

@@ -2,7 +2,6 @@
 // Params: the parameters of a kernel, whose members have the same names in all of them.
 #pragma once
 
-#include "common/random.cuh"
 #include "common/state_rows.cuh"
 
 namespace hybrid_ops {
@@ -10,9 +9,6 @@ namespace hybrid_ops {
 struct TokenStrides {
   int sequence, token, head, element;  // `head` is the group of B and C; dt has no element
 };
-
-// log(1 + exp(v)), of an exponential that cannot overflow.
-__device__ __forceinline__ float softplus(float v) { return fmaxf(v, 0.f) + log1pf(expf(-fabsf(v))); }
 
 template <typename Params>
 __device__ __forceinline__ bool usable(const Params& p, int slot) {
@@ -28,10 +24,7 @@ __device__ __forceinline__ int64 offset(const TokenStrides& s, int b, int64 toke
 // dt of the recurrence.
 template <typename Params>
 __device__ __forceinline__ float step_of(const Params& p, unsigned bits, float bias) {
-  float dt = from_bits(bits, p.dt_dtype) + bias;
-  if (p.dt_softplus) dt = softplus(dt);
-  dt = dt < p.dt_min ? p.dt_min : dt;  // comparisons leave NaN as it is
-  return dt > p.dt_max ? p.dt_max : dt;
+  return step_size(from_bits(bits, p.dt_dtype) + bias, p.dt_softplus, p.dt_min, p.dt_max);
 }
 
 // What a lane needs for the row whose y it computes.
@@ -94,37 +87,11 @@ __device__ __forceinline__ void store_row(const Params& p, int place, int head, 
 #pragma unroll
   for (int i = 0; i < L::kColumns; ++i) values[i] = sizeof(State) == 1 ? __fmul_rn(S[i], multiplier) : S[i];
   if (row >= p.headdim) return;
-  State* target = head_of<State>(p, place, head) + static_cast<int64>(row) * p.state_p_stride + column;
-#pragma unroll
-  for (int i = 0; i < L::kLoads; ++i) {
-    const float* v = values + i * L::kPerLoad;
-    uint4 packed;
-    if constexpr (kStochastic) {
-      const int64 number = (static_cast<int64>(place) * p.nheads + head) * p.headdim + row;  // of the row
-      packed = round_stochastic<State>(v, philox(seed, (number * L::kDstate + column + i * L::kStep) / 8, t));
-    } else {
-      constexpr int kPerWord = 4 / sizeof(State);
-      packed = make_uint4(pack_word<State>(v), pack_word<State>(v + kPerWord), pack_word<State>(v + 2 * kPerWord),
-                          pack_word<State>(v + 3 * kPerWord));
-    }
-    __stcs(reinterpret_cast<uint4*>(target + i * L::kStep), packed);
-  }
+  store_columns<State, L, kStochastic>(head_of<State>(p, place, head) + static_cast<int64>(row) * p.state_p_stride,
+                                       column, values, (static_cast<int64>(place) * p.nheads + head) * p.headdim + row,
+                                       seed, t);
   if constexpr (sizeof(State) == 1) {
     if (column == 0) *scale_of(p, place, head, row) = scale;
-  }
-}
-
-template <typename State, typename L, int kRows, typename Params>
-__device__ __forceinline__ void load_tile(const Params& p, const State* head, int above, int column,
-                                          uint4 (&raw)[kRows][L::kLoads]) {
-  const State* source = head + static_cast<int64>(above) * p.state_p_stride + column;
-#pragma unroll
-  for (int r = 0; r < kRows; ++r, source += static_cast<int64>(L::kGroups) * p.state_p_stride) {
-#pragma unroll
-    for (int i = 0; i < L::kLoads; ++i) {
-      raw[r][i] = make_uint4(0, 0, 0, 0);
-      if (above + r * L::kGroups < p.headdim) raw[r][i] = load_state(source + i * L::kStep);
-    }
   }
 }
 

@@ -1,8 +1,10 @@
-// Rows of an SSM state, kLanes lanes of a warp to each: how they are shared, and between memory and float32 registers.
+// Rows of an SSM state, kLanes lanes of a warp to each: how they are shared, between memory and float32 registers, and
+// through one token.
 #pragma once
 
 #include "common/bits.cuh"
 #include "common/eight_bits.cuh"
+#include "common/random.cuh"
 
 namespace hybrid_ops {
 
@@ -67,6 +69,21 @@ __device__ __forceinline__ unsigned pack_word(const float* v) {
   }
 }
 
+// A lane's part of the rows `above` + r kGroups of a head; zeros for rows it does not have.
+template <typename State, typename L, int kRows, typename Params>
+__device__ __forceinline__ void load_tile(const Params& p, const State* head, int above, int column,
+                                          uint4 (&raw)[kRows][L::kLoads]) {
+  const State* source = head + static_cast<int64>(above) * p.state_p_stride + column;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r, source += static_cast<int64>(L::kGroups) * p.state_p_stride) {
+#pragma unroll
+    for (int i = 0; i < L::kLoads; ++i) {
+      raw[r][i] = make_uint4(0, 0, 0, 0);
+      if (above + r * L::kGroups < p.headdim) raw[r][i] = load_state(source + i * L::kStep);
+    }
+  }
+}
+
 // `scale`: of the row, with 8-bit states.
 template <typename State, typename L>
 __device__ __forceinline__ void unpack_row(const uint4 (&raw)[L::kLoads], float scale, float (&S)[L::kColumns]) {
@@ -94,6 +111,48 @@ __device__ __forceinline__ float multiplier_of(const float (&S)[L::kColumns], fl
     amax = EightBits<State>::max(amax, __shfl_xor_sync(~0u, amax, offset));
   }
   return EightBits<State>::multiplier(amax, scale);
+}
+
+// A lane's part of a row to memory, rounded as after token t; `number`: of the row in the whole pool.
+template <typename State, typename L, bool kStochastic>
+__device__ __forceinline__ void store_columns(State* row, int column, const float (&values)[L::kColumns], int64 number,
+                                              int64 seed, int t) {
+#pragma unroll
+  for (int i = 0; i < L::kLoads; ++i) {
+    const float* v = values + i * L::kPerLoad;
+    uint4 packed;
+    if constexpr (kStochastic) {
+      packed = round_stochastic<State>(v, philox(seed, (number * L::kDstate + column + i * L::kStep) / 8, t));
+    } else {
+      constexpr int kPerWord = 4 / sizeof(State);
+      packed = make_uint4(pack_word<State>(v), pack_word<State>(v + kPerWord), pack_word<State>(v + 2 * kPerWord),
+                          pack_word<State>(v + 3 * kPerWord));
+    }
+    __stcs(reinterpret_cast<uint4*>(row + column + i * L::kStep), packed);
+  }
+}
+
+// log(1 + exp(v)), of an exponential that cannot overflow.
+__device__ __forceinline__ float softplus(float v) { return fmaxf(v, 0.f) + log1pf(expf(-fabsf(v))); }
+
+// dt of the recurrence; `dt` has its bias.
+__device__ __forceinline__ float step_size(float dt, bool dt_softplus, float dt_min, float dt_max) {
+  if (dt_softplus) dt = softplus(dt);
+  dt = dt < dt_min ? dt_min : dt;  // comparisons leave NaN as it is
+  return dt > dt_max ? dt_max : dt;
+}
+
+// A row's part of a lane through one token: S moves on; the part's sum with C is returned.
+template <int kColumns>
+__device__ __forceinline__ float advance(float (&S)[kColumns], float decay, float input, const float (&B)[kColumns],
+                                         const float (&C)[kColumns]) {
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) {
+    S[i] = fmaf(S[i], decay, input * B[i]);
+    sum = fmaf(S[i], C[i], sum);
+  }
+  return sum;
 }
 
 // The sums over kLanes lanes of kRows numbers of each: lane `part` of them returns row part / (kLanes / kRows).

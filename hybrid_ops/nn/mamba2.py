@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..conv1d import causal_conv1d
 from ..conv1d_update import causal_conv1d_update
+from ..mamba2_step import mamba2_step
 from ..ssd import ssd_chunk_scan
 from ..ssd_update import ssd_state_update
 from .norm import GatedRMSNorm
@@ -174,10 +175,28 @@ class Mamba2Mixer(nn.Module):
         """The next tokens of every sequence: u (batch, seqlen, hidden) -> (batch, seqlen, hidden).
 
         `state` is read and overwritten. With drafts, it starts after the tokens of the last call that count, and keeps
-        what it is after each of these.
+        what it is after each of these. Without, a single token of each sequence is one `mamba2_step`.
         """
-        z, xBC, dt = self.in_proj(u).split(self.split_sizes, dim=-1)
-        drafts, read, write = state.drafts, state.slots, state.slots
+        zxbcdt, drafts = self.in_proj(u), state.drafts
+        if drafts is None and u.shape[1] == 1:
+            y = mamba2_step(
+                zxbcdt[:, 0],
+                state.conv,
+                state.ssm,
+                self._conv_weight(),
+                self._A(),
+                self.norm.weight,
+                conv_bias=self.conv1d.bias,
+                D=self.D,
+                dt_bias=self.dt_bias,
+                dt_limit=dt_limit,
+                eps=self.norm.eps,
+                group_size=self.norm.group_size,
+                slots=state.slots,
+            )
+            return self.out_proj(y)[:, None]
+        z, xBC, dt = zxbcdt.split(self.split_sizes, dim=-1)
+        read, write = state.slots, state.slots
         if drafts is not None:
             read, write = drafts.ssm_slots, drafts.ssm_slots[:, : u.shape[1]]
         xBC = causal_conv1d_update(

@@ -1,0 +1,330 @@
+// The next token of each sequence through a Mamba-2 mixer, from in_proj's output to out_proj's input, in one launch.
+//
+// A cluster takes one group of the norm of one sequence: whole groups of B and C, of which a CTA has consecutive rows
+// (features of heads) of one. The state is the traffic: a CTA asks for its first tiles as soon as it knows the slot,
+// and does everything else while they are on their way: the convolution, one channel a thread, of its rows and of its
+// group's B and C (which its neighbours compute too: a few KB from L2, against a barrier), and the step sizes.
+//
+// All that crosses the cluster is a sum of squares from each warp that has one, stored into every CTA with a count of
+// bytes: no fence waits for the states that were written meanwhile. It also says that its sender has read the windows
+// of B and C, which each CTA then moves on for a part of the channels.
+#pragma once
+
+#include "common/hopper.cuh"
+#include "common/state_rows.cuh"
+
+namespace hybrid_ops {
+
+struct Mamba2StepParams {
+  const void* zxbcdt;       // (batch, d_inner + conv_dim + nheads), unit stride in a row
+  void* conv_state;         // (nslots, conv_dim, width - 1), conv_dim = d_inner + 2 ngroups dstate
+  void* state;              // (nslots, nheads, headdim, dstate), rows of neighbours aligned to 16 bytes
+  const void* conv_weight;  // (conv_dim, width), contiguous
+  const void* conv_bias;    // (conv_dim,) or null
+  const float* A;           // (nheads,)
+  const void* D;            // (nheads, headdim) or null
+  const void* dt_bias;      // (nheads,) or null
+  const void* norm_weight;  // (d_inner,)
+  const int* slots;         // (batch,) or null: slot b
+  const int64* seed;        // of stochastic rounding
+  void* y;                  // (batch, d_inner), unit stride in a row
+  int64 zxbcdt_stride, y_stride, conv_slot_stride, state_slot_stride;
+  int conv_channel_stride, conv_column_stride, state_head_stride, state_p_stride;
+  int conv_bias_stride, A_stride, D_head_stride, D_p_stride, dt_bias_stride, norm_weight_stride, slots_stride;
+  int nslots, nheads, headdim, conv_dim, width, null_slot;
+  int group_size, rows, rows_per_group;  // of the norm; of a CTA; of B and C
+  float dt_min, dt_max, eps;
+  DType dtype, conv_state_dtype, conv_weight_dtype, conv_bias_dtype, D_dtype, dt_bias_dtype, norm_weight_dtype;
+  bool weight_aligned, dt_softplus, norm_before_gate;  // weight_aligned: four taps, in one aligned piece
+};
+
+inline constexpr int kMaxWidth = 4;
+inline constexpr int kMaxCluster = 16, kMaxWarps = 32;
+
+// 16 elements of the state in a lane, 8 beside random bits or of long rows: what 64 registers have room for.
+template <typename State, int kDstate, bool kStochastic>
+using StepLayout =
+    Layout<State, kDstate,
+           (kStochastic || kDstate * sizeof(State) == 1024 ? 8 : 16) / Layout<State, kDstate, 1>::kColumns>;
+
+// Of a channel: what does not depend on the slot, as bits. Taps lie at the end, so that the last is the new token's.
+struct ChannelBits {
+  unsigned x, bias;
+  Bits<kMaxWidth> weight;
+};
+
+__device__ __forceinline__ ChannelBits load_channel(const Mamba2StepParams& p, int64 token, int channel) {
+  ChannelBits bits;
+  bits.x = load_bits(p.zxbcdt, p.dtype, token + channel);
+  bits.bias = p.conv_bias == nullptr
+                  ? 0
+                  : load_bits(p.conv_bias, p.conv_bias_dtype, static_cast<int64>(channel) * p.conv_bias_stride);
+  if (p.weight_aligned) {
+    load_runs<kMaxWidth, kMaxWidth, 0>(p.conv_weight, p.conv_weight_dtype, static_cast<int64>(channel) * kMaxWidth, 0,
+                                       1, true, bits.weight);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kMaxWidth; ++k) {
+      const int tap = k - (kMaxWidth - p.width);
+      bits.weight.words[k] =
+          tap < 0 ? 0 : load_bits(p.conv_weight, p.conv_weight_dtype, static_cast<int64>(channel) * p.width + tap);
+    }
+  }
+  return bits;
+}
+
+// The columns that a channel's token sees, as bits; zeros before them.
+struct WindowBits {
+  unsigned columns[kMaxWidth - 1];
+};
+
+__device__ __forceinline__ WindowBits load_window(const Mamba2StepParams& p, int64 first) {
+  WindowBits bits;
+#pragma unroll
+  for (int k = 0; k < kMaxWidth - 1; ++k) {
+    const int column = k - (kMaxWidth - p.width);
+    bits.columns[k] = column < 0 ? 0
+                                 : load_bits(p.conv_state, p.conv_state_dtype,
+                                             first + static_cast<int64>(column) * p.conv_column_stride);
+  }
+  return bits;
+}
+
+// The window without its oldest column, to where it came from.
+__device__ __forceinline__ void store_window(const Mamba2StepParams& p, int64 first, const float (&window)[kMaxWidth]) {
+#pragma unroll
+  for (int k = 0; k < kMaxWidth - 1; ++k) {
+    const int column = k - (kMaxWidth - p.width);
+    if (column >= 0) {
+      store_float(p.conv_state, p.conv_state_dtype, first + static_cast<int64>(column) * p.conv_column_stride,
+                  window[k + 1]);
+    }
+  }
+}
+
+__device__ __forceinline__ float silu(float v) { return v / (1.f + expf(-v)); }
+
+// The convolution and its activation; `window` gets the columns and the token.
+__device__ __forceinline__ float convolve(const Mamba2StepParams& p, const ChannelBits& bits, const WindowBits& before,
+                                          float (&window)[kMaxWidth]) {
+#pragma unroll
+  for (int k = 0; k < kMaxWidth - 1; ++k) window[k] = from_bits(before.columns[k], p.conv_state_dtype);
+  window[kMaxWidth - 1] = from_bits(bits.x, p.dtype);
+  float taps[kMaxWidth], sum = from_bits(bits.bias, p.conv_bias_dtype);
+  runs_to_float(bits.weight, p.conv_weight_dtype, p.weight_aligned, taps);
+#pragma unroll
+  for (int k = 0; k < kMaxWidth; ++k) sum = fmaf(taps[k], window[k], sum);
+  return silu(sum);
+}
+
+// Of a row: z and the weights of the skip and of the norm, as bits.
+struct FeatureBits {
+  unsigned z, D, weight;
+};
+
+__device__ __forceinline__ FeatureBits load_feature(const Mamba2StepParams& p, int64 token, int feature) {
+  FeatureBits bits{0, 0, 0};
+  bits.z = load_bits(p.zxbcdt, p.dtype, token + feature);
+  const int head = feature / p.headdim;
+  if (p.D != nullptr) {
+    bits.D = load_bits(
+        p.D, p.D_dtype,
+        static_cast<int64>(head) * p.D_head_stride + static_cast<int64>(feature - head * p.headdim) * p.D_p_stride);
+  }
+  bits.weight = load_bits(p.norm_weight, p.norm_weight_dtype, static_cast<int64>(feature) * p.norm_weight_stride);
+  return bits;
+}
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int offset = 16; offset >= 1; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
+  return v;
+}
+
+template <typename State, int kDstate, bool kStochastic>
+__global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __grid_constant__ Mamba2StepParams p) {
+  using L = StepLayout<State, kDstate, kStochastic>;
+  constexpr int kRows = L::kTile / L::kGroups;
+  constexpr int kShared = 2 * kDstate;  // channels of B and C, one behind the other
+  extern __shared__ float4 dynamic[];
+  __shared__ float partials[kMaxCluster * kMaxWarps];
+  __shared__ unsigned long long arrived;
+  float* const BC = reinterpret_cast<float*>(dynamic);
+  float* const x = BC + kShared;
+  float* const y = x + p.rows;
+  float* const gate = y + p.rows;
+  float* const weight = gate + p.rows;
+  float* const moved = weight + p.rows;                    // [kMaxWidth - 1][kShared] of B's and C's windows, moved on
+  float* const steps = moved + (kMaxWidth - 1) * kShared;  // dt and decay of each head
+
+  const int threads = blockDim.x, warps = threads / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int b = blockIdx.y, first = blockIdx.x * p.rows;  // feature of the CTA
+  const int first_head = first / p.headdim;
+  const int heads = (first + p.rows - 1) / p.headdim - first_head + 1;
+  const int d_inner = p.nheads * p.headdim;
+  const int senders = min(warps, (p.rows + 31) / 32);  // warps that have a sum of squares
+  const int expected = static_cast<int>(cluster_size()) * senders;
+
+  let_next_grid_start();
+  wait_for_previous_grid();
+  const int slot = p.slots == nullptr ? b : p.slots[static_cast<int64>(b) * p.slots_stride];
+
+  // what does not need the slot
+  const int64 token = static_cast<int64>(b) * p.zxbcdt_stride;
+  const int channels = kShared + p.rows;  // of the CTA: B, C, then its rows
+  const auto channel_of = [&](int c) {
+    if (c >= kShared) return first + c - kShared;
+    const int group = first / p.rows_per_group, half = (p.conv_dim - d_inner) / 2;
+    return d_inner + group * kDstate + (c < kDstate ? c : half + c - kDstate);
+  };
+  int c = threadIdx.x;
+  ChannelBits bits;
+  FeatureBits feature{0, 0, 0};
+  const auto load = [&] {
+    bits = load_channel(p, token + d_inner, channel_of(c));
+    if (c >= kShared) feature = load_feature(p, token, first + c - kShared);
+  };
+  if (c < channels) load();
+  const int my_head = threads - 1 - threadIdx.x;  // of the CTA: the last threads have least to do
+  unsigned dt_bits = 0;
+  float A = 0.f, dt_bias = 0.f;
+  if (my_head < heads) {
+    dt_bits = load_bits(p.zxbcdt, p.dtype, token + d_inner + p.conv_dim + first_head + my_head);
+    A = p.A[static_cast<int64>(first_head + my_head) * p.A_stride];
+    if (p.dt_bias != nullptr) {
+      dt_bias = load_float(p.dt_bias, p.dt_bias_dtype, static_cast<int64>(first_head + my_head) * p.dt_bias_stride);
+    }
+  }
+  const int64 seed = kStochastic ? *p.seed : 0;
+  const int part = lane % L::kLanes, column = part * L::kPerLoad;
+  const int tiles = p.rows / L::kTile;
+  int row, head, in_head;  // the warp's tile: its first row, of the CTA and of its head
+  const auto go_to = [&](int tile) {
+    row = tile * L::kTile;
+    head = (first + row) / p.headdim;
+    in_head = first + row - head * p.headdim;
+  };
+  const auto head_of = [&] {
+    return static_cast<State*>(p.state) + slot * p.state_slot_stride + static_cast<int64>(head) * p.state_head_stride;
+  };
+  go_to(warp);
+
+  const uint32 barrier = shared_address(&arrived);
+  if (threadIdx.x == 0) {
+    init_barrier(barrier, 1);
+    fence_barrier_init();
+    arrive_expecting(barrier, expected * sizeof(float));
+  }
+  cluster_arrive();
+
+  if (slot < 0 || slot >= p.nslots || (p.slots != nullptr && slot == p.null_slot)) {
+    for (int i = threadIdx.x; i < p.rows; i += threads) {
+      store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + i, 0.f);
+    }
+    cluster_wait();
+    return;
+  }
+
+  // the windows first: they are small, and more waits for them
+  const int64 windows = slot * p.conv_slot_stride;
+  const auto place_of = [&](int c) { return windows + static_cast<int64>(channel_of(c)) * p.conv_channel_stride; };
+  WindowBits before;
+  if (c < channels) before = load_window(p, place_of(c));
+  uint4 raw[kRows][L::kLoads];
+  const auto load_rows = [&] { load_tile<State, L>(p, head_of(), in_head + lane / L::kLanes, column, raw); };
+  if (warp < tiles) load_rows();
+
+  // windows of B and C are stored once the other CTAs have read them, those of rows at once
+  float window[kMaxWidth];
+  while (c < channels) {
+    const float value = convolve(p, bits, before, window);
+    BC[c] = value;  // and x, which lies behind
+    if (c < kShared) {
+#pragma unroll
+      for (int k = 1; k < kMaxWidth; ++k) moved[(k - 1) * kShared + c] = window[k];
+    } else {
+      store_window(p, place_of(c), window);
+      y[c - kShared] = from_bits(feature.D, p.D_dtype) * value;
+      gate[c - kShared] = silu(from_bits(feature.z, p.dtype));
+      weight[c - kShared] = from_bits(feature.weight, p.norm_weight_dtype);
+    }
+    c += threads;
+    if (c < channels) {
+      load();
+      before = load_window(p, place_of(c));
+    }
+  }
+  if (my_head < heads) {
+    const float dt = step_size(from_bits(dt_bits, p.dtype) + dt_bias, p.dt_softplus, p.dt_min, p.dt_max);
+    steps[2 * my_head] = dt;
+    steps[2 * my_head + 1] = expf(dt * A);
+  }
+  __syncthreads();
+
+  float B[L::kColumns], C[L::kColumns];
+#pragma unroll
+  for (int i = 0; i < L::kColumns; ++i) {
+    const int n = column + i / L::kPerLoad * L::kStep + i % L::kPerLoad;
+    B[i] = BC[n], C[i] = BC[kDstate + n];
+  }
+  float S[kRows][L::kColumns];
+  const auto store_rows = [&] {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int below = in_head + lane / L::kLanes + r * L::kGroups;
+      store_columns<State, L, kStochastic>(head_of() + static_cast<int64>(below) * p.state_p_stride, column, S[r],
+                                           (static_cast<int64>(slot) * p.nheads + head) * p.headdim + below, seed, 0);
+    }
+  };
+  for (int tile = warp; tile < tiles;) {
+    const float dt = steps[2 * (head - first_head)], decay = steps[2 * (head - first_head) + 1];
+    float sums[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      unpack_row<State, L>(raw[r], 1.f, S[r]);
+      sums[r] = advance(S[r], decay, dt * x[row + lane / L::kLanes + r * L::kGroups], B, C);
+    }
+    const float sum = sum_rows<L::kLanes>(sums, part);
+    if (part % L::kLanesPerSum == 0) y[row + part / L::kLanesPerSum * L::kGroups + lane / L::kLanes] += sum;
+    tile += warps;
+    if (tile >= tiles) break;  // the last tile's states are stored when nobody waits for this warp
+    store_rows();
+    go_to(tile);
+    load_rows();
+  }
+  __syncthreads();
+
+  float squares = 0.f;
+  for (int i = threadIdx.x; i < p.rows; i += threads) {
+    const float u = p.norm_before_gate ? y[i] : y[i] * gate[i];
+    squares = fmaf(u, u, squares);
+    y[i] = u;
+  }
+  cluster_wait();  // the others have begun, and their barriers are ready
+  if (warp < senders) {
+    squares = warp_sum(squares);
+    const uint32 rank = cluster_rank(), place = shared_address(partials + rank * senders + warp);
+    if (lane < cluster_size()) store_counted(address_in_cta(place, lane), squares, address_in_cta(barrier, lane));
+  }
+  if (warp < tiles) store_rows();
+  wait_for_cluster(barrier, 0);
+
+  if (warp < senders) {
+    float total = 0.f;
+    for (int i = lane; i < expected; i += 32) total += partials[i];
+    const float scale = 1.f / sqrtf(warp_sum(total) / static_cast<float>(p.group_size) + p.eps);
+    for (int i = threadIdx.x; i < p.rows; i += threads) {
+      const float v = y[i] * scale * weight[i];
+      store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + i, p.norm_before_gate ? v * gate[i] : v);
+    }
+  }
+  // of B's and C's channels, as many for each CTA of the group
+  const int mine = first % p.rows_per_group / p.rows, share = kShared * p.rows / p.rows_per_group;
+  for (c = mine * share + threadIdx.x; c < (mine + 1) * share; c += threads) {
+#pragma unroll
+    for (int k = 1; k < kMaxWidth; ++k) window[k] = moved[(k - 1) * kShared + c];
+    store_window(p, place_of(c), window);
+  }
+}
+
+}  // namespace hybrid_ops
