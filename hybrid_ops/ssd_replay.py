@@ -14,7 +14,7 @@ from . import _checks, _device
 from ._csrc import ssd_replay as _csrc_ssd_replay
 from ._library import Choice, define, explains
 from ._torch import ssd_replay as _torch_ssd_replay
-from .ssd_update import _check_inputs, _check_races, _check_rounding
+from .ssd_update import _check_inputs, _check_races, check_rounding
 
 MAX_CAPACITY = 16
 
@@ -254,7 +254,7 @@ def _check(
     _check_slots(state, batch, slots, rollback, capacity, null_slot)
     if slots is not None:
         _checks.distinct("slots", slots, state.shape[0], null_slot)
-    _check_rounding(state, rounding, seed)
+    check_rounding(state, rounding, seed)
     _checks.out(out, x, needs_grad=False)
     low, high = float(dt_limit[0]), float(dt_limit[1])
     if not _checks.eager_on_gpu(x):
@@ -308,7 +308,7 @@ def _check_materialize(
         _check_races(batch, nslots, read, write_slots, None, null_slot)
         if write_slots is not None and (both := set(read.tolist()) & set(write_slots.tolist()) - {null_slot}):
             raise ValueError(f"write_slots must hold none of slots, got {min(both)}")
-    _check_rounding(state, rounding, seed)
+    check_rounding(state, rounding, seed)
     if not _checks.eager_on_gpu(state):
         return None
     index = (slots, rollback, write_slots)

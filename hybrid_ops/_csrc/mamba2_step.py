@@ -31,8 +31,9 @@ def config(
 ) -> Config | None:
     """The largest cluster, of 8 at most, whose CTAs have whole tiles, of heads of one group of B and C; None: no such.
 
-    With more than a few sequences, of CTAs of 128 features where there are such: each convolves B and C anew. A CTA has a warp for each tile, but not more than share a multiprocessor with another CTA, unless all CTAs run at
-    once anyway; and a thread for each channel that it convolves, where there are as many.
+    With more than a few sequences, of CTAs of 128 features where there are such: each convolves B and C anew. A CTA has
+    a warp for each tile, but not more than share a multiprocessor with another CTA, unless all CTAs run at once anyway;
+    and a thread for each channel that it convolves, where there are as many.
     """
     rows_of_tile = tile(dstate, itemsize, stochastic)
     if group_size % rows_per_group or headdim % max(4, rows_of_tile):  # with 4, no more heads than threads
