@@ -10,23 +10,17 @@ template <typename State, int kDstate, bool kStochastic>
 void launch(Mamba2StepParams p, const Mamba2StepArgs& a, cudaStream_t stream) {
   p.rows = p.group_size / a.cluster;
   const int heads = (p.rows + p.headdim - 1) / p.headdim;
-  cudaLaunchAttribute attributes[2]{{.id = cudaLaunchAttributeClusterDimension},
-                                    {.id = cudaLaunchAttributeProgrammaticStreamSerialization}};
-  attributes[0].val.clusterDim = {static_cast<unsigned>(a.cluster), 1, 1};
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute cluster{.id = cudaLaunchAttributeClusterDimension};
+  cluster.val.clusterDim = {static_cast<unsigned>(a.cluster), 1, 1};
   const cudaLaunchConfig_t config{
       .gridDim = dim3(p.nheads * p.headdim / p.rows, static_cast<unsigned>(a.batch)),
       .blockDim = dim3(32 * a.warps),
       .dynamicSmemBytes = (kMaxWidth * 2 * kDstate + 4 * p.rows + 2 * heads) * sizeof(float),
       .stream = stream,
-      .attrs = attributes,
-      .numAttrs = a.early ? 2u : 1u,
+      .attrs = &cluster,
+      .numAttrs = 1,
   };
-  const auto kernel = mamba2_step_kernel<State, kDstate, kStochastic>;
-  if (a.cluster > 8) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "mamba2_step_kernel");
-  }
-  check(cudaLaunchKernelEx(&config, kernel, p), "mamba2_step_kernel");
+  check(cudaLaunchKernelEx(&config, mamba2_step_kernel<State, kDstate, kStochastic>, p), "mamba2_step_kernel");
 }
 
 template <typename State, int kDstate>

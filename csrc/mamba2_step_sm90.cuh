@@ -39,7 +39,7 @@ struct Mamba2StepParams {
 };
 
 inline constexpr int kMaxWidth = 4;
-inline constexpr int kMaxCluster = 16, kMaxWarps = 32;
+inline constexpr int kMaxCluster = 8, kMaxWarps = 32;
 
 // 16 elements of the state in a lane, 8 beside random bits or of long rows: what 64 registers have room for.
 template <typename State, int kDstate, bool kStochastic>
@@ -165,8 +165,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
   const int senders = min(warps, (p.rows + 31) / 32);  // warps that have a sum of squares
   const int expected = static_cast<int>(cluster_size()) * senders;
 
-  let_next_grid_start();
-  wait_for_previous_grid();
   const int slot = p.slots == nullptr ? b : p.slots[static_cast<int64>(b) * p.slots_stride];
 
   // what does not need the slot

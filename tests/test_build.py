@@ -348,8 +348,8 @@ def test_config_of_ssd_replay():
         return config(headdim, dstate, itemsize, nheads, ngroups, batch, 132)
 
     assert of(1) == of(8) == Config(rows=16, warps=4, heads=1)
-    assert of(64) == Config(rows=16, warps=4, heads=8)
-    assert of(64, nheads=128, ngroups=1, headdim=80) == Config(rows=16, warps=5, heads=8)
+    assert of(64) == Config(rows=16, warps=4, heads=2)
+    assert of(64, nheads=128, ngroups=1, headdim=80) == Config(rows=16, warps=5, heads=2)
     assert of(64, nheads=9, ngroups=3) == Config(rows=16, warps=4, heads=1)
     assert of(16, itemsize=2) == Config(rows=8, warps=4, heads=2)
     assert of(16, dstate=256) == Config(rows=4, warps=8, heads=2)

@@ -320,7 +320,7 @@ def test_what_the_cuda_kernel_takes():
         t = dict(zxbcdt=(batch, inner + conv_dim + H), conv_state=(3, conv_dim, columns), state=(3, H, P, N))
         t["conv_weight"] = (conv_dim, width)
         tensors = [changes.get(name, torch.empty(shape, device="meta")) for name, shape in t.items()]
-        return csrc.refusal(*tensors, *(None,) * 6, (inner, 1), group_size)
+        return csrc.refusal(*tensors, *(None,) * 6, torch.empty(batch, inner, device="meta"), group_size)
 
     assert refusal() is None
     assert refusal(4096) is None
@@ -347,7 +347,7 @@ def test_configurations(heads, dstate, itemsize, stochastic):
     rows_per_group = nheads * headdim // ngroups
     for group_size in {rows_per_group, nheads * headdim}:
         for batch in (1, 64):
-            cluster, warps, *_ = csrc.config(batch, headdim, dstate, itemsize, stochastic, group_size, rows_per_group)
+            cluster, warps = csrc.config(batch, headdim, dstate, itemsize, stochastic, group_size, rows_per_group)
             rows, tile = group_size // cluster, csrc.tile(dstate, itemsize, stochastic)
             assert rows * cluster == group_size
             assert rows % tile == rows_per_group % rows == headdim % tile == 0

@@ -136,7 +136,7 @@ struct Mamba2StepArgs {
   int null_slot;
   float dt_min, dt_max, eps;
   bool dt_softplus, norm_before_gate;
-  int cluster, warps, early;  // CTAs of a group of the norm; of a CTA; begin before the previous grid ends
+  int cluster, warps;  // CTAs of a group of the norm; of a CTA
 };
 
 // The pointers of Mamba2StepParams, in its order.

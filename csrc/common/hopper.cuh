@@ -58,13 +58,6 @@ __device__ __forceinline__ uint32 cluster_size() {
   return size;
 }
 
-// Where the launch allows it a grid starts before the one in front of it has ended: until that has, and all that it
-// wrote is there; and to let the next one start.
-__device__ __forceinline__ void wait_for_previous_grid() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_next_grid_start() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
 // Every thread of the cluster arrives and, later, waits for all; orders no memory but barriers after
 // fence_barrier_init.
 __device__ __forceinline__ void cluster_arrive() {

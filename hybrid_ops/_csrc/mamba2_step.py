@@ -17,7 +17,6 @@ MAX_ROWS = 2048  # of a CTA: its features are in shared memory
 class Config(NamedTuple):
     cluster: int  # CTAs that share a group of the norm, each with consecutive features
     warps: int  # of a CTA
-    early: int = 0
 
 
 def tile(dstate: int, itemsize: int, stochastic: bool) -> int:

@@ -20,7 +20,8 @@ class Config(NamedTuple):
     parts: int  # of a segment, whose states are found side by side before
 
 
-# microseconds: of a block for a chunk, for a chunk's state alone, and to find the states that enter segments
+# microseconds: of a block for a chunk, for a chunk's state alone, and to find the states that enter segments; the first
+# two are twice that with dstate above 128
 _CHUNK_US, _STATE_US, _JOIN_US = 1.1, 0.7, 9.0
 
 
@@ -35,18 +36,19 @@ def config(
     if paired or batch_invariant:
         return Config(heads=2 if paired else 1, segment_chunks=0, parts=1)
     chunks = -(-total // (CHUNK * max(nseq, 1)))
+    wide = 2 if dstate > 128 else 1
 
     def parts_of(segments: int) -> int:
         return max(1, min(4, num_sms // (blocks * max(1, segments - 1))))
 
     def cost(segments: int) -> float:
         length, waves = -(-chunks // segments), -(-blocks * segments // num_sms)
-        scan = waves * length * _CHUNK_US
+        scan = waves * length * _CHUNK_US * wide
         if segments == 1:
             return scan
         parts = parts_of(segments)
         waves = -(-blocks * (segments - 1) * parts // num_sms)
-        return scan + waves * -(-length // parts) * _STATE_US + _JOIN_US
+        return scan + waves * -(-length // parts) * _STATE_US * wide + _JOIN_US
 
     segments = min(range(1, 17), key=cost)
     if segments == 1:

@@ -22,14 +22,12 @@ ROWS = {(4, 128): 16, (4, 256): 4, (2, 64): 4}  # what registers hold, by itemsi
 
 
 def config(headdim: int, dstate: int, itemsize: int, nheads: int, ngroups: int, batch: int, num_sms: int) -> Config:
-    """A head's rows to a block; up to 8 heads of a group, as long as there are two blocks for each multiprocessor."""
+    """A head's rows to a block; two heads of a group, whose dots with B and C are the same, where there are enough."""
     lanes = min(32, dstate * itemsize // 16)  # of a row
     rows = ROWS.get((itemsize, dstate), 8)
     warps = min(8, max(2, math.ceil(headdim * lanes / (32 * rows))))
-    heads, heads_per_group = 1, nheads // ngroups
-    while heads < 8 and heads_per_group % (2 * heads) == 0 and batch * nheads >= 2 * num_sms * 2 * heads:
-        heads *= 2
-    return Config(rows, warps, heads)
+    paired = nheads // ngroups % 2 == 0 and batch * nheads >= 4 * num_sms
+    return Config(rows, warps, heads=2 if paired else 1)
 
 
 def refusal(
