@@ -46,12 +46,12 @@ __device__ __forceinline__ float load_state(const Conv1dBwdParams& p, const void
   return load_parameter<T>(states, p.states_fp32, sequence * strides[0] + channel * strides[1] + column * strides[2]);
 }
 
-// dy * act'(sum): silu'(s) = sigmoid(s) (1 + s (1 - sigmoid(s))).
+// dy * act'(sum): silu'(s) = sigmoid(s) (1 + s sigmoid(-s)); of 1 - sigmoid(s) float32 has few digits where s is large.
 template <typename T, bool kSilu>
 __device__ __forceinline__ float through_activation(float dy, float sum) {
   if constexpr (!kSilu) return dy;
   const float gate = sigmoid<T>(sum), scaled = dy * gate;
-  return fmaf(scaled, fmaf(-sum, gate, sum), scaled);
+  return fmaf(scaled, sizeof(T) == 2 ? fmaf(-sum, gate, sum) : sum * sigmoid<T>(-sum), scaled);
 }
 
 template <typename T, int kWidth, bool kSilu, bool kPacked, int kLoads, int kMinBlocks>

@@ -444,7 +444,7 @@ def _ssd_replay_update(
     steps = x.shape[1] if x.dim() == 4 else 1
     chosen = _choice(impl, state, *kept, steps, x.shape[0], (x, *inputs, y))[0]
     if chosen == "cuda":
-        rest: Any = (*kept, *inputs, seed, y.stride(), *options)
+        rest: Any = (*kept, *inputs, seed, y, *options)
         _csrc_ssd_replay.ssd_replay_update(x, state, *rest)(state, *kept, x, *inputs, seed, y)
         return
     if x.dim() == 3:

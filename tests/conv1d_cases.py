@@ -63,8 +63,8 @@ class Problem:
         self.seqlen = sum(case["lengths"]) if packed else case["seqlen"]
         self.nseq = len(case["lengths"]) if packed else self.batch
         dim, dtype = case["dim"], case["dtype"]
-        # a channel of small scale counts as much as a large one
-        self.scale = scale = 10 ** torch.linspace(-2, 2, dim)
+        # a channel of small scale counts as much as a large one; of a larger one few tokens would be where silu bends
+        self.scale = scale = 10 ** torch.linspace(-3, 1, dim)
         self.x = LAYOUTS[case["layout"]]((self.randn(self.batch, self.seqlen, dim) * scale).to(device, dtype))
         self.weight = self.randn(dim, case["width"]).to(device, case["weight_dtype"])
         # positive: where all sums of a channel are far below zero, exp(sum) only shows how its exponent was rounded

@@ -268,14 +268,14 @@ def test_compiles(sm, monkeypatch):
     from .triton_targets import check, compiling_for
 
     with compiling_for(sm, monkeypatch) as compiled:
-        for H, P, N, state_dtype, dtype, seed in (
-            (16, 64, 128, torch.float32, torch.bfloat16, None),
-            (8, 80, 20, torch.float16, torch.float32, SEED),
+        for H, P, N, width, state_dtype, dtype, seed in (
+            (16, 64, 128, 4, torch.float32, torch.bfloat16, None),
+            (8, 80, 20, 2, torch.float16, torch.float32, SEED),  # a window of 1, and 1 is special to Triton
         ):
             inner, conv_dim = H * P, H * P + 2 * G * N
             empty = partial(torch.empty, dtype=dtype)
-            pools = (empty(4, conv_dim, 3), torch.empty(4, H, P, N, dtype=state_dtype))
-            weights = (empty(conv_dim, 4), empty(conv_dim), torch.empty(H), empty(H), empty(H), empty(inner))
+            pools = (empty(4, conv_dim, width - 1), torch.empty(4, H, P, N, dtype=state_dtype))
+            weights = (empty(conv_dim, width), empty(conv_dim), torch.empty(H), empty(H), empty(H), empty(inner))
             options = (True, 0.0, math.inf, 1e-5, inner // G, False, -1)
             tensors = (empty(3, inner + conv_dim + H), *pools, *weights, int32(0, 1, 2), seed, empty(3, inner))
             kernels.mamba2_step(*tensors, *options)

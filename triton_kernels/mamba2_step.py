@@ -64,7 +64,7 @@ def convolve(
     return silu(y, tl.float32)
 
 
-@triton.jit(do_not_specialize=["nslots", "null_slot"])
+@triton.jit(do_not_specialize=["nslots", "null_slot", "state_len"])
 def mamba2_state_kernel(
     zxbcdt_ptr,
     conv_state_ptr,
@@ -160,7 +160,7 @@ def mamba2_state_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["nslots", "null_slot"])
+@triton.jit(do_not_specialize=["nslots", "null_slot", "state_len"])
 def mamba2_norm_kernel(
     zxbcdt_ptr,
     conv_state_ptr,

@@ -121,7 +121,7 @@ def conv1d_bwd(
     if silu:
         sums = _window_sums(matrix, w, bias, rows)[rows.token]
         gate = torch.sigmoid(sums)
-        dsum = _zero_unless(rows.live, dsum * gate * (1 + sums * (1 - gate)))
+        dsum = _zero_unless(rows.live, dsum * gate * (1 + sums * torch.sigmoid(-sums)))  # 1 - gate has few digits
     dsums = matrix.new_zeros(rows.total, dim).index_copy_(0, rows.token, dsum)
     dmatrix = torch.zeros_like(matrix)
     dweight = []
@@ -178,11 +178,9 @@ def _window_sums(matrix: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows
     """(rows.total, dim): bias + sum_j weight[:, j] * the row width - 1 - j before."""
     width = weight.shape[1]
     sums = matrix.new_zeros(rows.total, matrix.shape[1])
-    if bias is not None:
-        sums += bias.to(matrix.dtype)
     for j in range(width):
         sums.addcmul_(_zero_unless(_seen(rows, width - 1 - j), matrix[j : j + rows.total]), weight[:, j])
-    return sums
+    return sums if bias is None else sums.add_(bias.to(matrix.dtype))
 
 
 def _seen(rows: Rows, distance: int) -> Tensor | None:

@@ -95,7 +95,7 @@ def ssd_chunk_scan_bwd(
             gate = z.to(dtype)
             sigmoid = torch.sigmoid(gate)
             ungated = add_skip_(from_chunks(chunks, outputs(inputs, starts), *x.shape[:2]), x, D)
-            dz.copy_(ungated.mul_(dy).mul_(sigmoid * (1 + gate * (1 - sigmoid))))
+            dz.copy_(ungated.mul_(dy).mul_(sigmoid * (1 + gate * torch.sigmoid(-gate))))
             dungated = dy * (sigmoid * gate)
         if D is not None and dD is not None:
             product = (dungated * x).sum((0, 1))
