@@ -268,6 +268,7 @@ def test_pytest_benchmark_stores_what_the_harness_measured(tmp_path):
     assert set(found) == {
         "test_case[causal_conv1d_update-tiny-b4-bfloat16-torch]",
         "test_case[mamba2_step-tiny-b4-bfloat16-torch]",
+        "test_case[ssd_replay_update-tiny-b4-T2-a1-float32-torch]",
         "test_case[ssd_state_update-tiny-b4-float32-torch]",
     }
     for stats in found.values():

@@ -88,7 +88,7 @@ struct SsdConfig {
   static constexpr int kX = kC + (kStatesOnly ? 0 : kGroupBytes);
   static constexpr int kZ = kX + kTiles * kTileBytes;
   static constexpr int kStageLoads = kZ + (kGated ? kTiles * kTileBytes : 0);  // that TMA brings
-  static constexpr int kDecay = kStageLoads;  // per head: a, b, 2^a, 2^(a_last - b), `Tokens` each
+  static constexpr int kDecay = kStageLoads;  // per head: the four of `Decay`, kTokens floats each
   static constexpr int kDecayBytes = 4 * kTokens * 4;
   static constexpr int kStage =
       (kStageLoads + kHeads * kDecayBytes + 1023) / 1024 * 1024;  // as swizzled tiles must lie
