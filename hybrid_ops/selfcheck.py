@@ -493,6 +493,7 @@ def show(console: Console, rows: Iterable[Row]) -> None:
         title_justify="left",
         header_style="bold",
         box=None,
+        pad_edge=False,  # or it would not fit into 80 columns
     )
     for column in ("op", "implementation", *dtypes, ""):
         table.add_column(column, justify="right" if column in dtypes else "left", no_wrap=True)
