@@ -10,6 +10,7 @@
 // of B and C, which each CTA then moves on for a part of the channels.
 #pragma once
 
+#include "common/conv1d.cuh"
 #include "common/hopper.cuh"
 #include "common/state_rows.cuh"
 
@@ -102,19 +103,16 @@ __device__ __forceinline__ void store_window(const Mamba2StepParams& p, int64 fi
   }
 }
 
-__device__ __forceinline__ float silu(float v) { return v / (1.f + expf(-v)); }
-
 // The convolution and its activation; `window` gets the columns and the token.
 __device__ __forceinline__ float convolve(const Mamba2StepParams& p, const ChannelBits& bits, const WindowBits& before,
                                           float (&window)[kMaxWidth]) {
 #pragma unroll
   for (int k = 0; k < kMaxWidth - 1; ++k) window[k] = from_bits(before.columns[k], p.conv_state_dtype);
   window[kMaxWidth - 1] = from_bits(bits.x, p.dtype);
-  float taps[kMaxWidth], sum = from_bits(bits.bias, p.conv_bias_dtype);
+  float taps[kMaxWidth];
   runs_to_float(bits.weight, p.conv_weight_dtype, p.weight_aligned, taps);
-#pragma unroll
-  for (int k = 0; k < kMaxWidth; ++k) sum = fmaf(taps[k], window[k], sum);
-  return silu(sum);
+  return silu(window_sum<float, kMaxWidth>(
+      from_bits(bits.bias, p.conv_bias_dtype), [&](int k) { return taps[k]; }, [&](int k) { return window[k]; }));
 }
 
 // Of a row: z and the weights of the skip and of the norm, as bits.

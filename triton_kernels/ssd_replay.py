@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, cdiv, dense, next_power_of_2, on_device, plan, traits
-from .ssd_kernels import softplus
-from .ssd_update import store_state
+from .ssd_update import step_size, store_state
 
 
 class Config(NamedTuple):
@@ -198,10 +197,7 @@ def ssd_replay_kernel(
         if HAS_DT_BIAS:
             dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
         dt_new = tl.load(dt_ptr + t_new * dt_token_stride, mask_t, other=0.0).to(tl.float32) + dt_bias  # [T]
-        if DT_SOFTPLUS:
-            dt_new = softplus(dt_new)
-        dt_new = tl.where(dt_new < dt_min, dt_min, dt_new)  # comparisons leave NaN as it is
-        dt_new = tl.where(dt_new > dt_max, dt_max, dt_new)
+        dt_new = step_size(dt_new, dt_min, dt_max, DT_SOFTPLUS)
         if HAS_D:
             D = tl.load(D_ptr + head * D_head_stride + p * D_p_stride, mask_p, other=0.0).to(tl.float32)  # [P]
 

@@ -29,4 +29,7 @@ __device__ __forceinline__ float sigmoid(float x) {
   }
 }
 
+// To float32's precision.
+__device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
+
 }  // namespace hybrid_ops

@@ -197,26 +197,17 @@ __device__ __forceinline__ void wgmma_wait() {
   HYBRID_OPS_P32                                                                                                \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
   "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-// A and B in shared memory; kAColumns, kBColumns: M and N are contiguous, not K. `add` false overwrites D.
-template <bool kAColumns, bool kBColumns>
+
+// A and B in shared memory, K contiguous in both. `add` false overwrites D.
 __device__ __forceinline__ void wgmma(float (&d)[32], uint64 a, uint64 b, bool add) {
   asm volatile(
       "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" HYBRID_OPS_P32 "}, %32, %33, add, 1, 1, %35, %36;\n}"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" HYBRID_OPS_P32 "}, %32, %33, add, 1, 1, 0, 0;\n}"
       : HYBRID_OPS_D32(0)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(kAColumns), "n"(kBColumns));
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 
-template <bool kAColumns, bool kBColumns>
-__device__ __forceinline__ void wgmma(float (&d)[64], uint64 a, uint64 b, bool add) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" HYBRID_OPS_P64 "}, %64, %65, add, 1, 1, %67, %68;\n}"
-      : HYBRID_OPS_D32(0), HYBRID_OPS_D32(32)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(kAColumns), "n"(kBColumns));
-}
-
-// A in registers.
+// A in registers, B in shared memory; kBColumns: N is contiguous there, not K.
 template <bool kBColumns>
 __device__ __forceinline__ void wgmma(float (&d)[64], const uint32* a, uint64 b, bool add) {
   asm volatile(

@@ -225,8 +225,8 @@ __device__ __forceinline__ void mix_chunks(const SsdParams& p, const SharedMemor
 #pragma unroll
           for (int k = 0; k < Config::kGroupTiles * 4; ++k) {
             const uint32 offset = k / 4 * Config::kTileBytes + k % 4 * 32;
-            wgmma<false, false>(cb, swizzled_operand(stage, Config::kC + offset),
-                                swizzled_operand(stage, Config::kB + offset), k > 0);
+            wgmma(cb, swizzled_operand(stage, Config::kC + offset), swizzled_operand(stage, Config::kB + offset),
+                  k > 0);
           }
           wgmma_commit();
         }

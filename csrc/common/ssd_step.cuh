@@ -2,6 +2,7 @@
 // Params: the parameters of a kernel, whose members have the same names in all of them.
 #pragma once
 
+#include "common/exponential.cuh"
 #include "common/state_rows.cuh"
 
 namespace hybrid_ops {
@@ -60,10 +61,7 @@ template <typename Params>
 __device__ __forceinline__ void finish_row(const Params& p, int64 y_offset, float sum, float D, RowBits bits,
                                            bool writes) {
   float y = fmaf(D, from_bits(bits.x, p.dtype), sum);
-  if (p.z != nullptr) {
-    const float z = from_bits(bits.z, p.z_dtype);
-    y *= z / (1.f + expf(-z));
-  }
+  if (p.z != nullptr) y *= silu(from_bits(bits.z, p.z_dtype));
   if (writes) store_float(p.y, p.dtype, y_offset, y);
 }
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .norm import compute_dtype
+from .norm import compute_dtype, silu_grad
 
 
 class Order(NamedTuple):
@@ -120,8 +120,7 @@ def conv1d_bwd(
     dsum = _zero_unless(rows.live, dy.to(dtype).reshape(-1, dim))
     if silu:
         sums = _window_sums(matrix, w, bias, rows)[rows.token]
-        gate = torch.sigmoid(sums)
-        dsum = _zero_unless(rows.live, dsum * gate * (1 + sums * torch.sigmoid(-sums)))  # 1 - gate has few digits
+        dsum = _zero_unless(rows.live, dsum * silu_grad(sums))
     dsums = matrix.new_zeros(rows.total, dim).index_copy_(0, rows.token, dsum)
     dmatrix = torch.zeros_like(matrix)
     dweight = []

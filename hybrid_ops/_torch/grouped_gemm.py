@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .norm import compute_dtype
+from .norm import compute_dtype, silu_grad
 
 INVARIANT_ROWS = 16  # rows of a product that is to have the same bits whatever comes with them
 
@@ -75,8 +75,7 @@ def preact_grad(
         dy = dy * 2 * F.relu(h)
     elif activation == "silu_gated":
         gate, up = h.chunk(2, 1)
-        s = torch.sigmoid(gate)
-        dy = torch.cat([dy * up * s * (1 + gate * (1 - s)), dy * gate * s], 1)
+        dy = torch.cat([dy * up * silu_grad(gate), dy * F.silu(gate)], 1)
     dh.copy_(dy if dpreact is None else dy + dpreact.to(dtype))
 
 

@@ -50,11 +50,15 @@ def norm_bwd(
     du = (rstd * (dn - n_groups * (dn * n_groups).mean(-1, keepdim=True))).flatten(-2)
     if z is None or gate is None:
         return du, None, dweight
-    s = torch.sigmoid(z.to(dtype))
-    dgate = s * (1 + z.to(dtype) * (1 - s))
+    dgate = silu_grad(z.to(dtype))
     if norm_before_gate:
         return du, dy * n * w * dgate, dweight
     return du * gate, du * x * dgate, dweight
+
+
+def silu_grad(v: Tensor) -> Tensor:
+    """s (1 + v (1 - s)), s = sigmoid(v). Of 1 - s little is left in float32 where v is large; sigmoid(-v) is exact."""
+    return torch.sigmoid(v) * (1 + v * torch.sigmoid(-v))
 
 
 def _normalize(u: Tensor, eps: float, group_size: int) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,10 @@ Gradients go backward in time, and far terms are the small ones; so whatever bel
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .norm import silu_grad
 from .ssd import (
     Chunks,
     Inputs,
@@ -93,10 +95,9 @@ def ssd_chunk_scan_bwd(
         dungated = dy
         if z is not None and dz is not None:
             gate = z.to(dtype)
-            sigmoid = torch.sigmoid(gate)
             ungated = add_skip_(from_chunks(chunks, outputs(inputs, starts), *x.shape[:2]), x, D)
-            dz.copy_(ungated.mul_(dy).mul_(sigmoid * (1 + gate * torch.sigmoid(-gate))))
-            dungated = dy * (sigmoid * gate)
+            dz.copy_(ungated.mul_(dy).mul_(silu_grad(gate)))
+            dungated = dy * F.silu(gate)
         if D is not None and dD is not None:
             product = (dungated * x).sum((0, 1))
             dD.copy_(product if D.dim() == 2 else product.sum(1))

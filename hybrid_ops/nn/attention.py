@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# cuDNN makes a plan for every number of keys, and while decoding each step has another one: 50 ms a step
+# cuDNN makes a plan for every number of keys, and while decoding each step has another one: 60 ms a step
 _OF_STEPS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
