@@ -55,18 +55,18 @@ void launch(const SsdParams& p, int num_sms, int device, cudaStream_t stream) {
   check(cudaGetLastError(), "ssd_kernel");
 }
 
-template <int kTiles, int kHeads, int kHalves>
+template <int kFeatures, int kHeads, int kHalves>
 void launch_all(const SsdParams& p, bool gated, int num_sms, int device, cudaStream_t stream) {
   if (p.segment_chunks > 0) {
-    launch<SsdConfig<kTiles, kHeads, kHalves, false, true>>(p, num_sms, device, stream);
+    launch<SsdConfig<kFeatures, kHeads, kHalves, false, true>>(p, num_sms, device, stream);
     const unsigned blocks = (p.headdim * p.dstate / 4 + 255) / 256;
     ssd_join_kernel<<<dim3(blocks, p.nheads, p.nseq), 256, 0, stream>>>(p);
     check(cudaGetLastError(), "ssd_join_kernel");
   }
   if (gated) {
-    launch<SsdConfig<kTiles, kHeads, kHalves, true, false>>(p, num_sms, device, stream);
+    launch<SsdConfig<kFeatures, kHeads, kHalves, true, false>>(p, num_sms, device, stream);
   } else {
-    launch<SsdConfig<kTiles, kHeads, kHalves, false, false>>(p, num_sms, device, stream);
+    launch<SsdConfig<kFeatures, kHeads, kHalves, false, false>>(p, num_sms, device, stream);
   }
 }
 
@@ -122,10 +122,11 @@ void ssd_fwd(const SsdArgs& a, const SsdTensors& t, Target target) {
   const DeviceGuard guard(target.device);
   const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
   const bool gated = t.z != 0;
-  if (a.dstate > kStates) return launch_all<1, 1, 2>(p, gated, a.num_sms, target.device, stream);
-  if (a.headdim > 64) return launch_all<2, 1, 1>(p, gated, a.num_sms, target.device, stream);
-  if (a.heads == 2) return launch_all<2, 2, 1>(p, gated, a.num_sms, target.device, stream);
-  return launch_all<1, 1, 1>(p, gated, a.num_sms, target.device, stream);
+  if (a.dstate > kStates) return launch_all<64, 1, 2>(p, gated, a.num_sms, target.device, stream);
+  if (a.headdim > 80) return launch_all<128, 1, 1>(p, gated, a.num_sms, target.device, stream);
+  if (a.headdim > 64) return launch_all<80, 1, 1>(p, gated, a.num_sms, target.device, stream);
+  if (a.heads == 2) return launch_all<64, 2, 1>(p, gated, a.num_sms, target.device, stream);
+  return launch_all<64, 1, 1>(p, gated, a.num_sms, target.device, stream);
 }
 
 }  // namespace hybrid_ops

@@ -1,23 +1,24 @@
 // Forward of the SSD scan (Mamba-2) in one kernel: the state stays in registers from the first chunk of a sequence to
 // the last, and x, B, C are read once. In a chunk of L = 64 tokens, with a = cumsum(dt' A log2 e), b = a - log2 dt':
 //
-//     M[L, L]   = C[L, N] B^T[N, L] * 2^(a_l - b_s), s < l
-//     Y^T[P, L] = S[P, N] C^T[N, L] * 2^a_l  +  X^T[P, L] M^T[L, L]  +  (D + own) X^T
-//     S[P, N]   = S * 2^a_last  +  (X * 2^(a_last - b))^T[P, L] B[L, N]
+//     M[L, L] = C[L, N] B^T[N, L] * 2^(a_l - b_s), s < l
+//     Y[L, P] = C[L, N] S^T[N, P] * 2^a_l  +  M[L, L] X[L, P]  +  (D + own) X
+//     S[P, N] = S * 2^a_last  +  (X * 2^(a_last - b))^T[P, L] B[L, N]
 //
-// Everything is transposed so that a head's P features are the 64 rows of a wgmma: the state, which is the sum of one
-// product, then is a register operand of the next, and never passes through shared memory. Letters: P headdim, N
-// dstate; `own` is the weight C_l B_l dt'_l of a token in its own y, which no product may round: after steep steps
-// there is nothing else.
+// Letters: P headdim, N dstate; `own` is the weight C_l B_l dt'_l of a token in its own y, which no product may round:
+// after steep steps there is nothing else. Only S waits for the chunk before. So one warpgroup does nothing but walk S
+// from chunk to chunk, passing on in bfloat16 what enters each of them, and others make Y, each of a chunk of its own.
+// C and M are register operands: what binds is the shared memory that the products read.
 //
 // Warpgroups of a CTA, which hand chunks on through mbarriers:
-//     0    warp 0 copies B, C, x, z with TMA into a ring of stages; warps 1, 2 turn dt into a, b and their powers;
+//     0    warp 0 copies B, C, x, z with TMA into a ring of stages; warps 1, 2 make a, b and the weights from dt;
 //          warp 3 stores y
-//     1    M and own of each head, from one C B^T for all heads of the CTA
-//     2..  a state of 64 rows and 128 columns each: a head, or a part of one whose headdim or dstate is larger
+//     1..  walkers: S of 64 rows and 128 columns each: a head, or a part of one whose headdim or dstate is larger
+//     ..   one or two readers: Y of the CTA's heads, for which C B^T is made once
 #pragma once
 
 #include "common/ssd_inputs.cuh"
+#include "common/ssd_outputs.cuh"
 
 namespace hybrid_ops {
 
@@ -93,38 +94,6 @@ __device__ __forceinline__ void load_x(uint32 (&x)[4][4], uint32 tile, int warp,
   }
 }
 
-// (D + own) x added to Y^T, the gate, and the way into the tile of x, whose columns no other warp reads.
-template <typename Config>
-__device__ __forceinline__ void finish_chunk(const SharedMemory<Config>& shared, int s, int tile, const float (&D)[2],
-                                             const float (&own)[16], const float (&y)[32]) {
-  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  uint32 x[4][4];
-  load_x(x, shared.x(s, tile), warp, lane);
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {  // 16 tokens
-    const uint32 row = 16 * k + lane / 16 * 8 + lane % 8, column = 2 * warp + lane / 8 % 2;
-    uint32 z[4], packed[4];
-    if constexpr (Config::kGated) {
-      load_matrices_transposed(z, swizzled(shared.stage(s) + Config::kZ + tile * Config::kTileBytes, row, column));
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {  // {8 tokens, the next 8} x {features 0-7, 8-15}
-      const int r = 8 * k + 2 * i, token = 4 * k + i / 2 * 2;
-      float y0 = y[r] + (D[i % 2] + own[token]) * low_half(x[k][i]);
-      float y1 = y[r + 1] + (D[i % 2] + own[token + 1]) * high_half(x[k][i]);
-      if constexpr (Config::kGated) {
-        const float z0 = low_half(z[i]), z1 = high_half(z[i]);
-        y0 *= z0 * sigmoid<bf16>(z0);
-        y1 *= z1 * sigmoid<bf16>(z1);
-      }
-      packed[i] = pack_bf16(y0, y1);
-    }
-    store_matrices_transposed(swizzled(shared.x(s, tile), row, column), packed[0], packed[1], packed[2], packed[3]);
-  }
-  __syncwarp();
-  if (lane == 0) arrive(shared.output_full(s, tile));
-}
-
 // Chunks of a unit, of which `c` are done, until the next state is kept.
 __device__ __forceinline__ int next_stop(const SsdParams& p, const Unit& unit, int c) {
   if (p.interval.data == nullptr) return unit.chunks;
@@ -151,120 +120,73 @@ __device__ __forceinline__ bool find_target(const SsdParams& p, const Unit& unit
          find_slot(p, target.slots, place, slot);
 }
 
-// kHalf: of the columns of its tile's state that the warpgroup has. Y^T is the sum of what both have found; the first
-// adds them up.
-template <typename Config, int kHalf>
-__device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemory<Config>& shared, int tile) {
+// What enters a chunk, in bfloat16, to where the next products find it, if anything reads these rows.
+template <typename Config>
+__device__ __forceinline__ void pass_on(uint32 columns, const float (&state)[kStates / 2], int row, int lane) {
+#pragma unroll
+  for (int j = 0; j < kStates / 8; j += 2) {  // columns 8 j to 8 j + 15
+    store_matrices(swizzled(columns + j / 8 * Config::kColumnBytes, row + lane % 16, j % 8 + lane / 16),
+                   pack_bf16(state[4 * j], state[4 * j + 1]), pack_bf16(state[4 * j + 2], state[4 * j + 3]),
+                   pack_bf16(state[4 * j + 4], state[4 * j + 5]), pack_bf16(state[4 * j + 6], state[4 * j + 7]));
+  }
+}
+
+// The state of the 64 rows of a tile, or of one half of their columns, from chunk to chunk.
+template <typename Config>
+__device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemory<Config>& shared, int walker) {
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-  const int head_of_cta = Config::kHeads == 1 ? 0 : tile;
-  const int feature = (Config::kHeads == 1 ? tile * 64 : 0) + 16 * warp + lane / 4;  // and feature + 8
-  constexpr int kLeft = kHalf * kStates, kGroupOffset = kHalf * kStates / 64 * Config::kTileBytes;
+  const int tile = walker / Config::kHalves, half = walker % Config::kHalves;
+  const int head_of_cta = tile / Config::kTilesPerHead;
+  const int row = tile % Config::kTilesPerHead * 64 + 16 * warp;  // of the head's state, and the warp's first
+  const int feature = row + lane / 4;                             // the thread's, and feature + 8
+  const int left = half * kStates;
   float state[kStates / 2];
   float log_decay = 0.f;
-  float D[2] = {};  // of the thread's two rows of features
 
   const auto walk_chunk = [&](int iteration) {
-    const int s = iteration % Config::kStages, m = iteration % Config::kBuffers;
-    const uint32 stage = shared.stage(s);
-    float y[32], y_mixed[32];  // Y^T [64 features, 64 tokens]: of the state, of M
+    const int s = iteration % Config::kStages;
+    shared.wait_for_inputs(iteration);
     uint32 x[4][4];
-    float weight[16], reach[16], own[16];
-    const auto add_mixed = [&](float (&sum)[32], bool add) {  // X^T M^T
-      wgmma_fence();
+    load_x(x, shared.x(s, tile), warp, lane);
+    const float a_last = load_shared(shared.decay(s, head_of_cta, kA) + place_of(kChunk - 1) * 4);
+    const float keep = exp2_fast(a_last);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        wgmma<false>(sum, x[k], swizzled_operand(shared.mixed(m) + head_of_cta * Config::kTileBytes, 32 * k),
-                     add || k > 0);
+    for (int k = 0; k < 4; ++k) {
+      float weight[4];
+      load_shared4(weight, shared.decay(s, head_of_cta, kWeight) + lane % 4 * 80 + k * 16);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        uint32& pair = x[k][i];
+        pair = pack_bf16(low_half(pair) * weight[i / 2 * 2], high_half(pair) * weight[i / 2 * 2 + 1]);
       }
-      wgmma_commit();
-    };
-    wait(shared.full(s), (iteration / Config::kStages) & 1);
-    wait(shared.mixed_full(m), (iteration / Config::kBuffers) & 1);
-    if constexpr (Config::kHalves == 1 || Config::kStatesOnly) load_x(x, shared.x(s, tile), warp, lane);
-    const float keep = load_shared(shared.decay(s, head_of_cta, kReach) + place_of(63) * 4);
+    }
     if constexpr (Config::kStatesOnly) {
-      log_decay += load_shared(shared.decay(s, head_of_cta, kA) + place_of(63) * 4);
-#pragma unroll
-      for (int i = 0; i < kStates / 2; ++i) state[i] *= keep;
+      log_decay += a_last;
     } else {
-      if constexpr (Config::kTwoSums) {
-        add_mixed(y_mixed, false);
-        wgmma_wait<1>();  // for the state, which has long been there: else the compiler waits for both
-      }
-      uint32 entering[32];
-#pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        float* pair = &state[2 * i];
-        entering[i] = pack_bf16(pair[0], pair[1]);
-        pair[0] *= keep;
-        pair[1] *= keep;
-      }
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {  // S C^T
-        const uint32 offset = Config::kC + kGroupOffset + k / 4 * Config::kTileBytes + k % 4 * 32;
-        wgmma<false>(y, &entering[4 * k], swizzled_operand(stage, offset), k > 0);
-      }
-      wgmma_commit();
-      if constexpr (!Config::kTwoSums) {
-        wgmma_wait<0>();
-        if constexpr (Config::kHalves == 2) load_x(x, shared.x(s, tile), warp, lane);  // there was no room before
-        load_tokens(reach, shared.decay(s, head_of_cta, kReach), lane);
-#pragma unroll
-        for (int i = 0; i < 32; ++i) y[i] *= reach[i / 4 * 2 + i % 2];
-        if constexpr (kHalf == 0) add_mixed(y, true);
+      const int buffer = iteration % Config::kBuffers;
+      wait(shared.state_empty(buffer), (iteration / Config::kBuffers + 1) & 1);
+      if (row < Config::kFeatures) {
+        const uint32 columns = shared.state(buffer, head_of_cta) + half * (kStates / 64) * Config::kColumnBytes;
+        pass_on<Config>(columns, state, row, lane);
       }
     }
-
-    load_tokens(weight, shared.decay(s, head_of_cta, kWeight), lane);
-    if constexpr (!Config::kStatesOnly) wgmma_wait<Config::kTwoSums>();  // X^T M^T has read x
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const int token = i / 4 * 4 + i % 4 / 2 * 2;
-      uint32& pair = x[i / 4][i % 4];
-      pair = pack_bf16(low_half(pair) * weight[token], high_half(pair) * weight[token + 1]);
-    }
+    for (int i = 0; i < kStates / 2; ++i) state[i] *= keep;
+    made(x);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {  // S += (scaled X)^T B
-      wgmma<true>(state, x[k], swizzled_operand(stage, Config::kB + kGroupOffset + k * 2048, Config::kTileBytes), true);
+      const uint32 B = Config::kB + half * (kStates / 64) * Config::kTileBytes;
+      wgmma<true>(state, x[k], swizzled_operand(shared.stage(s) + B, k * 2048, Config::kTileBytes), true);
     }
     wgmma_commit();
-    if constexpr (!Config::kStatesOnly && kHalf == 1) {
-      wait(shared.partial_empty(), (iteration + 1) & 1);
-#pragma unroll
-      for (int i = 0; i < 32; i += 4) {
-        store_shared4(shared.partial() + (i / 4 * 128 + thread) * 16, y[i], y[i + 1], y[i + 2], y[i + 3]);
-      }
+    if constexpr (!Config::kStatesOnly) {
+      fence_async_proxy();
       __syncwarp();
-      if (lane == 0) arrive(shared.partial_full());
-    } else if constexpr (!Config::kStatesOnly) {
-      if constexpr (Config::kTwoSums) {
-        load_tokens(reach, shared.decay(s, head_of_cta, kReach), lane);
-        wgmma_wait<1>();
-      }
-      load_tokens(own, shared.own(m, head_of_cta), lane);
-      if constexpr (Config::kTwoSums) {
-#pragma unroll
-        for (int i = 0; i < 32; ++i) y[i] = fmaf(y[i], reach[i / 4 * 2 + i % 2], y_mixed[i]);
-      }
-      if constexpr (Config::kHalves == 2) {
-        wait(shared.partial_full(), iteration & 1);
-#pragma unroll
-        for (int i = 0; i < 32; i += 4) {
-          float other[4];
-          load_shared4(other, shared.partial() + (i / 4 * 128 + thread) * 16);
-#pragma unroll
-          for (int k = 0; k < 4; ++k) y[i + k] += other[k];
-        }
-        __syncwarp();
-        if (lane == 0) arrive(shared.partial_empty());
-      }
-      finish_chunk(shared, s, tile, D, own, y);
+      if (lane == 0) arrive(shared.state_full(iteration % Config::kBuffers));
     }
     wgmma_wait<0>();
     __syncwarp();
-    if (lane == 0) arrive(shared.mixed_empty(m));
     if (lane == 0) arrive(shared.empty(s));
   };
 
@@ -276,18 +198,12 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
       for (int i = 0; i < kStates / 2; ++i) state[i] = 0.f;
       log_decay = 0.f;
       for (int c = 0; c < unit.chunks; ++c, ++iteration) walk_chunk(iteration);
-      store_state(p, segment_states(p), unit.slot, head, feature, kLeft, state);
-      if (thread == 0 && kHalf == 0 && (Config::kHeads > 1 || tile == 0)) {
+      store_state(p, segment_states(p), unit.slot, head, feature, left, state);
+      if (thread == 0 && half == 0 && tile % Config::kTilesPerHead == 0) {
         p.segment_decay[static_cast<int64>(unit.slot) * p.nheads + head] = log_decay;
       }
     } else {
-      load_state(p, unit, head, feature, kLeft, state);
-      if (p.D.data != nullptr) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {  // of no row beyond the last is y stored
-          D[i] = p.D[head * p.D_strides[0] + min(feature + 8 * i, p.headdim - 1) * p.D_strides[1]];
-        }
-      }
+      load_state(p, unit, head, feature, left, state);
       int c = 0;
       do {  // from state to state that is kept: what stores them would be in the way of the loop over chunks
         for (const int stop = next_stop(p, unit, c); c < stop; ++c, ++iteration) walk_chunk(iteration);
@@ -296,7 +212,7 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
           States target;
           int64 slot;
           if (find_target(p, unit, c, copy, target, slot)) {
-            store_state(p, target, slot, head, feature, kLeft, state);
+            store_state(p, target, slot, head, feature, left, state);
           }
         }
       } while (c < unit.chunks);
@@ -310,21 +226,20 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_constant__ SsdParams p) {
   extern __shared__ unsigned char raw_shared[];
   const SharedMemory<Config> shared{(shared_address(raw_shared) + 1023) & ~1023u};
-  const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32;
+  // the same in all lanes, which the compiler must see to let products run side by side
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), warp = threadIdx.x / 32;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < Config::kStages; ++s) {
-      init_barrier(shared.full(s), 1 + Config::kHeads);
-      init_barrier(shared.empty(s), 4 + 4 * Config::kWalkers + (Config::kStatesOnly ? 0 : Config::kTiles));
+      init_barrier(shared.loaded(s), 1);
+      init_barrier(shared.full(s), Config::kHeads);
+      // y's store tells that its warpgroup needs nothing of the stage either
+      init_barrier(shared.empty(s), 4 * Config::kWalkers + (Config::kStatesOnly ? 0 : Config::kTiles));
       for (int tile = 0; tile < Config::kTiles; ++tile) init_barrier(shared.output_full(s, tile), 4);
     }
     for (int m = 0; m < Config::kBuffers; ++m) {
-      init_barrier(shared.mixed_full(m), 4);
-      init_barrier(shared.mixed_empty(m), 4 * Config::kWalkers);
-    }
-    if constexpr (Config::kHalves == 2) {
-      init_barrier(shared.partial_full(), 4);
-      init_barrier(shared.partial_empty(), 4);
+      init_barrier(shared.state_full(m), 4 * Config::kWalkers);
+      init_barrier(shared.state_empty(m), 4);
     }
     fence_barrier_init();
   }
@@ -339,20 +254,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
     } else if (!Config::kStatesOnly) {
       store_chunks<Config>(p, shared);
     }
-  } else if (warpgroup == 1) {
-    give_registers<Config::kMixRegisters>();
-    mix_chunks<Config>(p, shared);
-  } else {
-    take_registers<Config::kStateRegisters>();
-    if constexpr (Config::kHalves == 2) {
-      if (warpgroup == 2) {
-        walk_states<Config, 0>(p, shared, 0);
-      } else {
-        walk_states<Config, 1>(p, shared, 0);
-      }
-    } else {
-      walk_states<Config, 0>(p, shared, warpgroup - 2);
-    }
+  } else if (warpgroup <= Config::kWalkers) {
+    take_registers<Config::kWalkerRegisters>();
+    walk_states<Config>(p, shared, warpgroup - 1);
+  } else if constexpr (!Config::kStatesOnly) {
+    take_registers<Config::kReaderRegisters>();
+    make_outputs<Config>(p, shared, warpgroup - 1 - Config::kWalkers);
   }
 }
 

@@ -144,6 +144,13 @@ __device__ __forceinline__ void sync_threads(int id, int threads) {
 // In registers, a lane holds elements (lane / 4, 2 (lane % 4) + {0, 1}); in shared memory, lane 8 i + r points at row r
 // of matrix i. `_transposed` exchanges rows and columns on the way.
 
+__device__ __forceinline__ void load_matrices(uint32 (&r)[4], uint32 row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+}
+
 __device__ __forceinline__ void load_matrices_transposed(uint32 (&r)[4], uint32 row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -154,12 +161,6 @@ __device__ __forceinline__ void load_matrices_transposed(uint32 (&r)[4], uint32 
 __device__ __forceinline__ void store_matrices(uint32 row, uint32 r0, uint32 r1, uint32 r2, uint32 r3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r0), "r"(r1), "r"(r2),
                "r"(r3)
-               : "memory");
-}
-
-__device__ __forceinline__ void store_matrices_transposed(uint32 row, uint32 r0, uint32 r1, uint32 r2, uint32 r3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r0), "r"(r1),
-               "r"(r2), "r"(r3)
                : "memory");
 }
 
@@ -178,6 +179,13 @@ __device__ __forceinline__ uint64 swizzled_operand(uint32 base, uint32 offset, u
 
 // Before the first product, and after registers that the next one reads or adds to were written.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// Operands in registers are made before this, not between the products that read them.
+template <int kCount>
+__device__ __forceinline__ void made(uint32 (&r)[kCount][4]) {
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) asm volatile("" : "+r"(r[k][0]), "+r"(r[k][1]), "+r"(r[k][2]), "+r"(r[k][3]));
+}
+
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // Until at most kPending groups are under way.
@@ -193,19 +201,11 @@ __device__ __forceinline__ void wgmma_wait() {
 #define HYBRID_OPS_P32                                                                                             \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
+#define HYBRID_OPS_P40 HYBRID_OPS_P32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define HYBRID_OPS_P64                                                                                          \
   HYBRID_OPS_P32                                                                                                \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
   "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-
-// A and B in shared memory, K contiguous in both. `add` false overwrites D.
-__device__ __forceinline__ void wgmma(float (&d)[32], uint64 a, uint64 b, bool add) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" HYBRID_OPS_P32 "}, %32, %33, add, 1, 1, 0, 0;\n}"
-      : HYBRID_OPS_D32(0)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
 
 // A in registers, B in shared memory; kBColumns: N is contiguous there, not K.
 template <bool kBColumns>
@@ -215,6 +215,16 @@ __device__ __forceinline__ void wgmma(float (&d)[64], const uint32* a, uint64 b,
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" HYBRID_OPS_P64
       "}, {%64, %65, %66, %67}, %68, add, 1, 1, %70;\n}"
       : HYBRID_OPS_D32(0), HYBRID_OPS_D32(32)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)), "n"(kBColumns));
+}
+
+template <bool kBColumns>
+__device__ __forceinline__ void wgmma(float (&d)[40], const uint32* a, uint64 b, bool add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %45, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 {" HYBRID_OPS_P40
+      "}, {%40, %41, %42, %43}, %44, add, 1, 1, %46;\n}"
+      : HYBRID_OPS_D32(0), HYBRID_OPS_D8(32)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)), "n"(kBColumns));
 }
 
@@ -231,6 +241,7 @@ __device__ __forceinline__ void wgmma(float (&d)[32], const uint32* a, uint64 b,
 #undef HYBRID_OPS_D8
 #undef HYBRID_OPS_D32
 #undef HYBRID_OPS_P32
+#undef HYBRID_OPS_P40
 #undef HYBRID_OPS_P64
 
 }  // namespace hybrid_ops

@@ -58,24 +58,25 @@ constexpr int kStates = 128;  // columns of a state that a warpgroup has: dstate
 constexpr int kTokens = 4 * 20;
 __device__ __forceinline__ int place_of(int token) { return token % 8 / 2 * 20 + token / 8 * 2 + token % 2; }
 
-template <int kTiles_, int kHeads_, int kHalves_, bool kGated_, bool kStatesOnly_>
+template <int kFeatures_, int kHeads_, int kHalves_, bool kGated_, bool kStatesOnly_>
 struct SsdConfig {
-  static constexpr int kTiles = kTiles_;             // of 64 rows of states in a CTA
-  static constexpr int kHeads = kHeads_;             // of a CTA: kTiles, or 1 with several tiles
-  static constexpr int kHalves = kHalves_;           // 2: a tile's state is too wide for one warpgroup
-  static constexpr int kWalkers = kTiles * kHalves;  // warpgroups with a part of the states
+  static constexpr int kFeatures = kFeatures_;  // of a head, padded: 64, 80 or 128
+  static constexpr int kHeads = kHeads_;        // of a CTA
+  static constexpr int kHalves = kHalves_;      // 2: a state is too wide for one warpgroup
   static constexpr bool kGated = kGated_;
   static constexpr bool kStatesOnly = kStatesOnly_;  // the segments' states, without y
 
-  // the two parts of y have registers of their own, so that no product waits for another one's result; several tiles
-  // have no room for that, and overlap each other anyway
-  static constexpr bool kTwoSums = kWalkers == 1;
+  static constexpr int kTilesPerHead = (kFeatures + 63) / 64;
+  static constexpr int kTiles = kHeads * kTilesPerHead;  // of 64 rows of states
+  static constexpr int kWalkers = kTiles * kHalves;      // warpgroups with a part of the states
+  // and those that make y, each of every so many chunks; the second has no registers left beside two walkers
+  static constexpr int kReaders = kStatesOnly ? 0 : kWalkers == 1 ? 2 : 1;
+  static constexpr int kThreads = 128 * (1 + kWalkers + kReaders);
 
-  static constexpr int kThreads = 128 * (2 + kWalkers);
-  // all with which ptxas spills nothing
-  static constexpr int kProducerRegisters = kWalkers == 1 ? 64 : kHalves == 2 ? 40 : 56;
-  static constexpr int kMixRegisters = kWalkers == 1 ? 120 : kHalves == 2 ? 72 : 104;
-  static constexpr int kStateRegisters = kWalkers == 1 ? 248 : kHalves == 2 ? 200 : 176;
+  // of 512 for a thread of each warpgroup together; all with which ptxas spills nothing
+  static constexpr int kProducerRegisters = 48;
+  static constexpr int kWalkerRegisters = kReaders == 2 ? 144 : 128;
+  static constexpr int kReaderRegisters = kReaders == 2 ? 160 : 208;
 
   static constexpr int kTileBytes = kChunk * 64 * 2;          // 64 tokens of 128 bytes, swizzled
   static constexpr int kGroupTiles = kHalves * kStates / 64;  // of B, and of C
@@ -84,28 +85,27 @@ struct SsdConfig {
 
   // a stage, in bytes from its beginning
   static constexpr int kB = 0;
-  static constexpr int kC = kGroupBytes;
+  static constexpr int kC = kGroupBytes;  // then y on its way out
   static constexpr int kX = kC + (kStatesOnly ? 0 : kGroupBytes);
   static constexpr int kZ = kX + kTiles * kTileBytes;
   static constexpr int kStageLoads = kZ + (kGated ? kTiles * kTileBytes : 0);  // that TMA brings
-  static constexpr int kDecay = kStageLoads;  // per head: the four of `Decay`, kTokens floats each
-  static constexpr int kDecayBytes = 4 * kTokens * 4;
+  static constexpr int kDecay = kStageLoads;  // per head: the four of `PerToken`, kTokens floats each, and D
+  static constexpr int kDecayBytes = (3 * kTokens + 128) * 4;
   static constexpr int kStage =
       (kStageLoads + kHeads * kDecayBytes + 1023) / 1024 * 1024;  // as swizzled tiles must lie
 
-  // behind the stages
-  static constexpr int kBuffers = kWalkers == 1 ? 3 : 2;                  // of M and what goes with it
-  static constexpr int kMixed = (kStatesOnly ? 0 : kHeads * kTileBytes);  // M of all heads
-  static constexpr int kPartial =
-      kHalves == 2 && !kStatesOnly ? 64 * kChunk * 4 : 0;  // Y^T of the second half, float32
-  static constexpr int kTail = kBuffers * (kMixed + kHeads * kTokens * 4) + kPartial + 256;
+  // behind the stages: what enters a chunk, in bfloat16, as tiles of all rows of a head by 64 columns
+  static constexpr int kColumnBytes = kTilesPerHead * kTileBytes;
+  static constexpr int kStateBytes = kGroupTiles * kColumnBytes;  // of a head
+  static constexpr int kBuffers = kStatesOnly ? 0 : kHalves == 2 && kGated ? 1 : 2;
+  static constexpr int kTail = kBuffers * kHeads * kStateBytes + 256;
   static constexpr int kLimit = 232448 - 1024;  // a CTA's shared memory, less what aligning it takes
   static constexpr int kStages = (kLimit - kTail) / kStage > 4 ? 4 : (kLimit - kTail) / kStage;
   static_assert(kStages >= 2);
   static constexpr int kSharedBytes = kStages * kStage + kTail + 1024;
 };
 
-enum Decay { kA, kB, kReach, kWeight };  // a, b, 2^a, 2^(a_last - b)
+enum PerToken { kA, kB, kWeight };  // a, b, 2^(a_last - b)
 
 // Where things lie in shared memory, and the barriers that pass them on.
 template <typename Config>
@@ -113,37 +113,48 @@ struct SharedMemory {
   uint32 base;
 
   __device__ __forceinline__ uint32 stage(int s) const { return base + s * Config::kStage; }
-  __device__ __forceinline__ uint32 mixed(int m) const {
-    return base + Config::kStages * Config::kStage + m * Config::kMixed;
-  }
-  __device__ __forceinline__ uint32 x(int s, int tile) const {  // then y on its way out
+  __device__ __forceinline__ uint32 x(int s, int tile) const {
     return stage(s) + Config::kX + tile * Config::kTileBytes;
   }
-  __device__ __forceinline__ uint32 decay(int s, int head, int which) const {
+  __device__ __forceinline__ uint32 y(int s, int tile) const {  // where C was
+    return stage(s) + Config::kC + tile * Config::kTileBytes;
+  }
+  __device__ __forceinline__ uint32 decay(int s, int head, PerToken which) const {
     return stage(s) + Config::kDecay + head * Config::kDecayBytes + which * kTokens * 4;
   }
-  __device__ __forceinline__ uint32 own(int m, int head = 0) const {
-    return mixed(Config::kBuffers) + (m * Config::kHeads + head) * kTokens * 4;
+  __device__ __forceinline__ uint32 D(int s, int head) const { return decay(s, head, kWeight) + kTokens * 4; }
+  __device__ __forceinline__ uint32 state(int m, int head) const {
+    return base + Config::kStages * Config::kStage + (m * Config::kHeads + head) * Config::kStateBytes;
   }
-  __device__ __forceinline__ uint32 partial() const { return own(Config::kBuffers); }
-  __device__ __forceinline__ uint32 barrier(int i) const { return partial() + Config::kPartial + 8 * i; }
-  __device__ __forceinline__ uint32 full(int s) const { return barrier(s); }
-  __device__ __forceinline__ uint32 empty(int s) const { return barrier(Config::kStages + s); }
-  __device__ __forceinline__ uint32 mixed_full(int m) const { return barrier(2 * Config::kStages + m); }
-  __device__ __forceinline__ uint32 mixed_empty(int m) const {
-    return barrier(2 * Config::kStages + Config::kBuffers + m);
-  }
+  __device__ __forceinline__ uint32 barrier(int i) const { return state(Config::kBuffers, 0) + 8 * i; }
+  // of a stage: TMA's bytes are there; the decays are too, and rows of other sequences are cleared; nobody needs it
+  __device__ __forceinline__ uint32 loaded(int s) const { return barrier(s); }
+  __device__ __forceinline__ uint32 full(int s) const { return barrier(Config::kStages + s); }
+  __device__ __forceinline__ uint32 empty(int s) const { return barrier(2 * Config::kStages + s); }
   __device__ __forceinline__ uint32 output_full(int s, int tile) const {
-    return barrier(2 * (Config::kStages + Config::kBuffers) + s * Config::kTiles + tile);
+    return barrier((3 + tile) * Config::kStages + s);
   }
-  __device__ __forceinline__ uint32 partial_full() const { return output_full(Config::kStages, 0); }
-  __device__ __forceinline__ uint32 partial_empty() const { return partial_full() + 8; }
+  __device__ __forceinline__ uint32 state_full(int m) const {
+    return barrier((3 + Config::kTiles) * Config::kStages + m);
+  }
+  __device__ __forceinline__ uint32 state_empty(int m) const { return state_full(Config::kBuffers) + 8 * m; }
+
+  // Until chunk `iteration` lies in its stage.
+  __device__ __forceinline__ void wait_for_inputs(int iteration) const {
+    const int s = iteration % Config::kStages, parity = (iteration / Config::kStages) & 1;
+    wait(loaded(s), parity);
+    wait(full(s), parity);
+  }
 };
 
 __device__ __forceinline__ float load_shared(uint32 address) {
   float value;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
   return value;
+}
+
+__device__ __forceinline__ void load_shared2(float (&v)[2], uint32 address) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v[0]), "=f"(v[1]) : "r"(address) : "memory");
 }
 
 __device__ __forceinline__ void load_shared4(float* v, uint32 address) {
