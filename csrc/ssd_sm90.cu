@@ -49,24 +49,24 @@ void allow_shared_memory(int device) {
 
 template <typename Config>
 void launch(const SsdParams& p, int num_sms, int device, cudaStream_t stream) {
-  const int units = p.slots * (Config::kStatesOnly ? p.parts : 1) * (p.nheads / Config::kHeads);
+  const int units = p.slots * (Config::kStatesOnly ? p.parts : 1) * p.nheads;
   allow_shared_memory<Config>(device);
   ssd_kernel<Config><<<std::min(units, num_sms), Config::kThreads, Config::kSharedBytes, stream>>>(p);
   check(cudaGetLastError(), "ssd_kernel");
 }
 
-template <int kFeatures, int kHeads, int kHalves>
+template <int kFeatures, int kHalves>
 void launch_all(const SsdParams& p, bool gated, int num_sms, int device, cudaStream_t stream) {
   if (p.segment_chunks > 0) {
-    launch<SsdConfig<kFeatures, kHeads, kHalves, false, true>>(p, num_sms, device, stream);
+    launch<SsdConfig<kFeatures, kHalves, false, true>>(p, num_sms, device, stream);
     const unsigned blocks = (p.headdim * p.dstate / 4 + 255) / 256;
     ssd_join_kernel<<<dim3(blocks, p.nheads, p.nseq), 256, 0, stream>>>(p);
     check(cudaGetLastError(), "ssd_join_kernel");
   }
   if (gated) {
-    launch<SsdConfig<kFeatures, kHeads, kHalves, true, false>>(p, num_sms, device, stream);
+    launch<SsdConfig<kFeatures, kHalves, true, false>>(p, num_sms, device, stream);
   } else {
-    launch<SsdConfig<kFeatures, kHeads, kHalves, false, false>>(p, num_sms, device, stream);
+    launch<SsdConfig<kFeatures, kHalves, false, false>>(p, num_sms, device, stream);
   }
 }
 
@@ -122,11 +122,10 @@ void ssd_fwd(const SsdArgs& a, const SsdTensors& t, Target target) {
   const DeviceGuard guard(target.device);
   const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
   const bool gated = t.z != 0;
-  if (a.dstate > kStates) return launch_all<64, 1, 2>(p, gated, a.num_sms, target.device, stream);
-  if (a.headdim > 80) return launch_all<128, 1, 1>(p, gated, a.num_sms, target.device, stream);
-  if (a.headdim > 64) return launch_all<80, 1, 1>(p, gated, a.num_sms, target.device, stream);
-  if (a.heads == 2) return launch_all<64, 2, 1>(p, gated, a.num_sms, target.device, stream);
-  return launch_all<64, 1, 1>(p, gated, a.num_sms, target.device, stream);
+  if (a.dstate > kStates) return launch_all<64, 2>(p, gated, a.num_sms, target.device, stream);
+  if (a.headdim > 80) return launch_all<128, 1>(p, gated, a.num_sms, target.device, stream);
+  if (a.headdim > 64) return launch_all<80, 1>(p, gated, a.num_sms, target.device, stream);
+  return launch_all<64, 1>(p, gated, a.num_sms, target.device, stream);
 }
 
 }  // namespace hybrid_ops

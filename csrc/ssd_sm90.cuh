@@ -13,8 +13,8 @@
 // Warpgroups of a CTA, which hand chunks on through mbarriers:
 //     0    warp 0 copies B, C, x, z with TMA into a ring of stages; warps 1, 2 make a, b and the weights from dt;
 //          warp 3 stores y
-//     1..  walkers: S of 64 rows and 128 columns each: a head, or a part of one whose headdim or dstate is larger
-//     ..   one or two readers: Y of the CTA's heads, for which C B^T is made once
+//     1..  walkers: S of 64 features and 128 columns each: a head, or a part of one whose headdim or dstate is larger
+//     ..   one or two readers: Y
 #pragma once
 
 #include "common/ssd_inputs.cuh"
@@ -131,53 +131,62 @@ __device__ __forceinline__ void pass_on(uint32 columns, const float (&state)[kSt
   }
 }
 
-// The state of the 64 rows of a tile, or of one half of their columns, from chunk to chunk.
+// x of a warp's 16 features times the tokens' weights. The two parts of a weight make it one rounding.
+__device__ __forceinline__ void load_scaled_x(uint32 (&x)[4][4], uint32 tile, uint32 weights, int warp, int lane) {
+  load_x(x, tile, warp, lane);
+  float parts[16];
+  load_tokens(parts, weights, lane);
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const int pair = i / 4 * 4 + i % 4 / 2 * 2;  // of tokens
+    x[i / 4][i % 4] = scale_bf16(x[i / 4][i % 4], __float_as_uint(parts[pair]), __float_as_uint(parts[pair + 1]));
+  }
+}
+
+// The state of the 64 features of a tile, or of one half of their columns, from chunk to chunk.
 template <typename Config>
 __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemory<Config>& shared, int walker) {
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int tile = walker / Config::kHalves, half = walker % Config::kHalves;
-  const int head_of_cta = tile / Config::kTilesPerHead;
-  const int row = tile % Config::kTilesPerHead * 64 + 16 * warp;  // of the head's state, and the warp's first
-  const int feature = row + lane / 4;                             // the thread's, and feature + 8
+  const int row = 64 * tile + 16 * warp;  // the warp's first feature
+  const int feature = row + lane / 4;     // the thread's, and feature + 8
   const int left = half * kStates;
+  const bool never = p.nseq < 0;
   float state[kStates / 2];
   float log_decay = 0.f;
+  uint32 x[4][4];  // the next chunk's x, scaled
+  float a_last;    // log2 of what it leaves of the state
 
-  const auto walk_chunk = [&](int iteration) {
+  const auto prepare = [&](int iteration) {
     const int s = iteration % Config::kStages;
     shared.wait_for_inputs(iteration);
-    uint32 x[4][4];
-    load_x(x, shared.x(s, tile), warp, lane);
-    const float a_last = load_shared(shared.decay(s, head_of_cta, kA) + place_of(kChunk - 1) * 4);
-    const float keep = exp2_fast(a_last);
+    load_scaled_x(x, shared.x(s, tile), shared.per_token(s, kWeight), warp, lane);
+    a_last = load_shared(shared.per_token(s, kA) + place_of(kChunk - 1) * 4);
+  };
+
+  const auto walk_chunk = [&](int iteration, bool last) {
+    const int s = iteration % Config::kStages;
+    uint32 now[4][4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      float weight[4];
-      load_shared4(weight, shared.decay(s, head_of_cta, kWeight) + lane % 4 * 80 + k * 16);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        uint32& pair = x[k][i];
-        pair = pack_bf16(low_half(pair) * weight[i / 2 * 2], high_half(pair) * weight[i / 2 * 2 + 1]);
-      }
-    }
+    for (int i = 0; i < 16; ++i) now[i / 4][i % 4] = x[i / 4][i % 4];
     if constexpr (Config::kStatesOnly) {
       log_decay += a_last;
     } else {
       const int buffer = iteration % Config::kBuffers;
       wait(shared.state_empty(buffer), (iteration / Config::kBuffers + 1) & 1);
       if (row < Config::kFeatures) {
-        const uint32 columns = shared.state(buffer, head_of_cta) + half * (kStates / 64) * Config::kColumnBytes;
+        const uint32 columns = shared.state(buffer) + half * (kStates / 64) * Config::kColumnBytes;
         pass_on<Config>(columns, state, row, lane);
       }
     }
+    const float keep = exp2_fast(a_last);
 #pragma unroll
     for (int i = 0; i < kStates / 2; ++i) state[i] *= keep;
-    made(x);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {  // S += (scaled X)^T B
       const uint32 B = Config::kB + half * (kStates / 64) * Config::kTileBytes;
-      wgmma<true>(state, x[k], swizzled_operand(shared.stage(s) + B, k * 2048, Config::kTileBytes), true);
+      wgmma<true>(state, now[k], swizzled_operand(shared.stage(s) + B, k * 2048, Config::kTileBytes), true);
     }
     wgmma_commit();
     if constexpr (!Config::kStatesOnly) {
@@ -185,34 +194,38 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
       __syncwarp();
       if (lane == 0) arrive(shared.state_full(iteration % Config::kBuffers));
     }
+    if (!last) prepare(iteration + 1);
     wgmma_wait<0>();
+    keep_operands(now, never, shared.stage(s));
     __syncwarp();
     if (lane == 0) arrive(shared.empty(s));
   };
 
   int iteration = 0;
   for_each_unit<Config>(p, [&](const Unit& unit) {
-    const int head = unit.head + head_of_cta;
+    if (unit.chunks > 0) prepare(iteration);
     if constexpr (Config::kStatesOnly) {
 #pragma unroll
       for (int i = 0; i < kStates / 2; ++i) state[i] = 0.f;
       log_decay = 0.f;
-      for (int c = 0; c < unit.chunks; ++c, ++iteration) walk_chunk(iteration);
-      store_state(p, segment_states(p), unit.slot, head, feature, left, state);
-      if (thread == 0 && half == 0 && tile % Config::kTilesPerHead == 0) {
-        p.segment_decay[static_cast<int64>(unit.slot) * p.nheads + head] = log_decay;
+      for (int c = 0; c < unit.chunks; ++c, ++iteration) walk_chunk(iteration, c + 1 == unit.chunks);
+      store_state(p, segment_states(p), unit.slot, unit.head, feature, left, state);
+      if (thread == 0 && walker == 0) {
+        p.segment_decay[static_cast<int64>(unit.slot) * p.nheads + unit.head] = log_decay;
       }
     } else {
-      load_state(p, unit, head, feature, left, state);
+      load_state(p, unit, unit.head, feature, left, state);
       int c = 0;
       do {  // from state to state that is kept: what stores them would be in the way of the loop over chunks
-        for (const int stop = next_stop(p, unit, c); c < stop; ++c, ++iteration) walk_chunk(iteration);
+        for (const int stop = next_stop(p, unit, c); c < stop; ++c, ++iteration) {
+          walk_chunk(iteration, c + 1 == unit.chunks);
+        }
 #pragma unroll 1
         for (int copy = 0; copy < 2; ++copy) {
           States target;
           int64 slot;
           if (find_target(p, unit, c, copy, target, slot)) {
-            store_state(p, target, slot, head, feature, left, state);
+            store_state(p, target, slot, unit.head, feature, left, state);
           }
         }
       } while (c < unit.chunks);
@@ -232,14 +245,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
   if (threadIdx.x == 0) {
     for (int s = 0; s < Config::kStages; ++s) {
       init_barrier(shared.loaded(s), 1);
-      init_barrier(shared.full(s), Config::kHeads);
-      // y's store tells that its warpgroup needs nothing of the stage either
-      init_barrier(shared.empty(s), 4 * Config::kWalkers + (Config::kStatesOnly ? 0 : Config::kTiles));
-      for (int tile = 0; tile < Config::kTiles; ++tile) init_barrier(shared.output_full(s, tile), 4);
+      init_barrier(shared.full(s), 1);
+      init_barrier(shared.empty(s), 4 * Config::kWalkers + (Config::kStatesOnly ? 0 : 4));
     }
-    for (int m = 0; m < Config::kBuffers; ++m) {
-      init_barrier(shared.state_full(m), 4 * Config::kWalkers);
-      init_barrier(shared.state_empty(m), 4);
+    for (int buffer = 0; buffer < Config::kBuffers; ++buffer) {
+      init_barrier(shared.state_full(buffer), 4 * Config::kWalkers);
+      init_barrier(shared.state_empty(buffer), 4);
+    }
+    for (int reader = 0; reader < Config::kReaders; ++reader) {
+      init_barrier(shared.y_full(reader), 4);
+      init_barrier(shared.y_empty(reader), 1);
     }
     fence_barrier_init();
   }

@@ -179,19 +179,26 @@ __device__ __forceinline__ uint64 swizzled_operand(uint32 base, uint32 offset, u
 
 // Before the first product, and after registers that the next one reads or adds to were written.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-// Operands in registers are made before this, not between the products that read them.
-template <int kCount>
-__device__ __forceinline__ void made(uint32 (&r)[kCount][4]) {
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) asm volatile("" : "+r"(r[k][0]), "+r"(r[k][1]), "+r"(r[k][2]), "+r"(r[k][3]));
-}
-
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // Until at most kPending groups are under way.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Registers that a product under way reads, until it has been waited for: the compiler takes them for free as soon as
+// the product is issued, and a store that never happens is what it believes.
+template <int kCount>
+__device__ __forceinline__ void keep_operands(const uint32 (&r)[kCount][4], bool never, uint32 anywhere) {
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    if (never) {
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(anywhere), "r"(r[k][0]), "r"(r[k][1]), "r"(r[k][2]),
+                   "r"(r[k][3])
+                   : "memory");
+    }
+  }
 }
 
 #define HYBRID_OPS_D8(i)                                                                                      \

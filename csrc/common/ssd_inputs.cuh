@@ -22,10 +22,9 @@ __device__ __forceinline__ void copy_chunks(const SsdParams& p, const SharedMemo
         }
 #pragma unroll
         for (int tile = 0; tile < Config::kTiles; ++tile) {
-          const int head = unit.head + tile / Config::kTilesPerHead, feature = tile % Config::kTilesPerHead * 64;
-          load_box(shared.x(s, tile), p.x_map, loaded, feature, head, token, unit.row);
+          load_box(shared.x(s, tile), p.x_map, loaded, 64 * tile, unit.head, token, unit.row);
           if constexpr (Config::kGated) {
-            load_box(stage + Config::kZ + tile * Config::kTileBytes, p.z_map, loaded, feature, head, token, unit.row);
+            load_box(shared.z(s, tile), p.z_map, loaded, 64 * tile, unit.head, token, unit.row);
           }
         }
       });
@@ -49,20 +48,16 @@ __device__ __forceinline__ void clear_rows(uint32 tile, int low, int high, int l
   }
 }
 
-// One of two warps that make a, b and the weights: each of one of two heads, or of every other chunk of the only head.
-// A lane has two neighbouring tokens.
+// Every other chunk's a, b and weights, from dt, by one of two warps. A lane has two neighbouring tokens.
 template <typename Config>
 __device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemory<Config>& shared, int worker) {
-  constexpr int kTurns = Config::kHeads == 1 ? 2 : 1;
-  const int lane = threadIdx.x % 32, turn = Config::kHeads == 1 ? worker : 0;
-  const int head_of_cta = Config::kHeads == 1 ? 0 : worker;
   constexpr int kDs = Config::kStatesOnly ? 0 : (Config::kFeatures + 31) / 32;
+  const int lane = threadIdx.x % 32;
   float A = 0.f, bias = 0.f, D[4] = {};  // D of features lane, lane + 32, ..
   uint32 coming[2];                      // dt of the next chunk, as it is stored: a conversion would wait for it
   const auto load = [&](const Unit& unit, int c) {
     const int token = unit.first + c * kChunk + 2 * lane;
-    const int64 offset =
-        unit.row * p.dt_strides[0] + token * p.dt_strides[1] + (unit.head + head_of_cta) * p.dt_strides[2];
+    const int64 offset = unit.row * p.dt_strides[0] + token * p.dt_strides[1] + unit.head * p.dt_strides[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (token + i >= unit.begin && token + i < unit.end)
@@ -78,21 +73,20 @@ __device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemo
   for_each_chunk<Config>(
       p,
       [&](const Unit& unit, int iteration) {
-        const int head = unit.head + head_of_cta;
-        load(unit, (iteration + turn) % kTurns);
-        A = p.A[head] * 1.4426950408889634f;
-        bias = p.dt_bias.data == nullptr ? 0.f : p.dt_bias[head * p.dt_bias_stride];
+        load(unit, (iteration + worker) % 2);
+        A = p.A[unit.head] * 1.4426950408889634f;
+        bias = p.dt_bias.data == nullptr ? 0.f : p.dt_bias[unit.head * p.dt_bias_stride];
 #pragma unroll
         for (int i = 0; i < kDs && p.D.data != nullptr; ++i) {  // of no feature beyond the last is y stored
-          D[i] = p.D[head * p.D_strides[0] + min(lane + 32 * i, p.headdim - 1) * p.D_strides[1]];
+          D[i] = p.D[unit.head * p.D_strides[0] + min(lane + 32 * i, p.headdim - 1) * p.D_strides[1]];
         }
       },
       [&](const Unit& unit, int c, int iteration) {
-        if (iteration % kTurns != turn) return;
+        if (iteration % 2 != worker) return;
         const int s = iteration % Config::kStages;
         const int first = unit.first + c * kChunk, token = first + 2 * lane;
         const float dt0 = step(unit, token, coming[0]), dt1 = step(unit, token + 1, coming[1]);
-        load(unit, c + kTurns);
+        load(unit, c + 2);
         const float a0 = dt0 * A;
         float sum = a0 + dt1 * A;
 #pragma unroll
@@ -106,26 +100,27 @@ __device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemo
         const float first_a = before + a0;
         const float b0 = dt0 > 0.f ? first_a - log2_fast(dt0) : __int_as_float(0x7F800000);
         const float b1 = dt1 > 0.f ? sum - log2_fast(dt1) : __int_as_float(0x7F800000);
+        const float weight0 = exp2_fast(last - b0), weight1 = exp2_fast(last - b1);
+        const uint32 weights = pack_bf16(weight0, weight1);
+        const uint32 lost = pack_bf16(weight0 - low_half(weights), weight1 - high_half(weights));
         wait(shared.empty(s), (iteration / Config::kStages + 1) & 1);
         const auto store = [&](PerToken which, float first, float second) {
-          store_shared2(shared.decay(s, head_of_cta, which) + place_of(2 * lane) * 4, first, second);
+          store_shared2(shared.per_token(s, which) + place_of(2 * lane) * 4, first, second);
         };
         store(kA, first_a, sum);
         store(kB, b0, b1);
-        store(kWeight, exp2_fast(last - b0), exp2_fast(last - b1));
+        store(kWeight, __uint_as_float(weights), __uint_as_float(lost));
 #pragma unroll
-        for (int i = 0; i < kDs; ++i) store_shared(shared.D(s, head_of_cta) + (lane + 32 * i) * 4, D[i]);
+        for (int i = 0; i < kDs; ++i) store_shared(shared.D(s) + (lane + 32 * i) * 4, D[i]);
         const int low = max(unit.begin - first, 0), high = min(unit.end - first, kChunk);
         if (low > 0 || high < kChunk) {
           wait(shared.loaded(s), (iteration / Config::kStages) & 1);
 #pragma unroll 1
-          for (int tile = head_of_cta; tile < Config::kGroupTiles; tile += Config::kHeads) {
+          for (int tile = 0; tile < Config::kGroupTiles; ++tile) {
             clear_rows(shared.stage(s) + Config::kB + tile * Config::kTileBytes, low, high, lane);
           }
 #pragma unroll 1
-          for (int tile = 0; tile < Config::kTilesPerHead; ++tile) {
-            clear_rows(shared.x(s, head_of_cta * Config::kTilesPerHead + tile), low, high, lane);
-          }
+          for (int tile = 0; tile < Config::kTiles; ++tile) clear_rows(shared.x(s, tile), low, high, lane);
           fence_async_proxy();
         }
         __syncwarp();

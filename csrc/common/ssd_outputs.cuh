@@ -18,19 +18,17 @@ __device__ __forceinline__ void load_C(uint32 (&c)[Config::kGroupTiles * 4][4], 
 // in `own`. Warps, which have rows of different lengths, run the same instructions: code of their own would not stay in
 // the instruction cache.
 __device__ __forceinline__ void mix_rows(uint32 (&m)[4][4], float (&own)[2], const float (&cb)[32], const float (&a)[2],
-                                         uint32 b, int warp, int lane) {
+                                         const float (&b)[16], int warp, int lane) {
   // of a lane's two columns of a group on the diagonal, those before its row
   const int distance = lane / 4 - 2 * (lane % 4);
   const uint32 triangle = distance > 1 ? ~0u : distance == 1 ? 0xFFFFu : 0u;
   float diagonal[2] = {};
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    float of_columns[4];
-    load_shared4(of_columns, b + lane % 4 * 80 + k * 16);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int j = 2 * k + i;  // columns 8 j ..
-      const float b0 = of_columns[2 * i], b1 = of_columns[2 * i + 1];
+      const float b0 = b[2 * j], b1 = b[2 * j + 1];
       const float m0 = cb[4 * j] * exp2_fast(a[0] - b0), m1 = cb[4 * j + 1] * exp2_fast(a[0] - b1);
       const float m2 = cb[4 * j + 2] * exp2_fast(a[1] - b0), m3 = cb[4 * j + 3] * exp2_fast(a[1] - b1);
       if (i == 0 && k == warp) diagonal[0] = distance == 0 ? m0 : m1;
@@ -45,40 +43,45 @@ __device__ __forceinline__ void mix_rows(uint32 (&m)[4][4], float (&own)[2], con
   own[1] = __shfl_sync(~0u, diagonal[1], holder);
 }
 
-// (D + own) x added to y, the gate, and the way to the tiles where C was: no other warp reads these rows.
+// What y still needs, in registers before it is needed: a lane's x as x[j / 2][..] = {features 8 j .., the next 8} x
+// {rows, rows + 8}, and D of its features 8 j + 2 (lane % 4) + {0, 1}.
 template <typename Config>
-__device__ __forceinline__ void finish_rows(const SharedMemory<Config>& shared, int s, int head, const float (&own)[2],
-                                            const float (&y)[Config::kFeatures / 2], int warp, int lane) {
-  const int row = 16 * warp + lane % 16;
+struct Skip {
+  uint32 x[Config::kFeatures / 16][4];
+  float D[Config::kFeatures / 8][2];
+
+  __device__ __forceinline__ void load(const SharedMemory<Config>& shared, int s, int row, int lane) {
 #pragma unroll
-  for (int j = 0; j < Config::kFeatures / 8; j += 2) {  // features 8 j to 8 j + 15
-    const int tile = head * Config::kTilesPerHead + j / 8, column = j % 8 + lane / 16;
-    uint32 x[4], z[4], packed[4];  // {features, the next 8} x {rows, rows + 8}
-    load_matrices(x, swizzled(shared.x(s, tile), row, column));
-    if constexpr (Config::kGated) {
-      load_matrices(z, swizzled(shared.stage(s) + Config::kZ + tile * Config::kTileBytes, row, column));
+    for (int j = 0; j < Config::kFeatures / 8; j += 2) {
+      load_matrices(x[j / 2], swizzled(shared.x(s, j / 8), row, j % 8 + lane / 16));
     }
-    float D[2][2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) load_shared2(D[i], shared.D(s, head) + (8 * (j + i) + 2 * (lane % 4)) * 4);
+    for (int j = 0; j < Config::kFeatures / 8; ++j) load_shared2(D[j], shared.D(s) + (8 * j + 2 * (lane % 4)) * 4);
+  }
+};
+
+// (D + own) x added to y, and the gate; packed[j / 2] as x in `Skip`.
+template <typename Config>
+__device__ __forceinline__ void finish_rows(uint32 (&packed)[Config::kFeatures / 16][4],
+                                            const SharedMemory<Config>& shared, int s, const Skip<Config>& skip,
+                                            const float (&own)[2], const float (&y)[Config::kFeatures / 2], int row,
+                                            int lane) {
+#pragma unroll
+  for (int j = 0; j < Config::kFeatures / 8; j += 2) {
+    uint32 z[4];
+    if constexpr (Config::kGated) load_matrices(z, swizzled(shared.z(s, j / 8), row, j % 8 + lane / 16));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float y0 = y[4 * j + 2 * i] + (D[i / 2][0] + own[i % 2]) * low_half(x[i]);
-      float y1 = y[4 * j + 2 * i + 1] + (D[i / 2][1] + own[i % 2]) * high_half(x[i]);
+      const float* D = skip.D[j + i / 2];
+      const uint32 x = skip.x[j / 2][i];
+      float y0 = fmaf(D[0] + own[i % 2], low_half(x), y[4 * j + 2 * i]);
+      float y1 = fmaf(D[1] + own[i % 2], high_half(x), y[4 * j + 2 * i + 1]);
       if constexpr (Config::kGated) {
         const float z0 = low_half(z[i]), z1 = high_half(z[i]);
         y0 *= z0 * sigmoid<bf16>(z0);
         y1 *= z1 * sigmoid<bf16>(z1);
       }
-      packed[i] = pack_bf16(y0, y1);
-    }
-    store_matrices(swizzled(shared.y(s, tile), row, column), packed[0], packed[1], packed[2], packed[3]);
-  }
-  __syncwarp();
-  if (lane == 0) {
-#pragma unroll
-    for (int tile = 0; tile < Config::kTilesPerHead; ++tile) {
-      arrive(shared.output_full(s, head * Config::kTilesPerHead + tile));
+      packed[j / 2][i] = pack_bf16(y0, y1);
     }
   }
 }
@@ -86,17 +89,20 @@ __device__ __forceinline__ void finish_rows(const SharedMemory<Config>& shared, 
 // y of every kReaders-th chunk.
 template <typename Config>
 __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMemory<Config>& shared, int reader) {
-  constexpr int kHeads = Config::kHeads, kSteps = Config::kGroupTiles * 4;  // of 16 columns of B, C and states
+  constexpr int kSteps = Config::kGroupTiles * 4;  // of 16 columns of B, C and states
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  const int row = 16 * warp + lane % 16;                 // of a lane's rows in loads and stores of matrices
+  const int place = place_of(16 * warp + lane / 4) * 4;  // of its first row in products; of row + 8 the next but one
+  const bool never = p.nseq < 0;
   for_each_chunk<Config>(
       p, [](const Unit&, int) {},
       [&](const Unit&, int, int iteration) {
         if (iteration % Config::kReaders != reader) return;
         const int s = iteration % Config::kStages, buffer = iteration % Config::kBuffers;
         const uint32 stage = shared.stage(s);
-        uint32 c[kSteps][4], m[kHeads][4][4];
-        float cb[32], y[kHeads][Config::kFeatures / 2];  // C B^T [64, 64]; of each head Y [64, P]
-        float own[kHeads][2];
+        uint32 c[kSteps][4], m[4][4];
+        float cb[32], y[Config::kFeatures / 2];  // C B^T [64, 64]; Y [64, P]
+        float own[2];
         shared.wait_for_inputs(iteration);
         load_C<Config>(c, stage + Config::kC, warp, lane);
         wgmma_fence();
@@ -105,47 +111,50 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
           wgmma<false>(cb, c[k], swizzled_operand(stage, Config::kB + k / 4 * Config::kTileBytes + k % 4 * 32), k > 0);
         }
         wgmma_commit();
+        const float a[2] = {load_shared(shared.per_token(s, kA) + place),
+                            load_shared(shared.per_token(s, kA) + place + 8)};
+        float b[16];
+        load_tokens(b, shared.per_token(s, kB), lane);
         wait(shared.state_full(buffer), (iteration / Config::kBuffers) & 1);
+        wgmma_fence();
 #pragma unroll
-        for (int head = 0; head < kHeads; ++head) {
-          wgmma_fence();
-#pragma unroll
-          for (int k = 0; k < kSteps; ++k) {  // C S^T
-            const uint32 offset = k / 4 * Config::kColumnBytes + k % 4 * 32;
-            wgmma<false>(y[head], c[k], swizzled_operand(shared.state(buffer, head), offset), k > 0);
-          }
-          wgmma_commit();
+        for (int k = 0; k < kSteps; ++k) {  // C S^T
+          const uint32 offset = k / 4 * Config::kColumnBytes + k % 4 * 32;
+          wgmma<false>(y, c[k], swizzled_operand(shared.state(buffer), offset), k > 0);
         }
-        wgmma_wait<kHeads>();
-        const int place = place_of(16 * warp + lane / 4) * 4;  // and that of 8 rows later is the next but one
-#pragma unroll
-        for (int head = 0; head < kHeads; ++head) {
-          const float a[2] = {load_shared(shared.decay(s, head, kA) + place),
-                              load_shared(shared.decay(s, head, kA) + place + 8)};
-          mix_rows(m[head], own[head], cb, a, shared.decay(s, head, kB), warp, lane);
-          wgmma_wait<kHeads - 1>();  // of both heads one product may be under way: the other state's, or M's before
-          if (head == kHeads - 1) {
-            __syncwarp();
-            if (lane == 0) arrive(shared.state_empty(buffer));
-          }
-          const float reach[2] = {exp2_fast(a[0]), exp2_fast(a[1])};
-#pragma unroll
-          for (int i = 0; i < Config::kFeatures / 2; ++i) y[head][i] *= reach[i / 2 % 2];
-          made(m[head]);
-          wgmma_fence();
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {  // M X
-            const uint32 x = Config::kX + head * Config::kTilesPerHead * Config::kTileBytes;
-            wgmma<true>(y[head], m[head][k], swizzled_operand(stage, x + k * 2048, Config::kTileBytes), true);
-          }
-          wgmma_commit();
-        }
-        if constexpr (kHeads == 2) {
-          wgmma_wait<1>();
-          finish_rows<Config>(shared, s, 0, own[0], y[0], warp, lane);
-        }
+        wgmma_commit();
         wgmma_wait<0>();
-        finish_rows<Config>(shared, s, kHeads - 1, own[kHeads - 1], y[kHeads - 1], warp, lane);
+        keep_operands(c, never, stage);
+        __syncwarp();
+        if (lane == 0) arrive(shared.state_empty(buffer));
+
+        mix_rows(m, own, cb, a, b, warp, lane);
+        const float reach[2] = {exp2_fast(a[0]), exp2_fast(a[1])};
+#pragma unroll
+        for (int i = 0; i < Config::kFeatures / 2; ++i) y[i] *= reach[i / 2 % 2];
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {  // M X
+          wgmma<true>(y, m[k], swizzled_operand(stage, Config::kX + k * 2048, Config::kTileBytes), true);
+        }
+        wgmma_commit();
+        Skip<Config> skip;
+        skip.load(shared, s, row, lane);
+        wgmma_wait<0>();
+        keep_operands(m, never, stage);
+
+        uint32 packed[Config::kFeatures / 16][4];
+        finish_rows(packed, shared, s, skip, own, y, row, lane);
+        __syncwarp();
+        if (lane == 0) arrive(shared.empty(s));
+        wait(shared.y_empty(reader), (iteration / Config::kReaders + 1) & 1);
+#pragma unroll
+        for (int j = 0; j < Config::kFeatures / 8; j += 2) {
+          const uint32(&r)[4] = packed[j / 2];
+          store_matrices(swizzled(shared.y(reader, j / 8), row, j % 8 + lane / 16), r[0], r[1], r[2], r[3]);
+        }
+        __syncwarp();
+        if (lane == 0) arrive(shared.y_full(reader));
       });
 }
 
@@ -157,36 +166,34 @@ __device__ __forceinline__ void store_chunks(const SsdParams& p, const SharedMem
   for_each_chunk<Config>(
       p, [](const Unit&, int) {},
       [&](const Unit& unit, int c, int iteration) {
-        const int token = unit.first + c * kChunk, s = iteration % Config::kStages;
+        const int token = unit.first + c * kChunk, reader = iteration % Config::kReaders;
         const int low = max(unit.begin - token, 0), high = min(unit.end - token, kChunk);
-#pragma unroll 1
-        for (int tile = 0; tile < Config::kTiles; ++tile) {
-          const int head = unit.head + tile / Config::kTilesPerHead, feature = tile % Config::kTilesPerHead * 64;
-          wait(shared.output_full(s, tile), (iteration / Config::kStages) & 1);
-          if (high - low == kChunk) {
-            if (lane == 0) {
-              fence_async_proxy();  // here and not where y was written, whose warps it would hold up
-              store_box(p.y_map, shared.y(s, tile), feature, head, token, unit.row);
-              wait_for_stores<false>();
+        wait(shared.y_full(reader), (iteration / Config::kReaders) & 1);
+        if (high - low == kChunk) {
+          if (lane == 0) {
+            fence_async_proxy();  // here and not where y was written, whose warps it would hold up
+            for (int tile = 0; tile < Config::kTiles; ++tile) {
+              store_box(p.y_map, shared.y(reader, tile), 64 * tile, unit.head, token, unit.row);
             }
-          } else {
-            bf16* y = p.y + unit.row * p.y_strides[0] + head * p.y_strides[2] + feature;
+            wait_for_stores<false>();
+          }
+        } else {
+          bf16* y = p.y + unit.row * p.y_strides[0] + unit.head * p.y_strides[2];
 #pragma unroll 1
-            for (int i = lane; i < kChunk * 8; i += 32) {
-              const int row = i / 8, column = i % 8;
-              uint4 v;
-              asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                           : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                           : "r"(swizzled(shared.y(s, tile), row, column))
-                           : "memory");
-              if (row >= low && row < high && feature + 8 * column < p.headdim) {
-                *reinterpret_cast<uint4*>(y + static_cast<int64>(token + row) * p.y_strides[1] + 8 * column) = v;
-              }
+          for (int i = lane; i < kChunk * Config::kTiles * 8; i += 32) {
+            const int row = i / (Config::kTiles * 8), column = i % (Config::kTiles * 8);
+            uint4 v;
+            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                         : "r"(swizzled(shared.y(reader, column / 8), row, column % 8))
+                         : "memory");
+            if (row >= low && row < high && 8 * column < p.headdim) {
+              *reinterpret_cast<uint4*>(y + static_cast<int64>(token + row) * p.y_strides[1] + 8 * column) = v;
             }
           }
-          __syncwarp();
-          if (lane == 0) arrive(shared.empty(s));
         }
+        __syncwarp();
+        if (lane == 0) arrive(shared.y_empty(reader));
       });
   if (lane == 0) wait_for_stores<true>();
 }

@@ -58,25 +58,23 @@ constexpr int kStates = 128;  // columns of a state that a warpgroup has: dstate
 constexpr int kTokens = 4 * 20;
 __device__ __forceinline__ int place_of(int token) { return token % 8 / 2 * 20 + token / 8 * 2 + token % 2; }
 
-template <int kFeatures_, int kHeads_, int kHalves_, bool kGated_, bool kStatesOnly_>
+template <int kFeatures_, int kHalves_, bool kGated_, bool kStatesOnly_>
 struct SsdConfig {
   static constexpr int kFeatures = kFeatures_;  // of a head, padded: 64, 80 or 128
-  static constexpr int kHeads = kHeads_;        // of a CTA
   static constexpr int kHalves = kHalves_;      // 2: a state is too wide for one warpgroup
   static constexpr bool kGated = kGated_;
   static constexpr bool kStatesOnly = kStatesOnly_;  // the segments' states, without y
 
-  static constexpr int kTilesPerHead = (kFeatures + 63) / 64;
-  static constexpr int kTiles = kHeads * kTilesPerHead;  // of 64 rows of states
-  static constexpr int kWalkers = kTiles * kHalves;      // warpgroups with a part of the states
-  // and those that make y, each of every so many chunks; the second has no registers left beside two walkers
+  static constexpr int kTiles = (kFeatures + 63) / 64;  // of 64 features
+  static constexpr int kWalkers = kTiles * kHalves;     // warpgroups with a part of the state
+  // and those that make y, each of every so many chunks; the second would have no registers beside two walkers
   static constexpr int kReaders = kStatesOnly ? 0 : kWalkers == 1 ? 2 : 1;
   static constexpr int kThreads = 128 * (1 + kWalkers + kReaders);
 
   // of 512 for a thread of each warpgroup together; all with which ptxas spills nothing
-  static constexpr int kProducerRegisters = 48;
-  static constexpr int kWalkerRegisters = kReaders == 2 ? 144 : 128;
-  static constexpr int kReaderRegisters = kReaders == 2 ? 160 : 208;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kWalkerRegisters = kReaders == 2 ? 152 : 144;
+  static constexpr int kReaderRegisters = kReaders == 2 ? 160 : 184;
 
   static constexpr int kTileBytes = kChunk * 64 * 2;          // 64 tokens of 128 bytes, swizzled
   static constexpr int kGroupTiles = kHalves * kStates / 64;  // of B, and of C
@@ -85,27 +83,28 @@ struct SsdConfig {
 
   // a stage, in bytes from its beginning
   static constexpr int kB = 0;
-  static constexpr int kC = kGroupBytes;  // then y on its way out
+  static constexpr int kC = kGroupBytes;
   static constexpr int kX = kC + (kStatesOnly ? 0 : kGroupBytes);
   static constexpr int kZ = kX + kTiles * kTileBytes;
   static constexpr int kStageLoads = kZ + (kGated ? kTiles * kTileBytes : 0);  // that TMA brings
-  static constexpr int kDecay = kStageLoads;  // per head: the four of `PerToken`, kTokens floats each, and D
-  static constexpr int kDecayBytes = (3 * kTokens + 128) * 4;
-  static constexpr int kStage =
-      (kStageLoads + kHeads * kDecayBytes + 1023) / 1024 * 1024;  // as swizzled tiles must lie
+  static constexpr int kPerToken = kStageLoads;                       // the three of `PerToken`, kTokens words each
+  static constexpr int kD = kPerToken + 3 * kTokens * 4;              // D of every feature
+  static constexpr int kStage = (kD + 128 * 4 + 1023) / 1024 * 1024;  // as swizzled tiles must lie
 
-  // behind the stages: what enters a chunk, in bfloat16, as tiles of all rows of a head by 64 columns
-  static constexpr int kColumnBytes = kTilesPerHead * kTileBytes;
-  static constexpr int kStateBytes = kGroupTiles * kColumnBytes;  // of a head
-  static constexpr int kBuffers = kStatesOnly ? 0 : kHalves == 2 && kGated ? 1 : 2;
-  static constexpr int kTail = kBuffers * kHeads * kStateBytes + 256;
+  // behind the stages: states that enter a chunk, in bfloat16, as tiles of all features by 64 columns; y on its way out
+  static constexpr int kColumnBytes = kFeatures * 128;
+  static constexpr int kStateBytes = kGroupTiles * kColumnBytes;
+  static constexpr int kBuffers = kStatesOnly ? 0 : kHalves == 2 && kGated ? 1 : 2;  // of states
+  static constexpr int kOutputBytes = kTiles * kTileBytes;                           // of each reader
+  static constexpr int kTail = kBuffers * kStateBytes + kReaders * kOutputBytes + 256;
   static constexpr int kLimit = 232448 - 1024;  // a CTA's shared memory, less what aligning it takes
   static constexpr int kStages = (kLimit - kTail) / kStage > 4 ? 4 : (kLimit - kTail) / kStage;
   static_assert(kStages >= 2);
   static constexpr int kSharedBytes = kStages * kStage + kTail + 1024;
 };
 
-enum PerToken { kA, kB, kWeight };  // a, b, 2^(a_last - b)
+// a; b; of two neighbouring tokens 2^(a_last - b) in bfloat16, and what that has lost.
+enum PerToken { kA, kB, kWeight };
 
 // Where things lie in shared memory, and the barriers that pass them on.
 template <typename Config>
@@ -116,28 +115,28 @@ struct SharedMemory {
   __device__ __forceinline__ uint32 x(int s, int tile) const {
     return stage(s) + Config::kX + tile * Config::kTileBytes;
   }
-  __device__ __forceinline__ uint32 y(int s, int tile) const {  // where C was
-    return stage(s) + Config::kC + tile * Config::kTileBytes;
+  __device__ __forceinline__ uint32 z(int s, int tile) const {
+    return stage(s) + Config::kZ + tile * Config::kTileBytes;
   }
-  __device__ __forceinline__ uint32 decay(int s, int head, PerToken which) const {
-    return stage(s) + Config::kDecay + head * Config::kDecayBytes + which * kTokens * 4;
+  __device__ __forceinline__ uint32 per_token(int s, PerToken which) const {
+    return stage(s) + Config::kPerToken + which * kTokens * 4;
   }
-  __device__ __forceinline__ uint32 D(int s, int head) const { return decay(s, head, kWeight) + kTokens * 4; }
-  __device__ __forceinline__ uint32 state(int m, int head) const {
-    return base + Config::kStages * Config::kStage + (m * Config::kHeads + head) * Config::kStateBytes;
+  __device__ __forceinline__ uint32 D(int s) const { return stage(s) + Config::kD; }
+  __device__ __forceinline__ uint32 state(int buffer) const {
+    return stage(Config::kStages) + buffer * Config::kStateBytes;
   }
-  __device__ __forceinline__ uint32 barrier(int i) const { return state(Config::kBuffers, 0) + 8 * i; }
-  // of a stage: TMA's bytes are there; the decays are too, and rows of other sequences are cleared; nobody needs it
+  __device__ __forceinline__ uint32 y(int reader, int tile) const {
+    return state(Config::kBuffers) + reader * Config::kOutputBytes + tile * Config::kTileBytes;
+  }
+  __device__ __forceinline__ uint32 barrier(int i) const { return y(Config::kReaders, 0) + 8 * i; }
+  // of a stage: TMA's bytes are there; what is made of dt is too, and rows of other sequences are cleared; all are done
   __device__ __forceinline__ uint32 loaded(int s) const { return barrier(s); }
   __device__ __forceinline__ uint32 full(int s) const { return barrier(Config::kStages + s); }
   __device__ __forceinline__ uint32 empty(int s) const { return barrier(2 * Config::kStages + s); }
-  __device__ __forceinline__ uint32 output_full(int s, int tile) const {
-    return barrier((3 + tile) * Config::kStages + s);
-  }
-  __device__ __forceinline__ uint32 state_full(int m) const {
-    return barrier((3 + Config::kTiles) * Config::kStages + m);
-  }
-  __device__ __forceinline__ uint32 state_empty(int m) const { return state_full(Config::kBuffers) + 8 * m; }
+  __device__ __forceinline__ uint32 state_full(int buffer) const { return barrier(3 * Config::kStages + buffer); }
+  __device__ __forceinline__ uint32 state_empty(int buffer) const { return state_full(Config::kBuffers) + 8 * buffer; }
+  __device__ __forceinline__ uint32 y_full(int reader) const { return state_empty(Config::kBuffers) + 8 * reader; }
+  __device__ __forceinline__ uint32 y_empty(int reader) const { return y_full(Config::kReaders) + 8 * reader; }
 
   // Until chunk `iteration` lies in its stage.
   __device__ __forceinline__ void wait_for_inputs(int iteration) const {
@@ -188,6 +187,15 @@ __device__ __forceinline__ uint32 pack_bf16(float low, float high) {
   return packed;
 }
 
+// Two numbers times two others, which are the sums of the two parts.
+__device__ __forceinline__ uint32 scale_bf16(uint32 x, uint32 by, uint32 and_by) {
+  uint32 product;
+  asm("{\n.reg .b32 rest;\nmul.rn.bf16x2 rest, %1, %3;\nfma.rn.bf16x2 %0, %1, %2, rest;\n}"
+      : "=r"(product)
+      : "r"(x), "r"(by), "r"(and_by));
+  return product;
+}
+
 __device__ __forceinline__ float low_half(uint32 packed) { return __uint_as_float(packed << 16); }
 __device__ __forceinline__ float high_half(uint32 packed) { return __uint_as_float(packed & 0xFFFF0000u); }
 
@@ -198,13 +206,13 @@ __device__ __forceinline__ uint32 swizzled(uint32 tile, int row, int column) {
 
 // ---------------------------------------------------------------------------------------------------- work units
 
-// A sequence, or a segment of one, for the heads of a CTA.
+// A head's sequence, or a segment of one.
 struct Unit {
   int sequence, row, begin, end;  // its tokens [begin, end) of a batch row
   int first;                      // token at the first place of this segment's first chunk; may lie before `begin`
   int position;                   // of that place, from the beginning of the sequence, and seq_offsets
   int chunks, slot, segment;
-  int head;   // the first of the CTA's
+  int head;
   bool last;  // no segment of the sequence follows
 };
 
@@ -231,10 +239,10 @@ __device__ __forceinline__ int first_slot(const SsdParams& p, int sequence) {
 // False where there is nothing to do.
 template <typename Config>
 __device__ __forceinline__ bool find_unit(const SsdParams& p, int index, Unit& unit) {
-  const int head_blocks = p.nheads / Config::kHeads, parts = Config::kStatesOnly ? p.parts : 1;
-  const int part = index / head_blocks % parts;
-  unit.slot = index / head_blocks / parts;
-  unit.head = index % head_blocks * Config::kHeads;
+  const int parts = Config::kStatesOnly ? p.parts : 1;
+  const int part = index / p.nheads % parts;
+  unit.slot = index / p.nheads / parts;
+  unit.head = index % p.nheads;
   int low = 0, high = p.nseq;  // the last sequence whose first slot is not beyond this one
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -267,7 +275,7 @@ __device__ __forceinline__ bool find_unit(const SsdParams& p, int index, Unit& u
 
 template <typename Config, typename Body>
 __device__ __forceinline__ void for_each_unit(const SsdParams& p, Body body) {
-  const int count = p.slots * (Config::kStatesOnly ? p.parts : 1) * (p.nheads / Config::kHeads);
+  const int count = p.slots * (Config::kStatesOnly ? p.parts : 1) * p.nheads;
   for (int index = blockIdx.x; index < count; index += gridDim.x) {
     Unit unit;
     if (find_unit<Config>(p, index, unit)) body(unit);
