@@ -54,18 +54,24 @@ __device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemo
   constexpr int kDs = Config::kStatesOnly ? 0 : (Config::kFeatures + 31) / 32;
   const int lane = threadIdx.x % 32;
   float A = 0.f, bias = 0.f, D[4] = {};  // D of features lane, lane + 32, ..
-  uint32 coming[2];                      // dt of the next chunk, as it is stored: a conversion would wait for it
+  // dt of the next chunk, as it is stored: a conversion would wait for it, and of two loads into one register,
+  // whichever is done, the second for the first
+  uint32 narrow[2], wide[2];
   const auto load = [&](const Unit& unit, int c) {
     const int token = unit.first + c * kChunk + 2 * lane;
     const int64 offset = unit.row * p.dt_strides[0] + token * p.dt_strides[1] + unit.head * p.dt_strides[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (token + i >= unit.begin && token + i < unit.end)
-        coming[i] = load_bits(p.dt.data, p.dt.dtype, offset + i * p.dt_strides[1]);
+      if (token + i < unit.begin || token + i >= unit.end) continue;
+      if (p.dt.dtype == DType::float32) {
+        wide[i] = static_cast<const uint32*>(p.dt.data)[offset + i * p.dt_strides[1]];
+      } else {
+        narrow[i] = static_cast<const unsigned short*>(p.dt.data)[offset + i * p.dt_strides[1]];
+      }
     }
   };
-  const auto step = [&](const Unit& unit, int token, uint32 bits) {
-    float dt = from_bits(bits, p.dt.dtype) + bias;
+  const auto step = [&](const Unit& unit, int token, int i) {
+    float dt = from_bits(p.dt.dtype == DType::float32 ? wide[i] : narrow[i], p.dt.dtype) + bias;
     if (p.dt_softplus) dt = softplus(dt);
     dt = fminf(fmaxf(dt, p.dt_min), p.dt_max);
     return token >= unit.begin && token < unit.end ? dt : 0.f;
@@ -85,7 +91,7 @@ __device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemo
         if (iteration % 2 != worker) return;
         const int s = iteration % Config::kStages;
         const int first = unit.first + c * kChunk, token = first + 2 * lane;
-        const float dt0 = step(unit, token, coming[0]), dt1 = step(unit, token + 1, coming[1]);
+        const float dt0 = step(unit, token, 0), dt1 = step(unit, token + 1, 1);
         load(unit, c + 2);
         const float a0 = dt0 * A;
         float sum = a0 + dt1 * A;
@@ -111,7 +117,7 @@ __device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemo
         store(kB, b0, b1);
         store(kWeight, __uint_as_float(weights), __uint_as_float(lost));
 #pragma unroll
-        for (int i = 0; i < kDs; ++i) store_shared(shared.D(s) + (lane + 32 * i) * 4, D[i]);
+        for (int i = 0; i < kDs && c < Config::kStages; ++i) store_shared(shared.D(s) + (lane + 32 * i) * 4, D[i]);
         const int low = max(unit.begin - first, 0), high = min(unit.end - first, kChunk);
         if (low > 0 || high < kChunk) {
           wait(shared.loaded(s), (iteration / Config::kStages) & 1);

@@ -72,9 +72,9 @@ struct SsdConfig {
   static constexpr int kThreads = 128 * (1 + kWalkers + kReaders);
 
   // of 512 for a thread of each warpgroup together; all with which ptxas spills nothing
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kWalkerRegisters = kReaders == 2 ? 152 : 144;
-  static constexpr int kReaderRegisters = kReaders == 2 ? 160 : 184;
+  static constexpr int kProducerRegisters = 48;
+  static constexpr int kWalkerRegisters = kReaders == 2 ? 144 : 144;
+  static constexpr int kReaderRegisters = kReaders == 2 ? 160 : 176;
 
   static constexpr int kTileBytes = kChunk * 64 * 2;          // 64 tokens of 128 bytes, swizzled
   static constexpr int kGroupTiles = kHalves * kStates / 64;  // of B, and of C
