@@ -131,17 +131,28 @@ __device__ __forceinline__ void pass_on(uint32 columns, const float (&state)[kSt
   }
 }
 
-// x of a warp's 16 features times the tokens' weights. The two parts of a weight make it one rounding.
-__device__ __forceinline__ void load_scaled_x(uint32 (&x)[4][4], uint32 tile, uint32 weights, int warp, int lane) {
-  load_x(x, tile, warp, lane);
-  float parts[16];
-  load_tokens(parts, weights, lane);
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    const int pair = i / 4 * 4 + i % 4 / 2 * 2;  // of tokens
-    x[i / 4][i % 4] = scale_bf16(x[i / 4][i % 4], __float_as_uint(parts[pair]), __float_as_uint(parts[pair + 1]));
+// A chunk's x of a warp's 16 features, and what makes it an operand of the state: the tokens' weights. The two parts of
+// a weight make it one rounding.
+struct WeightedX {
+  uint32 x[4][4];
+  float weights[16];
+  float a_last;  // log2 of what the chunk leaves of the state
+
+  template <typename Config>
+  __device__ __forceinline__ void load(const SharedMemory<Config>& shared, int s, int tile, int warp, int lane) {
+    load_x(x, shared.x(s, tile), warp, lane);
+    load_tokens(weights, shared.per_token(s, kWeight), lane);
+    a_last = load_shared(shared.per_token(s, kA) + place_of(kChunk - 1) * 4);
   }
-}
+
+  __device__ __forceinline__ void scale() {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int pair = i / 4 * 4 + i % 4 / 2 * 2;  // of tokens
+      x[i / 4][i % 4] = scale_bf16(x[i / 4][i % 4], __float_as_uint(weights[pair]), __float_as_uint(weights[pair + 1]));
+    }
+  }
+};
 
 // The state of the 64 features of a tile, or of one half of their columns, from chunk to chunk.
 template <typename Config>
@@ -154,23 +165,21 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
   const bool never = p.nseq < 0;
   float state[kStates / 2];
   float log_decay = 0.f;
-  uint32 x[4][4];  // the next chunk's x, scaled
-  float a_last;    // log2 of what it leaves of the state
+  WeightedX next;
 
-  const auto prepare = [&](int iteration) {
-    const int s = iteration % Config::kStages;
+  const auto load_next = [&](int iteration) {
     shared.wait_for_inputs(iteration);
-    load_scaled_x(x, shared.x(s, tile), shared.per_token(s, kWeight), warp, lane);
-    a_last = load_shared(shared.per_token(s, kA) + place_of(kChunk - 1) * 4);
+    next.load(shared, iteration % Config::kStages, tile, warp, lane);
   };
 
   const auto walk_chunk = [&](int iteration, bool last) {
     const int s = iteration % Config::kStages;
-    uint32 now[4][4];
+    uint32 x[4][4];
 #pragma unroll
-    for (int i = 0; i < 16; ++i) now[i / 4][i % 4] = x[i / 4][i % 4];
+    for (int i = 0; i < 16; ++i) x[i / 4][i % 4] = next.x[i / 4][i % 4];
+    const float keep = exp2_fast(next.a_last);
     if constexpr (Config::kStatesOnly) {
-      log_decay += a_last;
+      log_decay += next.a_last;
     } else {
       const int buffer = iteration % Config::kBuffers;
       wait(shared.state_empty(buffer), (iteration / Config::kBuffers + 1) & 1);
@@ -179,31 +188,35 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
         pass_on<Config>(columns, state, row, lane);
       }
     }
-    const float keep = exp2_fast(a_last);
 #pragma unroll
     for (int i = 0; i < kStates / 2; ++i) state[i] *= keep;
+    // on its way while the products are issued, where there are registers for that
+    if (Config::kWalkers == 1 && !last) load_next(iteration + 1);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {  // S += (scaled X)^T B
+    for (int k = 0; k < 4; ++k) {  // S += (weighted X)^T B
       const uint32 B = Config::kB + half * (kStates / 64) * Config::kTileBytes;
-      wgmma<true>(state, now[k], swizzled_operand(shared.stage(s) + B, k * 2048, Config::kTileBytes), true);
+      wgmma<true>(state, x[k], swizzled_operand(shared.stage(s) + B, k * 2048, Config::kTileBytes), true);
     }
     wgmma_commit();
     if constexpr (!Config::kStatesOnly) {
-      fence_async_proxy();
       __syncwarp();
       if (lane == 0) arrive(shared.state_full(iteration % Config::kBuffers));
     }
-    if (!last) prepare(iteration + 1);
+    if (Config::kWalkers > 1 && !last) load_next(iteration + 1);
+    if (!last) next.scale();
     wgmma_wait<0>();
-    keep_operands(now, never, shared.stage(s));
+    keep_operands(x, never, shared.stage(s));
     __syncwarp();
     if (lane == 0) arrive(shared.empty(s));
   };
 
   int iteration = 0;
   for_each_unit<Config>(p, [&](const Unit& unit) {
-    if (unit.chunks > 0) prepare(iteration);
+    if (unit.chunks > 0) {
+      load_next(iteration);
+      next.scale();
+    }
     if constexpr (Config::kStatesOnly) {
 #pragma unroll
       for (int i = 0; i < kStates / 2; ++i) state[i] = 0.f;

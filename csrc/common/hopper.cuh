@@ -194,7 +194,7 @@ __device__ __forceinline__ void keep_operands(const uint32 (&r)[kCount][4], bool
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
     if (never) {
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(anywhere), "r"(r[k][0]), "r"(r[k][1]), "r"(r[k][2]),
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(anywhere + 16 * k), "r"(r[k][0]), "r"(r[k][1]), "r"(r[k][2]),
                    "r"(r[k][3])
                    : "memory");
     }

@@ -116,6 +116,7 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
         float b[16];
         load_tokens(b, shared.per_token(s, kB), lane);
         wait(shared.state_full(buffer), (iteration / Config::kBuffers) & 1);
+        fence_async_proxy();  // here and not where the state was written: its warps have no time to lose
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {  // C S^T
@@ -171,7 +172,7 @@ __device__ __forceinline__ void store_chunks(const SsdParams& p, const SharedMem
         wait(shared.y_full(reader), (iteration / Config::kReaders) & 1);
         if (high - low == kChunk) {
           if (lane == 0) {
-            fence_async_proxy();  // here and not where y was written, whose warps it would hold up
+            fence_async_proxy();
             for (int tile = 0; tile < Config::kTiles; ++tile) {
               store_box(p.y_map, shared.y(reader, tile), 64 * tile, unit.head, token, unit.row);
             }

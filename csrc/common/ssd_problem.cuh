@@ -73,8 +73,8 @@ struct SsdConfig {
 
   // of 512 for a thread of each warpgroup together; all with which ptxas spills nothing
   static constexpr int kProducerRegisters = 48;
-  static constexpr int kWalkerRegisters = kReaders == 2 ? 144 : 144;
-  static constexpr int kReaderRegisters = kReaders == 2 ? 160 : 176;
+  static constexpr int kWalkerRegisters = kReaders == 2 ? 152 : 144;
+  static constexpr int kReaderRegisters = kReaders == 2 ? 152 : 176;
 
   static constexpr int kTileBytes = kChunk * 64 * 2;          // 64 tokens of 128 bytes, swizzled
   static constexpr int kGroupTiles = kHalves * kStates / 64;  // of B, and of C
@@ -129,7 +129,7 @@ struct SharedMemory {
     return state(Config::kBuffers) + reader * Config::kOutputBytes + tile * Config::kTileBytes;
   }
   __device__ __forceinline__ uint32 barrier(int i) const { return y(Config::kReaders, 0) + 8 * i; }
-  // of a stage: TMA's bytes are there; what is made of dt is too, and rows of other sequences are cleared; all are done
+  // of a stage: TMA's bytes are there; so is what comes from dt, and rows of other sequences are cleared; nobody needs it
   __device__ __forceinline__ uint32 loaded(int s) const { return barrier(s); }
   __device__ __forceinline__ uint32 full(int s) const { return barrier(Config::kStages + s); }
   __device__ __forceinline__ uint32 empty(int s) const { return barrier(2 * Config::kStages + s); }
