@@ -86,14 +86,6 @@ __device__ __forceinline__ void load_state(const SsdParams& p, const Unit& unit,
   }
 }
 
-// X^T of a warp's 16 features, of tokens 16 k .. in x[k]: an operand of wgmma.
-__device__ __forceinline__ void load_x(uint32 (&x)[4][4], uint32 tile, int warp, int lane) {
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    load_matrices_transposed(x[k], swizzled(tile, 16 * k + lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2));
-  }
-}
-
 // Chunks of a unit, of which `c` are done, until the next state is kept.
 __device__ __forceinline__ int next_stop(const SsdParams& p, const Unit& unit, int c) {
   if (p.interval.data == nullptr) return unit.chunks;
@@ -131,29 +123,6 @@ __device__ __forceinline__ void pass_on(uint32 columns, const float (&state)[kSt
   }
 }
 
-// A chunk's x of a warp's 16 features, and what makes it an operand of the state: the tokens' weights. The two parts of
-// a weight make it one rounding.
-struct WeightedX {
-  uint32 x[4][4];
-  float weights[16];
-  float a_last;  // log2 of what the chunk leaves of the state
-
-  template <typename Config>
-  __device__ __forceinline__ void load(const SharedMemory<Config>& shared, int s, int tile, int warp, int lane) {
-    load_x(x, shared.x(s, tile), warp, lane);
-    load_tokens(weights, shared.per_token(s, kWeight), lane);
-    a_last = load_shared(shared.per_token(s, kA) + place_of(kChunk - 1) * 4);
-  }
-
-  __device__ __forceinline__ void scale() {
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const int pair = i / 4 * 4 + i % 4 / 2 * 2;  // of tokens
-      x[i / 4][i % 4] = scale_bf16(x[i / 4][i % 4], __float_as_uint(weights[pair]), __float_as_uint(weights[pair + 1]));
-    }
-  }
-};
-
 // The state of the 64 features of a tile, or of one half of their columns, from chunk to chunk.
 template <typename Config>
 __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemory<Config>& shared, int walker) {
@@ -162,66 +131,48 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
   const int row = 64 * tile + 16 * warp;  // the warp's first feature
   const int feature = row + lane / 4;     // the thread's, and feature + 8
   const int left = half * kStates;
-  const bool never = p.nseq < 0;
   float state[kStates / 2];
   float log_decay = 0.f;
-  WeightedX next;
 
-  const auto load_next = [&](int iteration) {
-    shared.wait_for_inputs(iteration);
-    next.load(shared, iteration % Config::kStages, tile, warp, lane);
-  };
-
-  const auto walk_chunk = [&](int iteration, bool last) {
+  const auto walk_chunk = [&](int iteration) {
     const int s = iteration % Config::kStages;
-    uint32 x[4][4];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) x[i / 4][i % 4] = next.x[i / 4][i % 4];
-    const float keep = exp2_fast(next.a_last);
-    if constexpr (Config::kStatesOnly) {
-      log_decay += next.a_last;
-    } else {
+    if constexpr (!Config::kStatesOnly) {
       const int buffer = iteration % Config::kBuffers;
       wait(shared.state_empty(buffer), (iteration / Config::kBuffers + 1) & 1);
       if (row < Config::kFeatures) {
         const uint32 columns = shared.state(buffer) + half * (kStates / 64) * Config::kColumnBytes;
         pass_on<Config>(columns, state, row, lane);
       }
+      __syncwarp();
+      if (lane == 0) arrive(shared.state_full(buffer));
     }
+    shared.wait_for_inputs(iteration);
+    const float a_last = load_shared(shared.per_token(s, kA) + place_of(kChunk - 1) * 4), keep = exp2_fast(a_last);
+    log_decay += a_last;
 #pragma unroll
     for (int i = 0; i < kStates / 2; ++i) state[i] *= keep;
-    // on its way while the products are issued, where there are registers for that
-    if (Config::kWalkers == 1 && !last) load_next(iteration + 1);
+    wait(shared.weighted(s), (iteration / Config::kStages) & 1);
+    fence_async_proxy();
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {  // S += (weighted X)^T B
       const uint32 B = Config::kB + half * (kStates / 64) * Config::kTileBytes;
-      wgmma<true>(state, x[k], swizzled_operand(shared.stage(s) + B, k * 2048, Config::kTileBytes), true);
+      wgmma_columns(state, swizzled_operand(shared.weighted_x(s, tile), k * 2048),
+                    swizzled_operand(shared.stage(s) + B, k * 2048, Config::kTileBytes));
     }
     wgmma_commit();
-    if constexpr (!Config::kStatesOnly) {
-      __syncwarp();
-      if (lane == 0) arrive(shared.state_full(iteration % Config::kBuffers));
-    }
-    if (Config::kWalkers > 1 && !last) load_next(iteration + 1);
-    if (!last) next.scale();
     wgmma_wait<0>();
-    keep_operands(x, never, shared.stage(s));
     __syncwarp();
     if (lane == 0) arrive(shared.empty(s));
   };
 
   int iteration = 0;
   for_each_unit<Config>(p, [&](const Unit& unit) {
-    if (unit.chunks > 0) {
-      load_next(iteration);
-      next.scale();
-    }
     if constexpr (Config::kStatesOnly) {
 #pragma unroll
       for (int i = 0; i < kStates / 2; ++i) state[i] = 0.f;
       log_decay = 0.f;
-      for (int c = 0; c < unit.chunks; ++c, ++iteration) walk_chunk(iteration, c + 1 == unit.chunks);
+      for (int c = 0; c < unit.chunks; ++c, ++iteration) walk_chunk(iteration);
       store_state(p, segment_states(p), unit.slot, unit.head, feature, left, state);
       if (thread == 0 && walker == 0) {
         p.segment_decay[static_cast<int64>(unit.slot) * p.nheads + unit.head] = log_decay;
@@ -231,7 +182,7 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
       int c = 0;
       do {  // from state to state that is kept: what stores them would be in the way of the loop over chunks
         for (const int stop = next_stop(p, unit, c); c < stop; ++c, ++iteration) {
-          walk_chunk(iteration, c + 1 == unit.chunks);
+          walk_chunk(iteration);
         }
 #pragma unroll 1
         for (int copy = 0; copy < 2; ++copy) {
@@ -259,6 +210,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
     for (int s = 0; s < Config::kStages; ++s) {
       init_barrier(shared.loaded(s), 1);
       init_barrier(shared.full(s), 1);
+      init_barrier(shared.weighted(s), 4);
       init_barrier(shared.empty(s), 4 * Config::kWalkers + (Config::kStatesOnly ? 0 : 4));
     }
     for (int buffer = 0; buffer < Config::kBuffers; ++buffer) {
@@ -274,7 +226,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
   __syncthreads();
 
   if (warpgroup == 0) {
-    give_registers<Config::kProducerRegisters>();
+    set_registers<Config::kProducerRegisters, Config::kRegisters>();
     if (warp == 0) {
       if (threadIdx.x == 0) copy_chunks<Config>(p, shared);
     } else if (warp <= 2) {
@@ -283,11 +235,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
       store_chunks<Config>(p, shared);
     }
   } else if (warpgroup <= Config::kWalkers) {
-    take_registers<Config::kWalkerRegisters>();
+    set_registers<Config::kWalkerRegisters, Config::kRegisters>();
     walk_states<Config>(p, shared, warpgroup - 1);
-  } else if constexpr (!Config::kStatesOnly) {
-    take_registers<Config::kReaderRegisters>();
-    make_outputs<Config>(p, shared, warpgroup - 1 - Config::kWalkers);
+  } else {
+    set_registers<Config::kReaderRegisters, Config::kRegisters>();
+    read_chunks<Config>(p, shared, warpgroup - 1 - Config::kWalkers);
   }
 }
 

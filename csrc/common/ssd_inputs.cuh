@@ -51,9 +51,8 @@ __device__ __forceinline__ void clear_rows(uint32 tile, int low, int high, int l
 // Every other chunk's a, b and weights, from dt, by one of two warps. A lane has two neighbouring tokens.
 template <typename Config>
 __device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemory<Config>& shared, int worker) {
-  constexpr int kDs = Config::kStatesOnly ? 0 : (Config::kFeatures + 31) / 32;
   const int lane = threadIdx.x % 32;
-  float A = 0.f, bias = 0.f, D[4] = {};  // D of features lane, lane + 32, ..
+  float A = 0.f, bias = 0.f;
   // dt of the next chunk, as it is stored: a conversion would wait for it, and of two loads into one register,
   // whichever is done, the second for the first
   uint32 narrow[2], wide[2];
@@ -82,10 +81,6 @@ __device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemo
         load(unit, (iteration + worker) % 2);
         A = p.A[unit.head] * 1.4426950408889634f;
         bias = p.dt_bias.data == nullptr ? 0.f : p.dt_bias[unit.head * p.dt_bias_stride];
-#pragma unroll
-        for (int i = 0; i < kDs && p.D.data != nullptr; ++i) {  // of no feature beyond the last is y stored
-          D[i] = p.D[unit.head * p.D_strides[0] + min(lane + 32 * i, p.headdim - 1) * p.D_strides[1]];
-        }
       },
       [&](const Unit& unit, int c, int iteration) {
         if (iteration % 2 != worker) return;
@@ -107,17 +102,17 @@ __device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemo
         const float b0 = dt0 > 0.f ? first_a - log2_fast(dt0) : __int_as_float(0x7F800000);
         const float b1 = dt1 > 0.f ? sum - log2_fast(dt1) : __int_as_float(0x7F800000);
         const float weight0 = exp2_fast(last - b0), weight1 = exp2_fast(last - b1);
-        const uint32 weights = pack_bf16(weight0, weight1);
-        const uint32 lost = pack_bf16(weight0 - low_half(weights), weight1 - high_half(weights));
+        const auto split = [](float weight) {
+          const float kept = low_half(pack_bf16(weight, 0.f));
+          return __uint_as_float(pack_bf16(weight, weight - kept));
+        };
         wait(shared.empty(s), (iteration / Config::kStages + 1) & 1);
         const auto store = [&](PerToken which, float first, float second) {
           store_shared2(shared.per_token(s, which) + place_of(2 * lane) * 4, first, second);
         };
         store(kA, first_a, sum);
         store(kB, b0, b1);
-        store(kWeight, __uint_as_float(weights), __uint_as_float(lost));
-#pragma unroll
-        for (int i = 0; i < kDs && c < Config::kStages; ++i) store_shared(shared.D(s) + (lane + 32 * i) * 4, D[i]);
+        store(kWeight, split(weight0), split(weight1));
         const int low = max(unit.begin - first, 0), high = min(unit.end - first, kChunk);
         if (low > 0 || high < kChunk) {
           wait(shared.loaded(s), (iteration / Config::kStages) & 1);

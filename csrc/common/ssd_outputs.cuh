@@ -1,4 +1,5 @@
-// What leaves a chunk of the SSD scan: y, made by warpgroups of their own, and stored by a warp of warpgroup 0.
+// What becomes of a chunk of the SSD scan: x with the weights that it has in the state, and y, made by the readers; y
+// is stored by a warp of warpgroup 0.
 #pragma once
 
 #include "common/ssd_problem.cuh"
@@ -43,119 +44,167 @@ __device__ __forceinline__ void mix_rows(uint32 (&m)[4][4], float (&own)[2], con
   own[1] = __shfl_sync(~0u, diagonal[1], holder);
 }
 
-// What y still needs, in registers before it is needed: a lane's x as x[j / 2][..] = {features 8 j .., the next 8} x
-// {rows, rows + 8}, and D of its features 8 j + 2 (lane % 4) + {0, 1}.
+// A warp's 16 tokens of x: x[j][..] = {features 16 j .., the next 8} x {rows, rows + 8}.
 template <typename Config>
-struct Skip {
-  uint32 x[Config::kFeatures / 16][4];
-  float D[Config::kFeatures / 8][2];
-
-  __device__ __forceinline__ void load(const SharedMemory<Config>& shared, int s, int row, int lane) {
+__device__ __forceinline__ void load_rows(uint32 (&x)[Config::kFeatures / 16][4], uint32 tiles, int row, int lane) {
 #pragma unroll
-    for (int j = 0; j < Config::kFeatures / 8; j += 2) {
-      load_matrices(x[j / 2], swizzled(shared.x(s, j / 8), row, j % 8 + lane / 16));
-    }
-#pragma unroll
-    for (int j = 0; j < Config::kFeatures / 8; ++j) load_shared2(D[j], shared.D(s) + (8 * j + 2 * (lane % 4)) * 4);
+  for (int j = 0; j < Config::kFeatures / 16; ++j) {
+    load_matrices(x[j], swizzled(tiles + j / 4 * Config::kTileBytes, row, j % 4 * 2 + lane / 16));
   }
-};
+}
 
-// (D + own) x added to y, and the gate; packed[j / 2] as x in `Skip`.
 template <typename Config>
-__device__ __forceinline__ void finish_rows(uint32 (&packed)[Config::kFeatures / 16][4],
-                                            const SharedMemory<Config>& shared, int s, const Skip<Config>& skip,
-                                            const float (&own)[2], const float (&y)[Config::kFeatures / 2], int row,
-                                            int lane) {
+__device__ __forceinline__ void store_rows(uint32 tiles, const uint32 (&x)[Config::kFeatures / 16][4], int row,
+                                           int lane) {
 #pragma unroll
-  for (int j = 0; j < Config::kFeatures / 8; j += 2) {
-    uint32 z[4];
-    if constexpr (Config::kGated) load_matrices(z, swizzled(shared.z(s, j / 8), row, j % 8 + lane / 16));
+  for (int j = 0; j < Config::kFeatures / 16; ++j) {
+    store_matrices(swizzled(tiles + j / 4 * Config::kTileBytes, row, j % 4 * 2 + lane / 16), x[j][0], x[j][1], x[j][2],
+                   x[j][3]);
+  }
+}
+
+// x times the weights of the thread's two tokens.
+template <typename Config>
+__device__ __forceinline__ void weight_rows(uint32 (&weighted)[Config::kFeatures / 16][4],
+                                            const uint32 (&x)[Config::kFeatures / 16][4], uint32 weights) {
+  uint32 by[2], and_by[2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float* D = skip.D[j + i / 2];
-      const uint32 x = skip.x[j / 2][i];
-      float y0 = fmaf(D[0] + own[i % 2], low_half(x), y[4 * j + 2 * i]);
-      float y1 = fmaf(D[1] + own[i % 2], high_half(x), y[4 * j + 2 * i + 1]);
-      if constexpr (Config::kGated) {
-        const float z0 = low_half(z[i]), z1 = high_half(z[i]);
-        y0 *= z0 * sigmoid<bf16>(z0);
-        y1 *= z1 * sigmoid<bf16>(z1);
-      }
-      packed[j / 2][i] = pack_bf16(y0, y1);
+  for (int i = 0; i < 2; ++i) {
+    const uint32 both = __float_as_uint(load_shared(weights + 8 * i));
+    by[i] = __byte_perm(both, both, 0x1010);
+    and_by[i] = __byte_perm(both, both, 0x3232);
+  }
+#pragma unroll
+  for (int j = 0; j < Config::kFeatures / 16; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) weighted[j][i] = multiply_bf16(x[j][i], by[i % 2], and_by[i % 2]);
+  }
+}
+
+// D x, where D has a number for every feature.
+template <typename Config>
+__device__ __forceinline__ void add_skips(float (&y)[Config::kFeatures / 2],
+                                          const uint32 (&x)[Config::kFeatures / 16][4], const SsdParams& p, int head,
+                                          int lane) {
+#pragma unroll
+  for (int i = 0; i < Config::kFeatures / 4; ++i) {  // pairs of features, of a row and 8 rows later
+    const int feature = i / 2 * 8 + 2 * (lane % 4);
+    const uint32 pair = x[i / 4][i % 4];
+    if (feature < p.headdim) {
+      y[2 * i] += p.D[head * p.D_strides[0] + feature * p.D_strides[1]] * low_half(pair);
+      y[2 * i + 1] += p.D[head * p.D_strides[0] + (feature + 1) * p.D_strides[1]] * high_half(pair);
     }
   }
 }
 
-// y of every kReaders-th chunk.
+// y + skip x, and the gate, as x is laid out.
 template <typename Config>
-__device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMemory<Config>& shared, int reader) {
+__device__ __forceinline__ void finish_rows(uint32 (&x)[Config::kFeatures / 16][4], const float (&skip)[2],
+                                            const float (&y)[Config::kFeatures / 2], uint32 z_tiles, int row,
+                                            int lane) {
+  uint32 z[Config::kFeatures / 16][4];
+  if constexpr (Config::kGated) load_rows<Config>(z, z_tiles, row, lane);
+#pragma unroll
+  for (int i = 0; i < Config::kFeatures / 4; ++i) {
+    uint32& pair = x[i / 4][i % 4];
+    float y0 = fmaf(skip[i % 2], low_half(pair), y[2 * i]), y1 = fmaf(skip[i % 2], high_half(pair), y[2 * i + 1]);
+    if constexpr (Config::kGated) {
+      const float z0 = low_half(z[i / 4][i % 4]), z1 = high_half(z[i / 4][i % 4]);
+      y0 *= z0 * sigmoid<bf16>(z0);
+      y1 *= z1 * sigmoid<bf16>(z1);
+    }
+    pair = pack_bf16(y0, y1);
+  }
+}
+
+// The weighted x and y of every kReaders-th chunk.
+template <typename Config>
+__device__ __forceinline__ void read_chunks(const SsdParams& p, const SharedMemory<Config>& shared, int reader) {
   constexpr int kSteps = Config::kGroupTiles * 4;  // of 16 columns of B, C and states
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   const int row = 16 * warp + lane % 16;                 // of a lane's rows in loads and stores of matrices
   const int place = place_of(16 * warp + lane / 4) * 4;  // of its first row in products; of row + 8 the next but one
-  const bool never = p.nseq < 0;
+  const bool never = p.nseq < 0, D_per_feature = p.D.data != nullptr && p.D_strides[1] != 0;
+  float D = 0.f;
   for_each_chunk<Config>(
-      p, [](const Unit&, int) {},
-      [&](const Unit&, int, int iteration) {
+      p,
+      [&](const Unit& unit, int) {
+        if (p.D.data != nullptr && !D_per_feature) D = p.D[unit.head * p.D_strides[0]];
+      },
+      [&](const Unit& unit, int, int iteration) {
         if (iteration % Config::kReaders != reader) return;
-        const int s = iteration % Config::kStages, buffer = iteration % Config::kBuffers;
+        const int s = iteration % Config::kStages;
         const uint32 stage = shared.stage(s);
-        uint32 c[kSteps][4], m[4][4];
-        float cb[32], y[Config::kFeatures / 2];  // C B^T [64, 64]; Y [64, P]
-        float own[2];
+        uint32 x[Config::kFeatures / 16][4], weighted[Config::kFeatures / 16][4];
+        const auto pass_x_on = [&] {
+          weight_rows<Config>(weighted, x, shared.per_token(s, kWeight) + place);
+          store_rows<Config>(shared.weighted_x(s, 0), weighted, row, lane);
+          __syncwarp();
+          if (lane == 0) arrive(shared.weighted(s));
+        };
         shared.wait_for_inputs(iteration);
-        load_C<Config>(c, stage + Config::kC, warp, lane);
-        wgmma_fence();
+        if constexpr (Config::kStatesOnly) {
+          load_rows<Config>(x, shared.x(s, 0), row, lane);
+          pass_x_on();
+          return;
+        } else {
+          const int buffer = iteration % Config::kBuffers;
+          uint32 c[kSteps][4], m[4][4];
+          float cb[32], y[Config::kFeatures / 2];  // C B^T [64, 64]; Y [64, P]
+          load_C<Config>(c, stage + Config::kC, warp, lane);
+          load_rows<Config>(x, shared.x(s, 0), row, lane);
+          wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < kSteps; ++k) {
-          wgmma<false>(cb, c[k], swizzled_operand(stage, Config::kB + k / 4 * Config::kTileBytes + k % 4 * 32), k > 0);
-        }
-        wgmma_commit();
-        const float a[2] = {load_shared(shared.per_token(s, kA) + place),
-                            load_shared(shared.per_token(s, kA) + place + 8)};
-        float b[16];
-        load_tokens(b, shared.per_token(s, kB), lane);
-        wait(shared.state_full(buffer), (iteration / Config::kBuffers) & 1);
-        fence_async_proxy();  // here and not where the state was written: its warps have no time to lose
-        wgmma_fence();
+          for (int k = 0; k < kSteps; ++k) {
+            const uint32 offset = Config::kB + k / 4 * Config::kTileBytes + k % 4 * 32;
+            wgmma<false>(cb, c[k], swizzled_operand(stage, offset), k > 0);
+          }
+          wgmma_commit();
+          pass_x_on();
+          const float a[2] = {load_shared(shared.per_token(s, kA) + place),
+                              load_shared(shared.per_token(s, kA) + place + 8)};
+          float b[16];
+          load_tokens(b, shared.per_token(s, kB), lane);
+          wait(shared.state_full(buffer), (iteration / Config::kBuffers) & 1);
+          fence_async_proxy();  // here and not where the state was written: its warps have no time to lose
+          wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < kSteps; ++k) {  // C S^T
-          const uint32 offset = k / 4 * Config::kColumnBytes + k % 4 * 32;
-          wgmma<false>(y, c[k], swizzled_operand(shared.state(buffer), offset), k > 0);
-        }
-        wgmma_commit();
-        wgmma_wait<0>();
-        keep_operands(c, never, stage);
-        __syncwarp();
-        if (lane == 0) arrive(shared.state_empty(buffer));
+          for (int k = 0; k < kSteps; ++k) {  // C S^T
+            const uint32 offset = k / 4 * Config::kColumnBytes + k % 4 * 32;
+            wgmma<false>(y, c[k], swizzled_operand(shared.state(buffer), offset), k > 0);
+          }
+          wgmma_commit();
+          wgmma_wait<0>();
+          keep_operands(c, never, stage);
+          __syncwarp();
+          if (lane == 0) arrive(shared.state_empty(buffer));
 
-        mix_rows(m, own, cb, a, b, warp, lane);
-        const float reach[2] = {exp2_fast(a[0]), exp2_fast(a[1])};
+          float skip[2];
+          mix_rows(m, skip, cb, a, b, warp, lane);
+          const float reach[2] = {exp2_fast(a[0]), exp2_fast(a[1])};
 #pragma unroll
-        for (int i = 0; i < Config::kFeatures / 2; ++i) y[i] *= reach[i / 2 % 2];
-        wgmma_fence();
+          for (int i = 0; i < Config::kFeatures / 2; ++i) y[i] *= reach[i / 2 % 2];
+          wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {  // M X
-          wgmma<true>(y, m[k], swizzled_operand(stage, Config::kX + k * 2048, Config::kTileBytes), true);
-        }
-        wgmma_commit();
-        Skip<Config> skip;
-        skip.load(shared, s, row, lane);
-        wgmma_wait<0>();
-        keep_operands(m, never, stage);
+          for (int k = 0; k < 4; ++k) {  // M X
+            wgmma<true>(y, m[k], swizzled_operand(stage, Config::kX + k * 2048, Config::kTileBytes), true);
+          }
+          wgmma_commit();
+          wgmma_wait<0>();
+          keep_operands(m, never, stage);
 
-        uint32 packed[Config::kFeatures / 16][4];
-        finish_rows(packed, shared, s, skip, own, y, row, lane);
-        __syncwarp();
-        if (lane == 0) arrive(shared.empty(s));
-        wait(shared.y_empty(reader), (iteration / Config::kReaders + 1) & 1);
-#pragma unroll
-        for (int j = 0; j < Config::kFeatures / 8; j += 2) {
-          const uint32(&r)[4] = packed[j / 2];
-          store_matrices(swizzled(shared.y(reader, j / 8), row, j % 8 + lane / 16), r[0], r[1], r[2], r[3]);
+          if (D_per_feature) [[unlikely]]
+            add_skips<Config>(y, x, p, unit.head, lane);
+          skip[0] += D;
+          skip[1] += D;
+          finish_rows<Config>(x, skip, y, shared.z(s, 0), row, lane);
+          __syncwarp();
+          if (lane == 0) arrive(shared.empty(s));
+          wait(shared.y_empty(reader), (iteration / Config::kReaders + 1) & 1);
+          store_rows<Config>(shared.y(reader, 0), x, row, lane);
+          __syncwarp();
+          if (lane == 0) arrive(shared.y_full(reader));
         }
-        __syncwarp();
-        if (lane == 0) arrive(shared.y_full(reader));
       });
 }
 
