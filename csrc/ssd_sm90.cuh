@@ -146,12 +146,11 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
       __syncwarp();
       if (lane == 0) arrive(shared.state_full(buffer));
     }
-    shared.wait_for_inputs(iteration);
+    wait(shared.weighted(s), (iteration / Config::kStages) & 1);  // for which all inputs had to be there
     const float a_last = load_shared(shared.per_token(s, kA) + place_of(kChunk - 1) * 4), keep = exp2_fast(a_last);
     log_decay += a_last;
 #pragma unroll
     for (int i = 0; i < kStates / 2; ++i) state[i] *= keep;
-    wait(shared.weighted(s), (iteration / Config::kStages) & 1);
     fence_async_proxy();
     wgmma_fence();
 #pragma unroll

@@ -174,13 +174,13 @@ __device__ __forceinline__ void read_chunks(const SsdParams& p, const SharedMemo
             wgmma<false>(y, c[k], swizzled_operand(shared.state(buffer), offset), k > 0);
           }
           wgmma_commit();
+          wgmma_wait<1>();
+          float skip[2];
+          mix_rows(m, skip, cb, a, b, warp, lane);
           wgmma_wait<0>();
           keep_operands(c, never, stage);
           __syncwarp();
           if (lane == 0) arrive(shared.state_empty(buffer));
-
-          float skip[2];
-          mix_rows(m, skip, cb, a, b, warp, lane);
           const float reach[2] = {exp2_fast(a[0]), exp2_fast(a[1])};
 #pragma unroll
           for (int i = 0; i < Config::kFeatures / 2; ++i) y[i] *= reach[i / 2 % 2];
