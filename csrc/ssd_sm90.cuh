@@ -146,22 +146,23 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
       __syncwarp();
       if (lane == 0) arrive(shared.state_full(buffer));
     }
-    wait(shared.weighted(s), (iteration / Config::kStages) & 1);  // for which all inputs had to be there
+    const int weighted = iteration % Config::kWeighted;
+    wait(shared.weighted_full(weighted), (iteration / Config::kWeighted) & 1);  // for which all inputs had to be there
     const float a_last = load_shared(shared.per_token(s, kA) + place_of(kChunk - 1) * 4), keep = exp2_fast(a_last);
     log_decay += a_last;
 #pragma unroll
     for (int i = 0; i < kStates / 2; ++i) state[i] *= keep;
-    fence_async_proxy();
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {  // S += (weighted X)^T B
       const uint32 B = Config::kB + half * (kStates / 64) * Config::kTileBytes;
-      wgmma_columns(state, swizzled_operand(shared.weighted_x(s, tile), k * 2048),
+      wgmma_columns(state, swizzled_operand(shared.weighted_x(iteration, tile), k * 2048),
                     swizzled_operand(shared.stage(s) + B, k * 2048, Config::kTileBytes));
     }
     wgmma_commit();
     wgmma_wait<0>();
     __syncwarp();
+    if (lane == 0) arrive(shared.weighted_empty(weighted));
     if (lane == 0) arrive(shared.empty(s));
   };
 
@@ -209,16 +210,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
     for (int s = 0; s < Config::kStages; ++s) {
       init_barrier(shared.loaded(s), 1);
       init_barrier(shared.full(s), 1);
-      init_barrier(shared.weighted(s), 4);
-      init_barrier(shared.empty(s), 4 * Config::kWalkers + (Config::kStatesOnly ? 0 : 4));
+      init_barrier(shared.y_full(s), 4);
+      init_barrier(shared.empty(s), 4 * Config::kWalkers + (Config::kStatesOnly ? 0 : 1));  // and who stores y
     }
     for (int buffer = 0; buffer < Config::kBuffers; ++buffer) {
       init_barrier(shared.state_full(buffer), 4 * Config::kWalkers);
       init_barrier(shared.state_empty(buffer), 4);
     }
-    for (int reader = 0; reader < Config::kReaders; ++reader) {
-      init_barrier(shared.y_full(reader), 4);
-      init_barrier(shared.y_empty(reader), 1);
+    for (int buffer = 0; buffer < Config::kWeighted; ++buffer) {
+      init_barrier(shared.weighted_full(buffer), 4);
+      init_barrier(shared.weighted_empty(buffer), 4 * Config::kWalkers);
     }
     fence_barrier_init();
   }

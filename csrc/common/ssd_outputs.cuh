@@ -65,8 +65,7 @@ __device__ __forceinline__ void store_rows(uint32 tiles, const uint32 (&x)[Confi
 
 // x times the weights of the thread's two tokens.
 template <typename Config>
-__device__ __forceinline__ void weight_rows(uint32 (&weighted)[Config::kFeatures / 16][4],
-                                            const uint32 (&x)[Config::kFeatures / 16][4], uint32 weights) {
+__device__ __forceinline__ void weight_rows(uint32 (&x)[Config::kFeatures / 16][4], uint32 weights) {
   uint32 by[2], and_by[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -75,9 +74,9 @@ __device__ __forceinline__ void weight_rows(uint32 (&weighted)[Config::kFeatures
     and_by[i] = __byte_perm(both, both, 0x3232);
   }
 #pragma unroll
-  for (int j = 0; j < Config::kFeatures / 16; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) weighted[j][i] = multiply_bf16(x[j][i], by[i % 2], and_by[i % 2]);
+  for (int i = 0; i < Config::kFeatures / 4; ++i) {
+    uint32& pair = x[i / 4][i % 4];
+    pair = multiply_bf16(pair, by[i % 2], and_by[i % 2]);
   }
 }
 
@@ -126,33 +125,35 @@ __device__ __forceinline__ void read_chunks(const SsdParams& p, const SharedMemo
   const int place = place_of(16 * warp + lane / 4) * 4;  // of its first row in products; of row + 8 the next but one
   const bool never = p.nseq < 0, D_per_feature = p.D.data != nullptr && p.D_strides[1] != 0;
   float D = 0.f;
+  const auto pass_x_on = [&](int iteration) {  // to the walkers, who wait for it: a turn ahead
+    const int s = iteration % Config::kStages;
+    uint32 x[Config::kFeatures / 16][4];
+    shared.wait_for_inputs(iteration);
+    load_rows<Config>(x, shared.x(s, 0), row, lane);
+    weight_rows<Config>(x, shared.per_token(s, kWeight) + place);
+    wait(shared.weighted_empty(iteration % Config::kWeighted), (iteration / Config::kWeighted + 1) & 1);
+    store_rows<Config>(shared.weighted_x(iteration, 0), x, row, lane);
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) arrive(shared.weighted_full(iteration % Config::kWeighted));
+  };
   for_each_chunk<Config>(
       p,
       [&](const Unit& unit, int) {
         if (p.D.data != nullptr && !D_per_feature) D = p.D[unit.head * p.D_strides[0]];
       },
-      [&](const Unit& unit, int, int iteration) {
+      [&](const Unit& unit, int chunk, int iteration) {
         if (iteration % Config::kReaders != reader) return;
-        const int s = iteration % Config::kStages;
-        const uint32 stage = shared.stage(s);
-        uint32 x[Config::kFeatures / 16][4], weighted[Config::kFeatures / 16][4];
-        const auto pass_x_on = [&] {
-          weight_rows<Config>(weighted, x, shared.per_token(s, kWeight) + place);
-          store_rows<Config>(shared.weighted_x(s, 0), weighted, row, lane);
-          __syncwarp();
-          if (lane == 0) arrive(shared.weighted(s));
-        };
-        shared.wait_for_inputs(iteration);
+        if (chunk < Config::kReaders) pass_x_on(iteration);
         if constexpr (Config::kStatesOnly) {
-          load_rows<Config>(x, shared.x(s, 0), row, lane);
-          pass_x_on();
+          if (chunk + Config::kReaders < unit.chunks) pass_x_on(iteration + Config::kReaders);
           return;
         } else {
-          const int buffer = iteration % Config::kBuffers;
-          uint32 c[kSteps][4], m[4][4];
+          const int s = iteration % Config::kStages, buffer = iteration % Config::kBuffers;
+          const uint32 stage = shared.stage(s);
+          uint32 c[kSteps][4], m[4][4], x[Config::kFeatures / 16][4];
           float cb[32], y[Config::kFeatures / 2];  // C B^T [64, 64]; Y [64, P]
           load_C<Config>(c, stage + Config::kC, warp, lane);
-          load_rows<Config>(x, shared.x(s, 0), row, lane);
           wgmma_fence();
 #pragma unroll
           for (int k = 0; k < kSteps; ++k) {
@@ -160,7 +161,6 @@ __device__ __forceinline__ void read_chunks(const SsdParams& p, const SharedMemo
             wgmma<false>(cb, c[k], swizzled_operand(stage, offset), k > 0);
           }
           wgmma_commit();
-          pass_x_on();
           const float a[2] = {load_shared(shared.per_token(s, kA) + place),
                               load_shared(shared.per_token(s, kA) + place + 8)};
           float b[16];
@@ -184,12 +184,14 @@ __device__ __forceinline__ void read_chunks(const SsdParams& p, const SharedMemo
           const float reach[2] = {exp2_fast(a[0]), exp2_fast(a[1])};
 #pragma unroll
           for (int i = 0; i < Config::kFeatures / 2; ++i) y[i] *= reach[i / 2 % 2];
+          load_rows<Config>(x, shared.x(s, 0), row, lane);
           wgmma_fence();
 #pragma unroll
           for (int k = 0; k < 4; ++k) {  // M X
             wgmma<true>(y, m[k], swizzled_operand(stage, Config::kX + k * 2048, Config::kTileBytes), true);
           }
           wgmma_commit();
+          if (chunk + Config::kReaders < unit.chunks) pass_x_on(iteration + Config::kReaders);
           wgmma_wait<0>();
           keep_operands(m, never, stage);
 
@@ -198,12 +200,9 @@ __device__ __forceinline__ void read_chunks(const SsdParams& p, const SharedMemo
           skip[0] += D;
           skip[1] += D;
           finish_rows<Config>(x, skip, y, shared.z(s, 0), row, lane);
+          store_rows<Config>(shared.y(s, 0), x, row, lane);  // over rows of C that no other warp has read
           __syncwarp();
-          if (lane == 0) arrive(shared.empty(s));
-          wait(shared.y_empty(reader), (iteration / Config::kReaders + 1) & 1);
-          store_rows<Config>(shared.y(reader, 0), x, row, lane);
-          __syncwarp();
-          if (lane == 0) arrive(shared.y_full(reader));
+          if (lane == 0) arrive(shared.y_full(s));
         }
       });
 }
@@ -216,14 +215,14 @@ __device__ __forceinline__ void store_chunks(const SsdParams& p, const SharedMem
   for_each_chunk<Config>(
       p, [](const Unit&, int) {},
       [&](const Unit& unit, int c, int iteration) {
-        const int token = unit.first + c * kChunk, reader = iteration % Config::kReaders;
+        const int token = unit.first + c * kChunk, s = iteration % Config::kStages;
         const int low = max(unit.begin - token, 0), high = min(unit.end - token, kChunk);
-        wait(shared.y_full(reader), (iteration / Config::kReaders) & 1);
+        wait(shared.y_full(s), (iteration / Config::kStages) & 1);
         if (high - low == kChunk) {
           if (lane == 0) {
             fence_async_proxy();
             for (int tile = 0; tile < Config::kTiles; ++tile) {
-              store_box(p.y_map, shared.y(reader, tile), 64 * tile, unit.head, token, unit.row);
+              store_box(p.y_map, shared.y(s, tile), 64 * tile, unit.head, token, unit.row);
             }
             wait_for_stores<false>();
           }
@@ -235,7 +234,7 @@ __device__ __forceinline__ void store_chunks(const SsdParams& p, const SharedMem
             uint4 v;
             asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                          : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                         : "r"(swizzled(shared.y(reader, column / 8), row, column % 8))
+                         : "r"(swizzled(shared.y(s, column / 8), row, column % 8))
                          : "memory");
             if (row >= low && row < high && 8 * column < p.headdim) {
               *reinterpret_cast<uint4*>(y + static_cast<int64>(token + row) * p.y_strides[1] + 8 * column) = v;
@@ -243,7 +242,7 @@ __device__ __forceinline__ void store_chunks(const SsdParams& p, const SharedMem
           }
         }
         __syncwarp();
-        if (lane == 0) arrive(shared.y_empty(reader));
+        if (lane == 0) arrive(shared.empty(s));
       });
   if (lane == 0) wait_for_stores<true>();
 }

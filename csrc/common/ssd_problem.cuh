@@ -84,19 +84,19 @@ struct SsdConfig {
 
   // a stage, in bytes from its beginning
   static constexpr int kB = 0;
-  static constexpr int kC = kGroupBytes;  // then, from its first tile on, the weighted x
-  static constexpr int kX = kC + (kStatesOnly ? kTiles * kTileBytes : kGroupBytes);
+  static constexpr int kC = kGroupBytes;  // then y on its way out
+  static constexpr int kX = kC + (kStatesOnly ? 0 : kGroupBytes);
   static constexpr int kZ = kX + kTiles * kTileBytes;
-  static constexpr int kPerToken = kZ + (kGated ? kTiles * kTileBytes : 0);                // the three of `PerToken`
-  static constexpr int kStage = (kPerToken + 3 * kTokens * 4 + 1023) / 1024 * 1024;        // as swizzled tiles must lie
-  static constexpr int kStageLoads = kPerToken - (kStatesOnly ? kTiles * kTileBytes : 0);  // bytes that TMA brings
+  static constexpr int kStageLoads = kZ + (kGated ? kTiles * kTileBytes : 0);        // that TMA brings
+  static constexpr int kPerToken = kStageLoads;                                      // the three of `PerToken`
+  static constexpr int kStage = (kPerToken + 3 * kTokens * 4 + 1023) / 1024 * 1024;  // as swizzled tiles must lie
 
-  // behind the stages: states that enter a chunk, in bfloat16, as tiles of all features by 64 columns; y on its way out
+  // behind the stages: states that enter a chunk, in bfloat16, as tiles of all features by 64 columns; weighted x
   static constexpr int kColumnBytes = kFeatures * 128;
   static constexpr int kStateBytes = kGroupTiles * kColumnBytes;
   static constexpr int kBuffers = kStatesOnly ? 0 : kHalves == 2 && kGated ? 1 : 2;  // of states
-  static constexpr int kOutputBytes = kStatesOnly ? 0 : kTiles * kTileBytes;         // of each reader
-  static constexpr int kTail = kBuffers * kStateBytes + kReaders * kOutputBytes + 256;
+  static constexpr int kWeighted = kStatesOnly ? 2 : kReaders;                       // of weighted x
+  static constexpr int kTail = kBuffers * kStateBytes + kWeighted * kTiles * kTileBytes + 256;
   static constexpr int kLimit = 232448 - 1024;  // a CTA's shared memory, less what aligning it takes
   static constexpr int kStages = (kLimit - kTail) / kStage > 4 ? 4 : (kLimit - kTail) / kStage;
   static_assert(kStages >= 2);
@@ -115,7 +115,7 @@ struct SharedMemory {
   __device__ __forceinline__ uint32 x(int s, int tile) const {
     return stage(s) + Config::kX + tile * Config::kTileBytes;
   }
-  __device__ __forceinline__ uint32 weighted_x(int s, int tile) const {
+  __device__ __forceinline__ uint32 y(int s, int tile) const {  // where C was
     return stage(s) + Config::kC + tile * Config::kTileBytes;
   }
   __device__ __forceinline__ uint32 z(int s, int tile) const {
@@ -127,20 +127,26 @@ struct SharedMemory {
   __device__ __forceinline__ uint32 state(int buffer) const {
     return stage(Config::kStages) + buffer * Config::kStateBytes;
   }
-  __device__ __forceinline__ uint32 y(int reader, int tile) const {
-    return state(Config::kBuffers) + reader * Config::kOutputBytes + tile * Config::kTileBytes;
+  __device__ __forceinline__ uint32 weighted_x(int iteration, int tile) const {
+    return state(Config::kBuffers) + (iteration % Config::kWeighted * Config::kTiles + tile) * Config::kTileBytes;
   }
-  __device__ __forceinline__ uint32 barrier(int i) const { return y(Config::kReaders, 0) + 8 * i; }
-  // of a stage: TMA's bytes are there; so is what comes from dt, and rows of other sequences are cleared; nobody needs
-  // it
+  __device__ __forceinline__ uint32 barrier(int i) const {
+    return state(Config::kBuffers) + Config::kWeighted * Config::kTiles * Config::kTileBytes + 8 * i;
+  }
+  // of a stage: TMA's bytes are there; so is what comes from dt, and rows of other sequences are cleared; y is there,
+  // and nobody needs anything else; nobody needs anything
   __device__ __forceinline__ uint32 loaded(int s) const { return barrier(s); }
   __device__ __forceinline__ uint32 full(int s) const { return barrier(Config::kStages + s); }
-  __device__ __forceinline__ uint32 empty(int s) const { return barrier(2 * Config::kStages + s); }
-  __device__ __forceinline__ uint32 weighted(int s) const { return barrier(3 * Config::kStages + s); }  // x is
+  __device__ __forceinline__ uint32 y_full(int s) const { return barrier(2 * Config::kStages + s); }
+  __device__ __forceinline__ uint32 empty(int s) const { return barrier(3 * Config::kStages + s); }
   __device__ __forceinline__ uint32 state_full(int buffer) const { return barrier(4 * Config::kStages + buffer); }
   __device__ __forceinline__ uint32 state_empty(int buffer) const { return state_full(Config::kBuffers) + 8 * buffer; }
-  __device__ __forceinline__ uint32 y_full(int reader) const { return state_empty(Config::kBuffers) + 8 * reader; }
-  __device__ __forceinline__ uint32 y_empty(int reader) const { return y_full(Config::kReaders) + 8 * reader; }
+  __device__ __forceinline__ uint32 weighted_full(int buffer) const {
+    return state_empty(Config::kBuffers) + 8 * buffer;
+  }
+  __device__ __forceinline__ uint32 weighted_empty(int buffer) const {
+    return weighted_full(Config::kWeighted) + 8 * buffer;
+  }
 
   // Until chunk `iteration` lies in its stage.
   __device__ __forceinline__ void wait_for_inputs(int iteration) const {
