@@ -86,6 +86,14 @@ __device__ __forceinline__ void load_state(const SsdParams& p, const Unit& unit,
   }
 }
 
+// X^T of a warp's 16 features, of tokens 16 k .. in x[k]: an operand of wgmma.
+__device__ __forceinline__ void load_x(uint32 (&x)[4][4], uint32 tile, int warp, int lane) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    load_matrices_transposed(x[k], swizzled(tile, 16 * k + lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2));
+  }
+}
+
 // Chunks of a unit, of which `c` are done, until the next state is kept.
 __device__ __forceinline__ int next_stop(const SsdParams& p, const Unit& unit, int c) {
   if (p.interval.data == nullptr) return unit.chunks;
@@ -123,6 +131,18 @@ __device__ __forceinline__ void pass_on(uint32 columns, const float (&state)[kSt
   }
 }
 
+// x of a warp's 16 features times the tokens' weights. The two parts of a weight make it one rounding.
+__device__ __forceinline__ void load_scaled_x(uint32 (&x)[4][4], uint32 tile, uint32 weights, int warp, int lane) {
+  load_x(x, tile, warp, lane);
+  float parts[16];
+  load_tokens(parts, weights, lane);
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const int pair = i / 4 * 4 + i % 4 / 2 * 2;  // of tokens
+    x[i / 4][i % 4] = scale_bf16(x[i / 4][i % 4], __float_as_uint(parts[pair]), __float_as_uint(parts[pair + 1]));
+  }
+}
+
 // The state of the 64 features of a tile, or of one half of their columns, from chunk to chunk.
 template <typename Config>
 __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemory<Config>& shared, int walker) {
@@ -131,48 +151,64 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
   const int row = 64 * tile + 16 * warp;  // the warp's first feature
   const int feature = row + lane / 4;     // the thread's, and feature + 8
   const int left = half * kStates;
+  const bool never = p.nseq < 0;
   float state[kStates / 2];
   float log_decay = 0.f;
+  uint32 x[4][4];  // the next chunk's x, scaled
+  float a_last;    // log2 of what it leaves of the state
 
-  const auto walk_chunk = [&](int iteration) {
+  const auto prepare = [&](uint32 iteration) {
     const int s = iteration % Config::kStages;
-    if constexpr (!Config::kStatesOnly) {
+    shared.wait_for_inputs(iteration);
+    load_scaled_x(x, shared.x(s, tile), shared.per_token(s, kWeight), warp, lane);
+    a_last = load_shared(shared.per_token(s, kA) + place_of(kChunk - 1) * 4);
+  };
+
+  const auto walk_chunk = [&](uint32 iteration, bool last) {
+    const int s = iteration % Config::kStages;
+    uint32 now[4][4];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) now[i / 4][i % 4] = x[i / 4][i % 4];
+    if constexpr (Config::kStatesOnly) {
+      log_decay += a_last;
+    } else {
       const int buffer = iteration % Config::kBuffers;
       wait(shared.state_empty(buffer), (iteration / Config::kBuffers + 1) & 1);
       if (row < Config::kFeatures) {
         const uint32 columns = shared.state(buffer) + half * (kStates / 64) * Config::kColumnBytes;
         pass_on<Config>(columns, state, row, lane);
       }
-      __syncwarp();
-      if (lane == 0) arrive(shared.state_full(buffer));
     }
-    const int weighted = iteration % Config::kWeighted;
-    wait(shared.weighted_full(weighted), (iteration / Config::kWeighted) & 1);  // for which all inputs had to be there
-    const float a_last = load_shared(shared.per_token(s, kA) + place_of(kChunk - 1) * 4), keep = exp2_fast(a_last);
-    log_decay += a_last;
+    const float keep = exp2_fast(a_last);
 #pragma unroll
     for (int i = 0; i < kStates / 2; ++i) state[i] *= keep;
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {  // S += (weighted X)^T B
+    for (int k = 0; k < 4; ++k) {  // S += (scaled X)^T B
       const uint32 B = Config::kB + half * (kStates / 64) * Config::kTileBytes;
-      wgmma_columns(state, swizzled_operand(shared.weighted_x(iteration, tile), k * 2048),
-                    swizzled_operand(shared.stage(s) + B, k * 2048, Config::kTileBytes));
+      wgmma<true>(state, now[k], swizzled_operand(shared.stage(s) + B, k * 2048, Config::kTileBytes), true);
     }
     wgmma_commit();
+    if constexpr (!Config::kStatesOnly) {
+      fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) arrive(shared.state_full(iteration % Config::kBuffers));
+    }
+    if (!last) prepare(iteration + 1);
     wgmma_wait<0>();
+    keep_operands(now, never, shared.stage(s));
     __syncwarp();
-    if (lane == 0) arrive(shared.weighted_empty(weighted));
     if (lane == 0) arrive(shared.empty(s));
   };
 
-  int iteration = 0;
+  uint32 iteration = 0;
   for_each_unit<Config>(p, [&](const Unit& unit) {
+    if (unit.chunks > 0) prepare(iteration);
     if constexpr (Config::kStatesOnly) {
 #pragma unroll
       for (int i = 0; i < kStates / 2; ++i) state[i] = 0.f;
       log_decay = 0.f;
-      for (int c = 0; c < unit.chunks; ++c, ++iteration) walk_chunk(iteration);
+      for (int c = 0; c < unit.chunks; ++c, ++iteration) walk_chunk(iteration, c + 1 == unit.chunks);
       store_state(p, segment_states(p), unit.slot, unit.head, feature, left, state);
       if (thread == 0 && walker == 0) {
         p.segment_decay[static_cast<int64>(unit.slot) * p.nheads + unit.head] = log_decay;
@@ -182,7 +218,7 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
       int c = 0;
       do {  // from state to state that is kept: what stores them would be in the way of the loop over chunks
         for (const int stop = next_stop(p, unit, c); c < stop; ++c, ++iteration) {
-          walk_chunk(iteration);
+          walk_chunk(iteration, c + 1 == unit.chunks);
         }
 #pragma unroll 1
         for (int copy = 0; copy < 2; ++copy) {
@@ -210,36 +246,35 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
     for (int s = 0; s < Config::kStages; ++s) {
       init_barrier(shared.loaded(s), 1);
       init_barrier(shared.full(s), 1);
-      init_barrier(shared.y_full(s), 4);
-      init_barrier(shared.empty(s), 4 * Config::kWalkers + (Config::kStatesOnly ? 0 : 1));  // and who stores y
+      init_barrier(shared.empty(s), 4 * Config::kWalkers + (Config::kStatesOnly ? 0 : 4));
     }
     for (int buffer = 0; buffer < Config::kBuffers; ++buffer) {
       init_barrier(shared.state_full(buffer), 4 * Config::kWalkers);
       init_barrier(shared.state_empty(buffer), 4);
     }
-    for (int buffer = 0; buffer < Config::kWeighted; ++buffer) {
-      init_barrier(shared.weighted_full(buffer), 4);
-      init_barrier(shared.weighted_empty(buffer), 4 * Config::kWalkers);
+    for (int reader = 0; reader < Config::kReaders; ++reader) {
+      init_barrier(shared.y_full(reader), 4);
+      init_barrier(shared.y_empty(reader), 1);
     }
     fence_barrier_init();
   }
   __syncthreads();
 
   if (warpgroup == 0) {
-    set_registers<Config::kProducerRegisters, Config::kRegisters>();
+    give_registers<Config::kProducerRegisters>();
     if (warp == 0) {
       if (threadIdx.x == 0) copy_chunks<Config>(p, shared);
     } else if (warp <= 2) {
       make_decays<Config>(p, shared, warp - 1);
-    } else if (!Config::kStatesOnly) {
+    } else if constexpr (!Config::kStatesOnly) {
       store_chunks<Config>(p, shared);
     }
   } else if (warpgroup <= Config::kWalkers) {
-    set_registers<Config::kWalkerRegisters, Config::kRegisters>();
+    take_registers<Config::kWalkerRegisters>();
     walk_states<Config>(p, shared, warpgroup - 1);
-  } else {
-    set_registers<Config::kReaderRegisters, Config::kRegisters>();
-    read_chunks<Config>(p, shared, warpgroup - 1 - Config::kWalkers);
+  } else if constexpr (!Config::kStatesOnly) {
+    take_registers<Config::kReaderRegisters>();
+    make_outputs<Config>(p, shared, warpgroup - 1 - Config::kWalkers);
   }
 }
 

@@ -125,14 +125,14 @@ __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.
 
 // -------------------------------------------------------------------------------------------------------- warps
 
-// Of a warpgroup's threads, which have kNow.
-template <int kRegisters, int kNow>
-__device__ __forceinline__ void set_registers() {
-  if constexpr (kRegisters < kNow) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-  } else if constexpr (kRegisters > kNow) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-  }
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // Barrier `id` (1 to 15) among `threads` threads.
@@ -142,10 +142,17 @@ __device__ __forceinline__ void sync_threads(int id, int threads) {
 
 // -------------------------------------------------------------------------------------- 8 x 8 matrices of a warp
 // In registers, a lane holds elements (lane / 4, 2 (lane % 4) + {0, 1}); in shared memory, lane 8 i + r points at row r
-// of matrix i.
+// of matrix i. `_transposed` exchanges rows and columns on the way.
 
 __device__ __forceinline__ void load_matrices(uint32 (&r)[4], uint32 row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed(uint32 (&r)[4], uint32 row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(row)
                : "memory");
@@ -206,13 +213,6 @@ __device__ __forceinline__ void keep_operands(const uint32 (&r)[kCount][4], bool
   HYBRID_OPS_P32                                                                                                \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
   "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-
-// A and B in shared memory, where M and N are contiguous in them, not K.
-__device__ __forceinline__ void wgmma_columns(float (&d)[64], uint64 a, uint64 b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" HYBRID_OPS_P64 "}, %64, %65, 1, 1, 1, 1, 1;"
-               : HYBRID_OPS_D32(0), HYBRID_OPS_D32(32)
-               : "l"(a), "l"(b));
-}
 
 // A in registers, B in shared memory; kBColumns: N is contiguous there, not K.
 template <bool kBColumns>

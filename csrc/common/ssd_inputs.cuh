@@ -8,8 +8,8 @@ namespace hybrid_ops {
 template <typename Config>
 __device__ __forceinline__ void copy_chunks(const SsdParams& p, const SharedMemory<Config>& shared) {
   for_each_chunk<Config>(
-      p, [](const Unit&, int) {},
-      [&](const Unit& unit, int c, int iteration) {
+      p, [](const Unit&, uint32) {},
+      [&](const Unit& unit, int c, uint32 iteration) {
         const int s = iteration % Config::kStages;
         const uint32 stage = shared.stage(s), loaded = shared.loaded(s);
         const int token = unit.first + c * kChunk, group = unit.head / p.heads_per_group;
@@ -50,7 +50,7 @@ __device__ __forceinline__ void clear_rows(uint32 tile, int low, int high, int l
 
 // Every other chunk's a, b and weights, from dt, by one of two warps. A lane has two neighbouring tokens.
 template <typename Config>
-__device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemory<Config>& shared, int worker) {
+__device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemory<Config>& shared, uint32 worker) {
   const int lane = threadIdx.x % 32;
   float A = 0.f, bias = 0.f;
   // dt of the next chunk, as it is stored: a conversion would wait for it, and of two loads into one register,
@@ -77,12 +77,12 @@ __device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemo
   };
   for_each_chunk<Config>(
       p,
-      [&](const Unit& unit, int iteration) {
+      [&](const Unit& unit, uint32 iteration) {
         load(unit, (iteration + worker) % 2);
         A = p.A[unit.head] * 1.4426950408889634f;
         bias = p.dt_bias.data == nullptr ? 0.f : p.dt_bias[unit.head * p.dt_bias_stride];
       },
-      [&](const Unit& unit, int c, int iteration) {
+      [&](const Unit& unit, int c, uint32 iteration) {
         if (iteration % 2 != worker) return;
         const int s = iteration % Config::kStages;
         const int first = unit.first + c * kChunk, token = first + 2 * lane;
@@ -102,17 +102,15 @@ __device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemo
         const float b0 = dt0 > 0.f ? first_a - log2_fast(dt0) : __int_as_float(0x7F800000);
         const float b1 = dt1 > 0.f ? sum - log2_fast(dt1) : __int_as_float(0x7F800000);
         const float weight0 = exp2_fast(last - b0), weight1 = exp2_fast(last - b1);
-        const auto split = [](float weight) {
-          const float kept = low_half(pack_bf16(weight, 0.f));
-          return __uint_as_float(pack_bf16(weight, weight - kept));
-        };
+        const uint32 weights = pack_bf16(weight0, weight1);
+        const uint32 lost = pack_bf16(weight0 - low_half(weights), weight1 - high_half(weights));
         wait(shared.empty(s), (iteration / Config::kStages + 1) & 1);
         const auto store = [&](PerToken which, float first, float second) {
           store_shared2(shared.per_token(s, which) + place_of(2 * lane) * 4, first, second);
         };
         store(kA, first_a, sum);
         store(kB, b0, b1);
-        store(kWeight, split(weight0), split(weight1));
+        store(kWeight, __uint_as_float(weights), __uint_as_float(lost));
         const int low = max(unit.begin - first, 0), high = min(unit.end - first, kChunk);
         if (low > 0 || high < kChunk) {
           wait(shared.loaded(s), (iteration / Config::kStages) & 1);

@@ -63,23 +63,6 @@ __device__ __forceinline__ void store_rows(uint32 tiles, const uint32 (&x)[Confi
   }
 }
 
-// x times the weights of the thread's two tokens.
-template <typename Config>
-__device__ __forceinline__ void weight_rows(uint32 (&x)[Config::kFeatures / 16][4], uint32 weights) {
-  uint32 by[2], and_by[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32 both = __float_as_uint(load_shared(weights + 8 * i));
-    by[i] = __byte_perm(both, both, 0x1010);
-    and_by[i] = __byte_perm(both, both, 0x3232);
-  }
-#pragma unroll
-  for (int i = 0; i < Config::kFeatures / 4; ++i) {
-    uint32& pair = x[i / 4][i % 4];
-    pair = multiply_bf16(pair, by[i % 2], and_by[i % 2]);
-  }
-}
-
 // D x, where D has a number for every feature.
 template <typename Config>
 __device__ __forceinline__ void add_skips(float (&y)[Config::kFeatures / 2],
@@ -116,94 +99,78 @@ __device__ __forceinline__ void finish_rows(uint32 (&x)[Config::kFeatures / 16][
   }
 }
 
-// The weighted x and y of every kReaders-th chunk.
+// y of every kReaders-th chunk.
 template <typename Config>
-__device__ __forceinline__ void read_chunks(const SsdParams& p, const SharedMemory<Config>& shared, int reader) {
+__device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMemory<Config>& shared, uint32 reader) {
   constexpr int kSteps = Config::kGroupTiles * 4;  // of 16 columns of B, C and states
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   const int row = 16 * warp + lane % 16;                 // of a lane's rows in loads and stores of matrices
   const int place = place_of(16 * warp + lane / 4) * 4;  // of its first row in products; of row + 8 the next but one
   const bool never = p.nseq < 0, D_per_feature = p.D.data != nullptr && p.D_strides[1] != 0;
   float D = 0.f;
-  const auto pass_x_on = [&](int iteration) {  // to the walkers, who wait for it: a turn ahead
-    const int s = iteration % Config::kStages;
-    uint32 x[Config::kFeatures / 16][4];
-    shared.wait_for_inputs(iteration);
-    load_rows<Config>(x, shared.x(s, 0), row, lane);
-    weight_rows<Config>(x, shared.per_token(s, kWeight) + place);
-    wait(shared.weighted_empty(iteration % Config::kWeighted), (iteration / Config::kWeighted + 1) & 1);
-    store_rows<Config>(shared.weighted_x(iteration, 0), x, row, lane);
-    fence_async_proxy();
-    __syncwarp();
-    if (lane == 0) arrive(shared.weighted_full(iteration % Config::kWeighted));
-  };
   for_each_chunk<Config>(
       p,
-      [&](const Unit& unit, int) {
+      [&](const Unit& unit, uint32) {
         if (p.D.data != nullptr && !D_per_feature) D = p.D[unit.head * p.D_strides[0]];
       },
-      [&](const Unit& unit, int chunk, int iteration) {
+      [&](const Unit& unit, int, uint32 iteration) {
         if (iteration % Config::kReaders != reader) return;
-        if (chunk < Config::kReaders) pass_x_on(iteration);
-        if constexpr (Config::kStatesOnly) {
-          if (chunk + Config::kReaders < unit.chunks) pass_x_on(iteration + Config::kReaders);
-          return;
-        } else {
-          const int s = iteration % Config::kStages, buffer = iteration % Config::kBuffers;
-          const uint32 stage = shared.stage(s);
-          uint32 c[kSteps][4], m[4][4], x[Config::kFeatures / 16][4];
-          float cb[32], y[Config::kFeatures / 2];  // C B^T [64, 64]; Y [64, P]
-          load_C<Config>(c, stage + Config::kC, warp, lane);
-          wgmma_fence();
+        const int s = iteration % Config::kStages;
+        const uint32 stage = shared.stage(s);
+        const int buffer = iteration % Config::kBuffers;
+        uint32 c[kSteps][4], m[4][4], x[Config::kFeatures / 16][4];
+        float cb[32], y[Config::kFeatures / 2];  // C B^T [64, 64]; Y [64, P]
+        shared.wait_for_inputs(iteration);
+        load_C<Config>(c, stage + Config::kC, warp, lane);
+        wgmma_fence();
 #pragma unroll
-          for (int k = 0; k < kSteps; ++k) {
-            const uint32 offset = Config::kB + k / 4 * Config::kTileBytes + k % 4 * 32;
-            wgmma<false>(cb, c[k], swizzled_operand(stage, offset), k > 0);
-          }
-          wgmma_commit();
-          const float a[2] = {load_shared(shared.per_token(s, kA) + place),
-                              load_shared(shared.per_token(s, kA) + place + 8)};
-          float b[16];
-          load_tokens(b, shared.per_token(s, kB), lane);
-          wait(shared.state_full(buffer), (iteration / Config::kBuffers) & 1);
-          fence_async_proxy();  // here and not where the state was written: its warps have no time to lose
-          wgmma_fence();
-#pragma unroll
-          for (int k = 0; k < kSteps; ++k) {  // C S^T
-            const uint32 offset = k / 4 * Config::kColumnBytes + k % 4 * 32;
-            wgmma<false>(y, c[k], swizzled_operand(shared.state(buffer), offset), k > 0);
-          }
-          wgmma_commit();
-          wgmma_wait<1>();
-          float skip[2];
-          mix_rows(m, skip, cb, a, b, warp, lane);
-          wgmma_wait<0>();
-          keep_operands(c, never, stage);
-          __syncwarp();
-          if (lane == 0) arrive(shared.state_empty(buffer));
-          const float reach[2] = {exp2_fast(a[0]), exp2_fast(a[1])};
-#pragma unroll
-          for (int i = 0; i < Config::kFeatures / 2; ++i) y[i] *= reach[i / 2 % 2];
-          load_rows<Config>(x, shared.x(s, 0), row, lane);
-          wgmma_fence();
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {  // M X
-            wgmma<true>(y, m[k], swizzled_operand(stage, Config::kX + k * 2048, Config::kTileBytes), true);
-          }
-          wgmma_commit();
-          if (chunk + Config::kReaders < unit.chunks) pass_x_on(iteration + Config::kReaders);
-          wgmma_wait<0>();
-          keep_operands(m, never, stage);
-
-          if (D_per_feature) [[unlikely]]
-            add_skips<Config>(y, x, p, unit.head, lane);
-          skip[0] += D;
-          skip[1] += D;
-          finish_rows<Config>(x, skip, y, shared.z(s, 0), row, lane);
-          store_rows<Config>(shared.y(s, 0), x, row, lane);  // over rows of C that no other warp has read
-          __syncwarp();
-          if (lane == 0) arrive(shared.y_full(s));
+        for (int k = 0; k < kSteps; ++k) {
+          const uint32 offset = Config::kB + k / 4 * Config::kTileBytes + k % 4 * 32;
+          wgmma<false>(cb, c[k], swizzled_operand(stage, offset), k > 0);
         }
+        wgmma_commit();
+        const float a[2] = {load_shared(shared.per_token(s, kA) + place),
+                            load_shared(shared.per_token(s, kA) + place + 8)};
+        float b[16];
+        load_tokens(b, shared.per_token(s, kB), lane);
+        wait(shared.state_full(buffer), (iteration / Config::kBuffers) & 1);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {  // C S^T
+          const uint32 offset = k / 4 * Config::kColumnBytes + k % 4 * 32;
+          wgmma<false>(y, c[k], swizzled_operand(shared.state(buffer), offset), k > 0);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        float skip[2];
+        mix_rows(m, skip, cb, a, b, warp, lane);
+        wgmma_wait<0>();
+        keep_operands(c, never, stage);
+        __syncwarp();
+        if (lane == 0) arrive(shared.state_empty(buffer));
+        const float reach[2] = {exp2_fast(a[0]), exp2_fast(a[1])};
+#pragma unroll
+        for (int i = 0; i < Config::kFeatures / 2; ++i) y[i] *= reach[i / 2 % 2];
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {  // M X
+          wgmma<true>(y, m[k], swizzled_operand(stage, Config::kX + k * 2048, Config::kTileBytes), true);
+        }
+        wgmma_commit();
+        load_rows<Config>(x, shared.x(s, 0), row, lane);
+        wgmma_wait<0>();
+        keep_operands(m, never, stage);
+
+        if (D_per_feature) add_skips<Config>(y, x, p, unit.head, lane);
+        skip[0] += D;
+        skip[1] += D;
+        finish_rows<Config>(x, skip, y, shared.z(s, 0), row, lane);
+        __syncwarp();
+        if (lane == 0) arrive(shared.empty(s));
+        wait(shared.y_empty(reader), (iteration / Config::kReaders + 1) & 1);
+        store_rows<Config>(shared.y(reader, 0), x, row, lane);
+        __syncwarp();
+        if (lane == 0) arrive(shared.y_full(reader));
       });
 }
 
@@ -213,16 +180,16 @@ template <typename Config>
 __device__ __forceinline__ void store_chunks(const SsdParams& p, const SharedMemory<Config>& shared) {
   const int lane = threadIdx.x % 32;
   for_each_chunk<Config>(
-      p, [](const Unit&, int) {},
-      [&](const Unit& unit, int c, int iteration) {
-        const int token = unit.first + c * kChunk, s = iteration % Config::kStages;
+      p, [](const Unit&, uint32) {},
+      [&](const Unit& unit, int c, uint32 iteration) {
+        const int token = unit.first + c * kChunk, reader = iteration % Config::kReaders;
         const int low = max(unit.begin - token, 0), high = min(unit.end - token, kChunk);
-        wait(shared.y_full(s), (iteration / Config::kStages) & 1);
+        wait(shared.y_full(reader), (iteration / Config::kReaders) & 1);
         if (high - low == kChunk) {
           if (lane == 0) {
             fence_async_proxy();
             for (int tile = 0; tile < Config::kTiles; ++tile) {
-              store_box(p.y_map, shared.y(s, tile), 64 * tile, unit.head, token, unit.row);
+              store_box(p.y_map, shared.y(reader, tile), 64 * tile, unit.head, token, unit.row);
             }
             wait_for_stores<false>();
           }
@@ -234,7 +201,7 @@ __device__ __forceinline__ void store_chunks(const SsdParams& p, const SharedMem
             uint4 v;
             asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                          : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                         : "r"(swizzled(shared.y(s, column / 8), row, column % 8))
+                         : "r"(swizzled(shared.y(reader, column / 8), row, column % 8))
                          : "memory");
             if (row >= low && row < high && 8 * column < p.headdim) {
               *reinterpret_cast<uint4*>(y + static_cast<int64>(token + row) * p.y_strides[1] + 8 * column) = v;
@@ -242,7 +209,7 @@ __device__ __forceinline__ void store_chunks(const SsdParams& p, const SharedMem
           }
         }
         __syncwarp();
-        if (lane == 0) arrive(shared.empty(s));
+        if (lane == 0) arrive(shared.y_empty(reader));
       });
   if (lane == 0) wait_for_stores<true>();
 }

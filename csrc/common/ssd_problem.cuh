@@ -67,15 +67,14 @@ struct SsdConfig {
 
   static constexpr int kTiles = (kFeatures + 63) / 64;  // of 64 features
   static constexpr int kWalkers = kTiles * kHalves;     // warpgroups with a part of the state
-  // and those that weight x and make y, each of every so many chunks; two have no registers beside two walkers
-  static constexpr int kReaders = kWalkers == 1 && !kStatesOnly ? 2 : 1;
+  // and those that make y, each of every so many chunks; the second would have no registers beside two walkers
+  static constexpr int kReaders = kStatesOnly ? 0 : kWalkers == 1 ? 2 : 1;
   static constexpr int kThreads = 128 * (1 + kWalkers + kReaders);
 
-  // of a thread; all with which ptxas spills nothing
-  static constexpr int kRegisters = 65536 / kThreads / 8 * 8;  // at first
-  static constexpr int kProducerRegisters = 48;
-  static constexpr int kWalkerRegisters = kReaders == 2 ? 112 : 120;
-  static constexpr int kReaderRegisters = kReaders == 2 ? 176 : 216;
+  // of 512 for a thread of each warpgroup together; all with which ptxas spills nothing
+  static constexpr int kProducerRegisters = kHalves == 2 ? 40 : 48;
+  static constexpr int kWalkerRegisters = kReaders == 2 ? 152 : 144;
+  static constexpr int kReaderRegisters = kReaders == 2 ? 152 : kHalves == 2 ? 184 : 176;
 
   static constexpr int kTileBytes = kChunk * 64 * 2;          // 64 tokens of 128 bytes, swizzled
   static constexpr int kGroupTiles = kHalves * kStates / 64;  // of B, and of C
@@ -84,26 +83,26 @@ struct SsdConfig {
 
   // a stage, in bytes from its beginning
   static constexpr int kB = 0;
-  static constexpr int kC = kGroupBytes;  // then y on its way out
+  static constexpr int kC = kGroupBytes;
   static constexpr int kX = kC + (kStatesOnly ? 0 : kGroupBytes);
   static constexpr int kZ = kX + kTiles * kTileBytes;
-  static constexpr int kStageLoads = kZ + (kGated ? kTiles * kTileBytes : 0);        // that TMA brings
-  static constexpr int kPerToken = kStageLoads;                                      // the three of `PerToken`
+  static constexpr int kStageLoads = kZ + (kGated ? kTiles * kTileBytes : 0);  // that TMA brings
+  static constexpr int kPerToken = kStageLoads;  // the three of `PerToken`, kTokens words each
   static constexpr int kStage = (kPerToken + 3 * kTokens * 4 + 1023) / 1024 * 1024;  // as swizzled tiles must lie
 
-  // behind the stages: states that enter a chunk, in bfloat16, as tiles of all features by 64 columns; weighted x
+  // behind the stages: states that enter a chunk, in bfloat16, as tiles of all features by 64 columns; y on its way out
   static constexpr int kColumnBytes = kFeatures * 128;
   static constexpr int kStateBytes = kGroupTiles * kColumnBytes;
   static constexpr int kBuffers = kStatesOnly ? 0 : kHalves == 2 && kGated ? 1 : 2;  // of states
-  static constexpr int kWeighted = kStatesOnly ? 2 : kReaders;                       // of weighted x
-  static constexpr int kTail = kBuffers * kStateBytes + kWeighted * kTiles * kTileBytes + 256;
+  static constexpr int kOutputBytes = kTiles * kTileBytes;                           // of each reader
+  static constexpr int kTail = kBuffers * kStateBytes + kReaders * kOutputBytes + 256;
   static constexpr int kLimit = 232448 - 1024;  // a CTA's shared memory, less what aligning it takes
   static constexpr int kStages = (kLimit - kTail) / kStage > 4 ? 4 : (kLimit - kTail) / kStage;
   static_assert(kStages >= 2);
   static constexpr int kSharedBytes = kStages * kStage + kTail + 1024;
 };
 
-// a; b; 2^(a_last - b) in bfloat16 and, in the upper half, what that has lost.
+// a; b; of two neighbouring tokens 2^(a_last - b) in bfloat16, and what that has lost.
 enum PerToken { kA, kB, kWeight };
 
 // Where things lie in shared memory, and the barriers that pass them on.
@@ -115,9 +114,6 @@ struct SharedMemory {
   __device__ __forceinline__ uint32 x(int s, int tile) const {
     return stage(s) + Config::kX + tile * Config::kTileBytes;
   }
-  __device__ __forceinline__ uint32 y(int s, int tile) const {  // where C was
-    return stage(s) + Config::kC + tile * Config::kTileBytes;
-  }
   __device__ __forceinline__ uint32 z(int s, int tile) const {
     return stage(s) + Config::kZ + tile * Config::kTileBytes;
   }
@@ -127,29 +123,21 @@ struct SharedMemory {
   __device__ __forceinline__ uint32 state(int buffer) const {
     return stage(Config::kStages) + buffer * Config::kStateBytes;
   }
-  __device__ __forceinline__ uint32 weighted_x(int iteration, int tile) const {
-    return state(Config::kBuffers) + (iteration % Config::kWeighted * Config::kTiles + tile) * Config::kTileBytes;
+  __device__ __forceinline__ uint32 y(int reader, int tile) const {
+    return state(Config::kBuffers) + reader * Config::kOutputBytes + tile * Config::kTileBytes;
   }
-  __device__ __forceinline__ uint32 barrier(int i) const {
-    return state(Config::kBuffers) + Config::kWeighted * Config::kTiles * Config::kTileBytes + 8 * i;
-  }
-  // of a stage: TMA's bytes are there; so is what comes from dt, and rows of other sequences are cleared; y is there,
-  // and nobody needs anything else; nobody needs anything
+  __device__ __forceinline__ uint32 barrier(int i) const { return y(Config::kReaders, 0) + 8 * i; }
+  // of a stage: TMA's bytes are there; what is made of dt is too, and rows of other sequences are cleared; all are done
   __device__ __forceinline__ uint32 loaded(int s) const { return barrier(s); }
   __device__ __forceinline__ uint32 full(int s) const { return barrier(Config::kStages + s); }
-  __device__ __forceinline__ uint32 y_full(int s) const { return barrier(2 * Config::kStages + s); }
-  __device__ __forceinline__ uint32 empty(int s) const { return barrier(3 * Config::kStages + s); }
-  __device__ __forceinline__ uint32 state_full(int buffer) const { return barrier(4 * Config::kStages + buffer); }
+  __device__ __forceinline__ uint32 empty(int s) const { return barrier(2 * Config::kStages + s); }
+  __device__ __forceinline__ uint32 state_full(int buffer) const { return barrier(3 * Config::kStages + buffer); }
   __device__ __forceinline__ uint32 state_empty(int buffer) const { return state_full(Config::kBuffers) + 8 * buffer; }
-  __device__ __forceinline__ uint32 weighted_full(int buffer) const {
-    return state_empty(Config::kBuffers) + 8 * buffer;
-  }
-  __device__ __forceinline__ uint32 weighted_empty(int buffer) const {
-    return weighted_full(Config::kWeighted) + 8 * buffer;
-  }
+  __device__ __forceinline__ uint32 y_full(int reader) const { return state_empty(Config::kBuffers) + 8 * reader; }
+  __device__ __forceinline__ uint32 y_empty(int reader) const { return y_full(Config::kReaders) + 8 * reader; }
 
   // Until chunk `iteration` lies in its stage.
-  __device__ __forceinline__ void wait_for_inputs(int iteration) const {
+  __device__ __forceinline__ void wait_for_inputs(uint32 iteration) const {
     const int s = iteration % Config::kStages, parity = (iteration / Config::kStages) & 1;
     wait(loaded(s), parity);
     wait(full(s), parity);
@@ -160,6 +148,10 @@ __device__ __forceinline__ float load_shared(uint32 address) {
   float value;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
   return value;
+}
+
+__device__ __forceinline__ void load_shared2(float (&v)[2], uint32 address) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v[0]), "=f"(v[1]) : "r"(address) : "memory");
 }
 
 __device__ __forceinline__ void load_shared4(float* v, uint32 address) {
@@ -193,8 +185,8 @@ __device__ __forceinline__ uint32 pack_bf16(float low, float high) {
   return packed;
 }
 
-// x times the sums of `by` and `and_by`, two numbers each, rounded once.
-__device__ __forceinline__ uint32 multiply_bf16(uint32 x, uint32 by, uint32 and_by) {
+// Two numbers times two others, which are the sums of the two parts.
+__device__ __forceinline__ uint32 scale_bf16(uint32 x, uint32 by, uint32 and_by) {
   uint32 product;
   asm("{\n.reg .b32 rest;\nmul.rn.bf16x2 rest, %1, %3;\nfma.rn.bf16x2 %0, %1, %2, rest;\n}"
       : "=r"(product)
@@ -291,7 +283,7 @@ __device__ __forceinline__ void for_each_unit(const SsdParams& p, Body body) {
 // chunk(unit, c, iteration) for every chunk of every unit of this CTA; all roles count alike.
 template <typename Config, typename Enter, typename Chunk>
 __device__ __forceinline__ void for_each_chunk(const SsdParams& p, Enter enter, Chunk chunk) {
-  int iteration = 0;
+  uint32 iteration = 0;
   for_each_unit<Config>(p, [&](const Unit& unit) {
     enter(unit, iteration);
     for (int c = 0; c < unit.chunks; ++c, ++iteration) chunk(unit, c, iteration);
