@@ -44,26 +44,14 @@ __device__ __forceinline__ void mix_rows(uint32 (&m)[4][4], float (&own)[2], con
   own[1] = __shfl_sync(~0u, diagonal[1], holder);
 }
 
-// A warp's 16 tokens of x: x[j][..] = {features 16 j .., the next 8} x {rows, rows + 8}.
+// Where a lane points at for features 16 j .. of a warp's 16 tokens: a matrix of 8 x 8 each for {features, the next 8}
+// x {rows, rows + 8}.
 template <typename Config>
-__device__ __forceinline__ void load_rows(uint32 (&x)[Config::kFeatures / 16][4], uint32 tiles, int row, int lane) {
-#pragma unroll
-  for (int j = 0; j < Config::kFeatures / 16; ++j) {
-    load_matrices(x[j], swizzled(tiles + j / 4 * Config::kTileBytes, row, j % 4 * 2 + lane / 16));
-  }
+__device__ __forceinline__ uint32 row_of_tiles(uint32 tiles, int j, int row, int lane) {
+  return swizzled(tiles + j / 4 * Config::kTileBytes, row, j % 4 * 2 + lane / 16);
 }
 
-template <typename Config>
-__device__ __forceinline__ void store_rows(uint32 tiles, const uint32 (&x)[Config::kFeatures / 16][4], int row,
-                                           int lane) {
-#pragma unroll
-  for (int j = 0; j < Config::kFeatures / 16; ++j) {
-    store_matrices(swizzled(tiles + j / 4 * Config::kTileBytes, row, j % 4 * 2 + lane / 16), x[j][0], x[j][1], x[j][2],
-                   x[j][3]);
-  }
-}
-
-// D x, where D has a number for every feature.
+// D x, where D has a number for every feature; x[j][..] are features 16 j .. as above.
 template <typename Config>
 __device__ __forceinline__ void add_skips(float (&y)[Config::kFeatures / 2],
                                           const uint32 (&x)[Config::kFeatures / 16][4], const SsdParams& p, int head,
@@ -84,18 +72,21 @@ template <typename Config>
 __device__ __forceinline__ void finish_rows(uint32 (&x)[Config::kFeatures / 16][4], const float (&skip)[2],
                                             const float (&y)[Config::kFeatures / 2], uint32 z_tiles, int row,
                                             int lane) {
-  uint32 z[Config::kFeatures / 16][4];
-  if constexpr (Config::kGated) load_rows<Config>(z, z_tiles, row, lane);
 #pragma unroll
-  for (int i = 0; i < Config::kFeatures / 4; ++i) {
-    uint32& pair = x[i / 4][i % 4];
-    float y0 = fmaf(skip[i % 2], low_half(pair), y[2 * i]), y1 = fmaf(skip[i % 2], high_half(pair), y[2 * i + 1]);
-    if constexpr (Config::kGated) {
-      const float z0 = low_half(z[i / 4][i % 4]), z1 = high_half(z[i / 4][i % 4]);
-      y0 *= z0 * sigmoid<bf16>(z0);
-      y1 *= z1 * sigmoid<bf16>(z1);
+  for (int j = 0; j < Config::kFeatures / 16; ++j) {
+    uint32 z[4];
+    if constexpr (Config::kGated) load_matrices(z, row_of_tiles<Config>(z_tiles, j, row, lane));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* sum = &y[8 * j + 2 * i];
+      float y0 = fmaf(skip[i % 2], low_half(x[j][i]), sum[0]), y1 = fmaf(skip[i % 2], high_half(x[j][i]), sum[1]);
+      if constexpr (Config::kGated) {
+        const float z0 = low_half(z[i]), z1 = high_half(z[i]);
+        y0 *= z0 * sigmoid<bf16>(z0);
+        y1 *= z1 * sigmoid<bf16>(z1);
+      }
+      x[j][i] = pack_bf16(y0, y1);
     }
-    pair = pack_bf16(y0, y1);
   }
 }
 
@@ -144,21 +135,44 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
         wgmma_wait<1>();
         float skip[2];
         mix_rows(m, skip, cb, a, b, warp, lane);
-        wgmma_wait<0>();
-        keep_operands(c, never, stage);
-        __syncwarp();
-        if (lane == 0) arrive(shared.state_empty(buffer));
         const float reach[2] = {exp2_fast(a[0]), exp2_fast(a[1])};
+        const auto add_mixed = [&](float (&sum)[Config::kFeatures / 2], bool add) {  // M X
+          wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < Config::kFeatures / 2; ++i) y[i] *= reach[i / 2 % 2];
-        wgmma_fence();
+          for (int k = 0; k < 4; ++k) {
+            wgmma<true>(sum, m[k], swizzled_operand(stage, Config::kX + k * 2048, Config::kTileBytes), add || k > 0);
+          }
+          wgmma_commit();
+        };
+        const auto load_x = [&] {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {  // M X
-          wgmma<true>(y, m[k], swizzled_operand(stage, Config::kX + k * 2048, Config::kTileBytes), true);
+          for (int j = 0; j < Config::kFeatures / 16; ++j) {
+            load_matrices(x[j], row_of_tiles<Config>(shared.x(s, 0), j, row, lane));
+          }
+        };
+        const auto release_state = [&] {
+          keep_operands(c, never, stage);
+          __syncwarp();
+          if (lane == 0) arrive(shared.state_empty(buffer));
+        };
+        if constexpr (Config::kTwoSums) {
+          float mixed[Config::kFeatures / 2];
+          add_mixed(mixed, false);
+          load_x();
+          wgmma_wait<1>();
+          release_state();
+          wgmma_wait<0>();
+#pragma unroll
+          for (int i = 0; i < Config::kFeatures / 2; ++i) y[i] = fmaf(y[i], reach[i / 2 % 2], mixed[i]);
+        } else {
+          wgmma_wait<0>();
+          release_state();
+#pragma unroll
+          for (int i = 0; i < Config::kFeatures / 2; ++i) y[i] *= reach[i / 2 % 2];
+          add_mixed(y, true);
+          load_x();
+          wgmma_wait<0>();
         }
-        wgmma_commit();
-        load_rows<Config>(x, shared.x(s, 0), row, lane);
-        wgmma_wait<0>();
         keep_operands(m, never, stage);
 
         if (D_per_feature) add_skips<Config>(y, x, p, unit.head, lane);
@@ -168,7 +182,10 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
         __syncwarp();
         if (lane == 0) arrive(shared.empty(s));
         wait(shared.y_empty(reader), (iteration / Config::kReaders + 1) & 1);
-        store_rows<Config>(shared.y(reader, 0), x, row, lane);
+#pragma unroll
+        for (int j = 0; j < Config::kFeatures / 16; ++j) {
+          store_matrices(row_of_tiles<Config>(shared.y(reader, 0), j, row, lane), x[j][0], x[j][1], x[j][2], x[j][3]);
+        }
         __syncwarp();
         if (lane == 0) arrive(shared.y_full(reader));
       });

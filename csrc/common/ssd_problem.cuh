@@ -70,11 +70,13 @@ struct SsdConfig {
   // and those that make y, each of every so many chunks; the second would have no registers beside two walkers
   static constexpr int kReaders = kStatesOnly ? 0 : kWalkers == 1 ? 2 : 1;
   static constexpr int kThreads = 128 * (1 + kWalkers + kReaders);
+  // the two parts of y in registers of their own, so that no product waits for the other one's result
+  static constexpr bool kTwoSums = kFeatures < 128 && !(kHalves == 2 && kGated);
 
   // of 512 for a thread of each warpgroup together; all with which ptxas spills nothing
-  static constexpr int kProducerRegisters = kHalves == 2 ? 40 : 48;
+  static constexpr int kProducerRegisters = kHalves == 2 && !kGated ? 40 : 48;
   static constexpr int kWalkerRegisters = kReaders == 2 ? 152 : 144;
-  static constexpr int kReaderRegisters = kReaders == 2 ? 152 : kHalves == 2 ? 184 : 176;
+  static constexpr int kReaderRegisters = kReaders == 2 ? 152 : kHalves == 2 && !kGated ? 184 : 176;
 
   static constexpr int kTileBytes = kChunk * 64 * 2;          // 64 tokens of 128 bytes, swizzled
   static constexpr int kGroupTiles = kHalves * kStates / 64;  // of B, and of C
