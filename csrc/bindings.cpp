@@ -62,7 +62,7 @@ PYBIND11_MODULE(_cuda, m) {
       .def(py::init([](std::array<int, 4> dtypes, std::array<std::int64_t, 7> sizes,
                        std::array<std::int64_t, 2> x_strides, std::array<std::int64_t, 2> y_strides,
                        std::array<std::int64_t, 3> initial_strides, std::array<std::int64_t, 3> final_strides,
-                       int null_slot, bool silu, int tokens_per_thread) {
+                       int null_slot, bool silu, int tokens_per_thread, std::array<int, 3> ring) {
              const auto [batch, seqlen, dim, width, nseq, nslots, state_len] = sizes;
              return Conv1dArgs{
                  .dtype = DType(dtypes[0]),
@@ -83,10 +83,12 @@ PYBIND11_MODULE(_cuda, m) {
                  .null_slot = null_slot,
                  .silu = silu,
                  .tokens_per_thread = tokens_per_thread,
+                 .ring = ring,
              };
            }),
            py::arg("dtypes"), py::arg("sizes"), py::arg("x_strides"), py::arg("y_strides"), py::arg("initial_strides"),
-           py::arg("final_strides"), py::arg("null_slot"), py::arg("silu"), py::arg("tokens_per_thread"))
+           py::arg("final_strides"), py::arg("null_slot"), py::arg("silu"), py::arg("tokens_per_thread"),
+           py::arg("ring") = std::array<int, 3>{})
       .def(
           "__call__",
           [](const Conv1dArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {

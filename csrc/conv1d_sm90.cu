@@ -1,5 +1,6 @@
 #include "conv1d_sm90.cuh"
 
+#include "conv1d_ring_sm90.cuh"
 #include "common/api.h"
 #include "common/conv1d_dispatch.cuh"
 
@@ -47,6 +48,17 @@ void conv1d_fwd(const Conv1dArgs& a, const Conv1dTensors& t, Target target) {
   const DeviceGuard guard(target.device);
   const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
   const auto run = [&]<typename T, int kWidth, bool kSilu, bool kPacked>() {
+    if constexpr (kWidth == 4 && kSilu) {
+      if (const auto [stages, ctas, bulk] = a.ring; stages > 0 && blocks > 0) {
+        const auto kernel = bulk ? conv1d_ring_kernel<T, kWidth, kSilu, kPacked, true>
+                                 : conv1d_ring_kernel<T, kWidth, kSilu, kPacked, false>;
+        const int shared = kConvThreads / 32 * stages * kConvGroup * kConvRowBytes;
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "conv1d_ring_kernel");
+        kernel<<<ctas, kConvThreads, shared, stream>>>(p, stages);
+        check(cudaGetLastError(), "conv1d_ring_kernel");
+        return;
+      }
+    }
     if (blocks > 0) {
       conv1d_kernel<T, kWidth, kSilu, kPacked, kLoads, kMinBlocks<T>><<<blocks, kConvThreads, 0, stream>>>(p);
       check(cudaGetLastError(), "conv1d_kernel");

@@ -34,7 +34,7 @@ __device__ __forceinline__ float silu_grad(float z, float gate) {
 }
 
 template <typename T, typename Stream, Gate kGate, int kVectors>
-__global__ void __launch_bounds__(32 * kMaxNormWarps) norm_bwd_kernel(const __grid_constant__ NormBwdParams p) {
+__global__ void __launch_bounds__(32 * kMaxNormWarps, 1) norm_bwd_kernel(const __grid_constant__ NormBwdParams p) {
   using Part = NormPart<T, Stream, kVectors>;
   constexpr int kCount = Part::kCount;
   extern __shared__ float4 dynamic[];

@@ -25,6 +25,7 @@ struct Conv1dArgs {
   int null_slot;
   bool silu;
   int tokens_per_thread;
+  std::array<int, 3> ring;  // slots (0: none), CTAs, whether results leave through it too
 };
 
 struct Conv1dTensors {
