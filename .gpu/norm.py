@@ -314,7 +314,7 @@ def bwd():
 
         return [lambda s=s: kernels.norm_bwd(s["dy"], s["x"] if s["h"] is None else s["h"], s["z"], s["weight"], s["dh"], s["dx"], s["dz"], None, s["dweight"], 1e-5, s["group"], False) for s in sets]
 
-    policies = [(most, cta, sm, stages) for most in (1, 2, 3, 4, 5, 6) for cta in (2, 4, 6, 8) for sm in (8, 12, 16) for stages in (2, 3, 4)]
+    policies = [(most, cta, sm, stages) for most in (1, 2, 3, 4, 5, 6) for cta in (2, 4, 8) for sm in (8, 12, 16) for stages in (2, 3, 4)]
     sweep("bwd", policies, BAR_BWD, 5, 4, 3, 3, bwd_calls, triton)
 
 

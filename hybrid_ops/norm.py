@@ -268,8 +268,9 @@ def _norm_bwd(
 ) -> None:
     chosen = _bwd_choice(impl, x, z, weight, dx, group_size)
     if chosen == "cuda":
-        dy, dh = (t if t is None or _csrc_norm.is_rows(t) else t.contiguous() for t in (dy, dh))
-        tensors = (dy, x, z, weight, dh, dx, dz, dresidual, dweight)
+        if dh is not None:
+            dh = _csrc_norm.in_rows(dh)
+        tensors = (_csrc_norm.in_rows(dy), x, z, weight, dh, dx, dz, dresidual, dweight)
         _csrc_norm.norm_bwd(*tensors, eps, group_size, norm_before_gate)(*tensors)
         return
     if chosen == "triton":

@@ -24,9 +24,12 @@ _FEWEST = 128  # features of a group: with fewer most lanes would be idle
 
 
 def team(vectors: int, most: int) -> tuple[int, int]:
-    """Vectors of a lane, of `most` at most, and warps, for so many vectors: those that leave the fewest lanes idle."""
-    shapes = [(n, -(-vectors // (32 * n))) for n in range(most, 0, -1)]
-    return min((s for s in shapes if s[1] <= MAX_WARPS), key=lambda s: s[0] * s[1])
+    """Vectors of a lane and warps for a group of so many: the fewest idle lanes, then the fewest warps.
+
+    A lane has more than `most` only where that takes too many warps.
+    """
+    shapes = [(n, -(-vectors // (32 * n))) for n in range(1, _MOST_VECTORS + 1)]
+    return min((s for s in shapes if s[1] <= MAX_WARPS), key=lambda s: (s[0] > most, s[0] * s[1], s[1]))
 
 
 def config(rows: int, groups: int, group_size: int, itemsize: int, num_sms: int) -> Config:
@@ -52,9 +55,9 @@ def refusal(
 
     dtype: of x and y; stream: of z or the residual. `tensors`: all that have rows.
     """
-    for name in (dtype, stream, weight.dtype):
-        if name not in DTYPES:
-            return f"the CUDA kernel has no {name}"
+    for each in (dtype, stream, weight.dtype):
+        if each not in DTYPES:
+            return f"the CUDA kernel has no {each}"
     if stream != dtype and (gated or stream != torch.float32):
         kind = "z in" if gated else "the residual in torch.float32 or"
         return f"the CUDA kernel takes {kind} {dtype}, as x, not {stream}"
@@ -76,6 +79,10 @@ def refusal(
 def is_rows(tensor: Tensor) -> bool:
     stride = row_stride(tensor)
     return stride is not None and stride * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+
+
+def in_rows(tensor: Tensor) -> Tensor:
+    return tensor if is_rows(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def row_stride(tensor: Tensor) -> int | None:
