@@ -369,13 +369,13 @@ PYBIND11_MODULE(_cuda, m) {
           py::arg("tensors"), py::arg("device"), py::arg("stream"));
 
   py::class_<NormArgs>(m, "Norm", "An RMSNorm of one signature; the groups hold what NormForm in api.h names.")
-      .def(py::init([](std::array<int, 3> dtypes, std::array<std::int64_t, 3> sizes,
-                       std::array<std::int64_t, 4> strides, bool gated, bool norm_before_gate, float eps,
-                       std::array<int, 5> config) {
-             return NormArgs{norm_form(dtypes, sizes, gated, norm_before_gate, eps, config), strides};
-           }),
-           py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("gated"), py::arg("norm_before_gate"),
-           py::arg("eps"), py::arg("config"))
+      .def(
+          py::init([](std::array<int, 3> dtypes, std::array<std::int64_t, 3> sizes, std::array<std::int64_t, 4> strides,
+                      bool gated, bool norm_before_gate, float eps, std::array<int, 5> config) {
+            return NormArgs{norm_form(dtypes, sizes, gated, norm_before_gate, eps, config), strides};
+          }),
+          py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("gated"), py::arg("norm_before_gate"),
+          py::arg("eps"), py::arg("config"))
       .def(
           "__call__",
           [](const NormArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
@@ -384,13 +384,13 @@ PYBIND11_MODULE(_cuda, m) {
           "Fill y, and h with a residual.", py::arg("tensors"), py::arg("device"), py::arg("stream"));
 
   py::class_<NormBwdArgs>(m, "NormBwd", "The gradients of an RMSNorm of one signature, as Norm.")
-      .def(py::init([](std::array<int, 3> dtypes, std::array<std::int64_t, 3> sizes,
-                       std::array<std::int64_t, 3> strides, bool gated, bool norm_before_gate, float eps,
-                       std::array<int, 5> config) {
-             return NormBwdArgs{norm_form(dtypes, sizes, gated, norm_before_gate, eps, config), strides};
-           }),
-           py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("gated"), py::arg("norm_before_gate"),
-           py::arg("eps"), py::arg("config"))
+      .def(
+          py::init([](std::array<int, 3> dtypes, std::array<std::int64_t, 3> sizes, std::array<std::int64_t, 3> strides,
+                      bool gated, bool norm_before_gate, float eps, std::array<int, 5> config) {
+            return NormBwdArgs{norm_form(dtypes, sizes, gated, norm_before_gate, eps, config), strides};
+          }),
+          py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("gated"), py::arg("norm_before_gate"),
+          py::arg("eps"), py::arg("config"))
       .def(
           "__call__",
           [](const NormBwdArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {

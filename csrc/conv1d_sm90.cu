@@ -1,8 +1,8 @@
 #include "conv1d_sm90.cuh"
 
-#include "conv1d_ring_sm90.cuh"
 #include "common/api.h"
 #include "common/conv1d_dispatch.cuh"
+#include "conv1d_ring_sm90.cuh"
 
 namespace hybrid_ops {
 namespace {

@@ -1,9 +1,10 @@
 // Gradients of RMSNorm, plain, with a residual, or gated, in one pass over memory, then the weight's.
 //
-// With n = u rstd, what the weight is multiplied with:  du = rstd (dn - n mean(dn n)),  dweight = sum over rows of dy n.
-// So a row is looked at twice, once for its two sums. It lies in shared memory, where the next rows come meanwhile; the
-// gate is computed twice, for which there is time, unlike room in registers. Those hold the thread's part of dweight;
-// a CTA's teams are added at its end, and a second kernel adds the CTAs in their order: the same bits every time.
+// With n = u rstd, what the weight is multiplied with:  du = rstd (dn - n mean(dn n)),  dweight = sum over rows of dy
+// n. So a row is looked at twice, once for its two sums. It lies in shared memory, where the next rows come meanwhile;
+// the gate is computed twice, for which there is time, unlike room in registers. Those hold the thread's part of
+// dweight; a CTA's teams are added at its end, and a second kernel adds the CTAs in their order: the same bits every
+// time.
 #pragma once
 
 #include "common/norm.cuh"
@@ -131,7 +132,9 @@ __global__ void __launch_bounds__(32 * kMaxNormWarps, 1) norm_bwd_kernel(const _
 
   // the teams' parts of dweight, through the ring, in which nothing is under way any more
   float* const mine = reinterpret_cast<float*>(slots);
-  const auto piece = [&](float* of_warp, int i, int c) { return reinterpret_cast<float4*>(of_warp + part.place(i) + c); };
+  const auto piece = [&](float* of_warp, int i, int c) {
+    return reinterpret_cast<float4*>(of_warp + part.place(i) + c);
+  };
   if (threadIdx.y > 0) {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
@@ -171,7 +174,8 @@ __global__ void __launch_bounds__(kSumFeatures* kSumRows)
   float sum = 0.f;
   if (feature < hidden) {
 #pragma unroll 4
-    for (int i = threadIdx.y; i < num_partials; i += kSumRows) sum += p.partials[static_cast<int64>(i) * hidden + feature];
+    for (int i = threadIdx.y; i < num_partials; i += kSumRows)
+      sum += p.partials[static_cast<int64>(i) * hidden + feature];
   }
   __shared__ float sums[kSumRows][kSumFeatures];
   sums[threadIdx.y][threadIdx.x] = sum;

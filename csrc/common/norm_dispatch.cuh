@@ -44,8 +44,8 @@ void norm_dispatch(const NormForm& form, const Run& run) {
 
 // Launch for a grid of form.ctas CTAs in each group, with so many bytes of shared memory for each warp.
 template <typename Params>
-void norm_launch(void (*kernel)(Params), const Params& p, const NormForm& form, int bytes_of_warp,
-                 cudaStream_t stream, const char* name) {
+void norm_launch(void (*kernel)(Params), const Params& p, const NormForm& form, int bytes_of_warp, cudaStream_t stream,
+                 const char* name) {
   const int shared = form.warps * form.teams * bytes_of_warp;
   if (shared > 48 * 1024) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), name);

@@ -140,7 +140,8 @@ def make_launch(
         final_strides=(0, 0, 0) if state is None else state.stride(),
         null_slot=null_slot,
         silu=silu,
-        tokens_per_thread=tokens or config(batch, seqlen, dim, _device.num_sms(index), x.element_size()).tokens_per_thread,
+        tokens_per_thread=tokens
+        or config(batch, seqlen, dim, _device.num_sms(index), x.element_size()).tokens_per_thread,
         ring=ring,
     )
     return lambda tensors: launch(tensors, index, torch._C._cuda_getCurrentRawStream(index))

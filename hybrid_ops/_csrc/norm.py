@@ -35,17 +35,22 @@ def team(vectors: int, most: int) -> tuple[int, int]:
 def config(rows: int, groups: int, group_size: int, itemsize: int, num_sms: int) -> Config:
     """A team for each group of each row; itemsize: of the widest tensor."""
     vectors, warps = team(group_size * itemsize // 16, 4)
-    teams = max(1, 4 // warps)
+    teams = max(1, min(4 // warps, rows))
     return Config(vectors=vectors, warps=warps, teams=teams, ctas=max(1, -(-rows // teams)), stages=0)
 
 
 def bwd_config(rows: int, groups: int, group_size: int, itemsize: int, num_sms: int) -> Config:
     """As many teams as are on the GPU at once; all of them have the same number of rows, to one."""
     vectors, warps = team(group_size * itemsize // 16, 5)
-    teams = max(1, 4 // warps)
+    teams = max(1, min(4 // warps, rows))
     ctas = max(1, 14 // (warps * teams) * num_sms // groups)
     rows_of_team = max(1, -(-rows // (ctas * teams)))
     return Config(vectors=vectors, warps=warps, teams=teams, ctas=max(1, -(-rows // (rows_of_team * teams))), stages=2)
+
+
+def most_features(itemsize: int) -> int:
+    """Of a group, by the size of an element of the widest tensor."""
+    return MAX_WARPS * 32 * _MOST_VECTORS * 16 // itemsize
 
 
 def refusal(
@@ -65,7 +70,7 @@ def refusal(
         return f"the CUDA kernel takes weight in {dtype} or torch.float32, not {weight.dtype}"
     if not weight.is_contiguous() or weight.data_ptr() % 16:
         return "the CUDA kernel needs a contiguous weight that begins at a multiple of 16 bytes"
-    most = MAX_WARPS * 32 * _MOST_VECTORS * 16 // max(dtype.itemsize, stream.itemsize)
+    most = most_features(max(dtype.itemsize, stream.itemsize))
     if group_size * dtype.itemsize % 16 or not _FEWEST <= group_size <= most:
         return f"the CUDA kernel has groups of {_FEWEST} to {most} features, whole pieces of 16 bytes, not {group_size}"
     for name, tensor in tensors.items():
