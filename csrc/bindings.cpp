@@ -20,7 +20,7 @@ Tensors addresses(const py::tuple& tensors) {
 }
 
 NormForm norm_form(std::array<int, 3> dtypes, std::array<std::int64_t, 3> sizes, bool gated, bool norm_before_gate,
-                   float eps, std::array<int, 5> config) {
+                   float eps, std::array<int, 3> config) {
   return {
       .dtype = DType(dtypes[0]),
       .stream_dtype = DType(dtypes[1]),
@@ -34,8 +34,6 @@ NormForm norm_form(std::array<int, 3> dtypes, std::array<std::int64_t, 3> sizes,
       .vectors = config[0],
       .warps = config[1],
       .teams = config[2],
-      .ctas = config[3],
-      .stages = config[4],
   };
 }
 
@@ -371,7 +369,7 @@ PYBIND11_MODULE(_cuda, m) {
   py::class_<NormArgs>(m, "Norm", "An RMSNorm of one signature; the groups hold what NormForm in api.h names.")
       .def(
           py::init([](std::array<int, 3> dtypes, std::array<std::int64_t, 3> sizes, std::array<std::int64_t, 4> strides,
-                      bool gated, bool norm_before_gate, float eps, std::array<int, 5> config) {
+                      bool gated, bool norm_before_gate, float eps, std::array<int, 3> config) {
             return NormArgs{norm_form(dtypes, sizes, gated, norm_before_gate, eps, config), strides};
           }),
           py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("gated"), py::arg("norm_before_gate"),
@@ -387,7 +385,10 @@ PYBIND11_MODULE(_cuda, m) {
       .def(
           py::init([](std::array<int, 3> dtypes, std::array<std::int64_t, 3> sizes, std::array<std::int64_t, 3> strides,
                       bool gated, bool norm_before_gate, float eps, std::array<int, 5> config) {
-            return NormBwdArgs{norm_form(dtypes, sizes, gated, norm_before_gate, eps, config), strides};
+            const auto [vectors, warps, teams, ctas, stages] = config;
+            const NormForm form =
+                norm_form(dtypes, sizes, gated, norm_before_gate, eps, {vectors, warps, teams});
+            return NormBwdArgs{form, strides, ctas, stages};
           }),
           py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("gated"), py::arg("norm_before_gate"),
           py::arg("eps"), py::arg("config"))

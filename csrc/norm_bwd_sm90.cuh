@@ -11,6 +11,8 @@
 
 namespace hybrid_ops {
 
+inline constexpr int kMaxNormStages = 4;
+
 struct NormBwdParams {
   const void* dy;      // (rows, hidden), unit stride in a row, as all of them; T
   const void* x;       // what the norm saw: x, or with a residual h; Stream
@@ -28,11 +30,58 @@ struct NormBwdParams {
   bool weight_fp32;
 };
 
+// A warp's rows on their way into its part of shared memory, `stages` of them at a time: one lane asks for them, all
+// wait for the one that is next, and nobody for another warp.
+class RowRing {
+ public:
+  // fill(slot, barrier, row) has the next row's bytes come to a slot.
+  template <typename Fill>
+  __device__ __forceinline__ RowRing(uint32 barriers, int stages, int row, int step, int rows, const Fill& fill)
+      : barriers_(barriers), stages_(stages), ahead_(stages * step), rows_(rows) {
+    if (threadIdx.x % 32 == 0) {
+      for (int slot = 0; slot < stages; ++slot) init_barrier(barriers + 8 * slot, 1);
+      fence_barrier_init();
+      for (int slot = 0; slot < stages && row + slot * step < rows; ++slot) {
+        fill(slot, barriers + 8 * slot, row + slot * step);
+      }
+    }
+    __syncwarp();
+  }
+
+  // The slot in which the next row is, once it is there.
+  __device__ __forceinline__ int wait() const {
+    hybrid_ops::wait(barriers_ + 8 * slot_, parity_);
+    return slot_;
+  }
+
+  // Every lane has read `row`: its place is for another one.
+  template <typename Fill>
+  __device__ __forceinline__ void refill(int row, const Fill& fill) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0 && row + ahead_ < rows_) fill(slot_, barriers_ + 8 * slot_, row + ahead_);
+    if (++slot_ == stages_) slot_ = 0, parity_ ^= 1;
+  }
+
+ private:
+  uint32 barriers_;
+  int stages_, ahead_, rows_;
+  int slot_ = 0;
+  uint32 parity_ = 0;
+};
+
 // d/dz of z sigmoid(z), given that sigmoid; of 1 - sigmoid float32 has few digits where z is large.
 template <typename T>
 __device__ __forceinline__ float silu_grad(float z, float gate) {
   return sizeof(T) == 2 ? fmaf(z * gate, 1.f - gate, gate) : gate * fmaf(z, sigmoid<T>(-z), 1.f);
 }
+
+// A slot of the ring: a warp's elements of dy, x, and the third tensor.
+template <typename T, typename Stream, int kVectors>
+struct NormBwdSlot {
+  static constexpr int kElements = NormPart<T, Stream, kVectors>::kOfWarp;
+  static constexpr int kX = kElements * sizeof(T), kThird = kX + kElements * sizeof(Stream);
+  static constexpr int kBytes = kThird + kElements * sizeof(Stream);
+};
 
 template <typename T, typename Stream, Gate kGate, int kVectors>
 __global__ void __launch_bounds__(32 * kMaxNormWarps, 1) norm_bwd_kernel(const __grid_constant__ NormBwdParams p) {
@@ -46,9 +95,8 @@ __global__ void __launch_bounds__(32 * kMaxNormWarps, 1) norm_bwd_kernel(const _
   const bool has_third = kGate != Gate::none || p.third != nullptr;
   const int warps = blockDim.x / 32, warp_of_cta = threadIdx.y * warps + part.warp;
 
-  // a slot of the ring: the warp's elements of dy, x, and the third tensor
-  constexpr uint32 kX = Part::kOfWarp * sizeof(T), kThird = kX + Part::kOfWarp * sizeof(Stream);
-  constexpr uint32 kSlot = kThird + Part::kOfWarp * sizeof(Stream);
+  using Slot = NormBwdSlot<T, Stream, kVectors>;
+  constexpr int kX = Slot::kX, kThird = Slot::kThird, kSlot = Slot::kBytes;
   char* const slots = reinterpret_cast<char*>(dynamic) + warp_of_cta * p.stages * kSlot;
   const auto fill = [&](int slot, uint32 barrier, int row) {
     const uint32 place = shared_address(slots) + slot * kSlot;

@@ -19,20 +19,15 @@ void norm_fwd(const NormArgs& a, const NormTensors& t, Target target) {
       .rows = static_cast<int>(form.rows),
       .groups = static_cast<int>(form.hidden / form.group_size),
       .group_size = static_cast<int>(form.group_size),
-      .step = form.ctas * form.teams,
-      .stages = form.stages,
       .eps = form.eps,
       .weight_fp32 = form.weight_dtype == DType::float32,
   };
   const DeviceGuard guard(target.device);
   const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
   norm_dispatch(form, [&]<typename T, typename Stream, Gate kGate, int kVectors>() {
-    if (form.stages == 0) {
-      norm_launch(norm_kernel<T, Stream, kGate, kVectors, false>, p, form, 0, stream, "norm_kernel");
-    } else {
-      const int bytes = form.stages * NormPart<T, Stream, kVectors>::kOfWarp * (sizeof(T) + sizeof(Stream));
-      norm_launch(norm_kernel<T, Stream, kGate, kVectors, true>, p, form, bytes, stream, "norm_kernel");
-    }
+    const std::int64_t ctas = (form.rows + form.teams - 1) / form.teams;
+    norm_kernel<T, Stream, kGate, kVectors><<<norm_grid(form, ctas), norm_block(form), 0, stream>>>(p);
+    check(cudaGetLastError(), "norm_kernel");
   });
 }
 

@@ -150,7 +150,6 @@ struct NormForm {
   bool gated, norm_before_gate;
   float eps;
   int vectors, warps, teams;  // of a lane; of a team, which has a group of a row; of a CTA
-  int ctas, stages;           // of a group of features; rows on their way to a team, or 0: they come through registers
 };
 
 struct NormArgs {
@@ -165,6 +164,7 @@ struct NormTensors {
 struct NormBwdArgs {
   NormForm form;
   std::array<std::int64_t, 3> strides;  // of rows: dy, x, z or dh
+  int ctas, stages;                     // of a group of features; rows on their way to a team
 };
 
 struct NormBwdTensors {

@@ -1,7 +1,7 @@
-// What both directions of RMSNorm share: who has which elements, sums over a group, and rows on their way.
+// What both directions of RMSNorm share: who has which elements, and sums over a group.
 //
 // A group of features of one row belongs to a team of warps, each lane of which has kVectors vectors of neighbouring
-// elements. Teams walk over the rows, those of a CTA all in the same group: what a feature needs stays in registers.
+// elements. The teams of a CTA are all in the same group.
 #pragma once
 
 #include "common/exponential.cuh"
@@ -14,7 +14,6 @@ namespace hybrid_ops {
 enum class Gate { none, first, last };
 
 inline constexpr int kMaxNormWarps = 8;  // of a CTA
-inline constexpr int kMaxNormStages = 4;
 
 // Elements of a vector, 16 bytes of the wider type: T is the dtype of x and y, or Stream, which z or the residual has.
 template <typename T, typename Stream>
@@ -90,44 +89,5 @@ __device__ __forceinline__ void team_sums(float (&sums)[kSums], NormSums<kSums>&
   }
   turn ^= 1;
 }
-
-// A warp's rows on their way into its part of shared memory, `stages` of them at a time: one lane asks for them, all
-// wait for the one that is next, and nobody for another warp.
-class RowRing {
- public:
-  // fill(slot, barrier, row) has the next row's bytes come to a slot.
-  template <typename Fill>
-  __device__ __forceinline__ RowRing(uint32 barriers, int stages, int row, int step, int rows, const Fill& fill)
-      : barriers_(barriers), stages_(stages), ahead_(stages * step), rows_(rows) {
-    if (stages > 0 && threadIdx.x % 32 == 0) {
-      for (int slot = 0; slot < stages; ++slot) init_barrier(barriers + 8 * slot, 1);
-      fence_barrier_init();
-      for (int slot = 0; slot < stages && row + slot * step < rows; ++slot) {
-        fill(slot, barriers + 8 * slot, row + slot * step);
-      }
-    }
-    __syncwarp();
-  }
-
-  // The slot in which the next row is, once it is there.
-  __device__ __forceinline__ int wait() const {
-    hybrid_ops::wait(barriers_ + 8 * slot_, parity_);
-    return slot_;
-  }
-
-  // Every lane has read `row`: its place is for another one.
-  template <typename Fill>
-  __device__ __forceinline__ void refill(int row, const Fill& fill) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0 && row + ahead_ < rows_) fill(slot_, barriers_ + 8 * slot_, row + ahead_);
-    if (++slot_ == stages_) slot_ = 0, parity_ ^= 1;
-  }
-
- private:
-  uint32 barriers_;
-  int stages_, ahead_, rows_;
-  int slot_ = 0;
-  uint32 parity_ = 0;
-};
 
 }  // namespace hybrid_ops

@@ -31,9 +31,7 @@ void norm_with_type(const NormForm& form, const Run& run) {
 
 template <typename Run>
 void norm_dispatch(const NormForm& form, const Run& run) {
-  if (form.warps * form.teams > kMaxNormWarps || form.stages > kMaxNormStages) {
-    throw std::runtime_error("norm: a CTA has at most 8 warps and 4 stages");
-  }
+  if (form.warps * form.teams > kMaxNormWarps) throw std::runtime_error("norm: a CTA has at most 8 warps");
   switch (form.dtype) {
     case DType::float32: return norm_with_type<float>(form, run);
     case DType::bfloat16: return norm_with_type<__nv_bfloat16>(form, run);
@@ -42,16 +40,11 @@ void norm_dispatch(const NormForm& form, const Run& run) {
   }
 }
 
-// Launch for a grid of form.ctas CTAs in each group, with so many bytes of shared memory for each warp.
-template <typename Params>
-void norm_launch(void (*kernel)(Params), const Params& p, const NormForm& form, int bytes_of_warp, cudaStream_t stream,
-                 const char* name) {
-  const int shared = form.warps * form.teams * bytes_of_warp;
-  if (shared > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), name);
-  }
-  kernel<<<form.ctas * p.groups, dim3(32 * form.warps, form.teams), shared, stream>>>(p);
-  check(cudaGetLastError(), name);
+// Of so many CTAs for each group of features.
+inline dim3 norm_grid(const NormForm& form, std::int64_t ctas) {
+  return dim3(static_cast<unsigned>(ctas * (form.hidden / form.group_size)));
 }
+
+inline dim3 norm_block(const NormForm& form) { return dim3(32 * form.warps, form.teams); }
 
 }  // namespace hybrid_ops

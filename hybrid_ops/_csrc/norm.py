@@ -14,38 +14,62 @@ class Config(NamedTuple):
     vectors: int  # of 16 bytes of the widest tensor, of a lane
     warps: int  # of a team, which has a group of a row
     teams: int  # of a CTA
+
+
+class BwdConfig(NamedTuple):
+    vectors: int
+    warps: int
+    teams: int
     ctas: int  # of a group of features
-    stages: int  # rows on their way to a team through shared memory; 0: they come through registers
+    stages: int  # rows on their way to a team through shared memory
 
 
 MAX_WARPS = 8  # of a CTA: kMaxNormWarps
 _MOST_VECTORS = 6
 _FEWEST = 128  # features of a group: with fewer most lanes would be idle
+_CTA_VECTORS = 512  # of a forward CTA: 8 KiB of each tensor
+_WARPS_PER_SM = 32  # of the forward, at least
+_BWD_WARPS_PER_SM = 15
+_BYTES_UNDER_WAY = 72 * 1024  # of the backward, on a multiprocessor
+_SHARED = 216 * 1024  # bytes of a multiprocessor, less what barriers and sums take
 
 
-def team(vectors: int, most: int) -> tuple[int, int]:
-    """Vectors of a lane and warps for a group of so many: the fewest idle lanes, then the fewest warps.
-
-    A lane has more than `most` only where that takes too many warps.
-    """
-    shapes = [(n, -(-vectors // (32 * n))) for n in range(1, _MOST_VECTORS + 1)]
-    return min((s for s in shapes if s[1] <= MAX_WARPS), key=lambda s: (s[0] > most, s[0] * s[1], s[1]))
+def _team(vectors: int, fewest: int) -> tuple[int, int]:
+    """Vectors of a lane, not under `fewest` where a group has so many, and warps: the fewest idle lanes, then vectors."""
+    first = min(fewest, -(-vectors // 32))
+    shapes = [(n, -(-vectors // (32 * n))) for n in range(first, _MOST_VECTORS + 1)]
+    return min((s for s in shapes if s[1] <= MAX_WARPS), key=lambda s: (s[0] * s[1], s[0]))
 
 
 def config(rows: int, groups: int, group_size: int, itemsize: int, num_sms: int) -> Config:
-    """A team for each group of each row; itemsize: of the widest tensor."""
-    vectors, warps = team(group_size * itemsize // 16, 4)
-    teams = max(1, min(4 // warps, rows))
-    return Config(vectors=vectors, warps=warps, teams=teams, ctas=max(1, -(-rows // teams)), stages=0)
+    """A team for each group of each row; itemsize: of the widest tensor.
+
+    While all are on the GPU at once a row's latency counts, and lanes have one vector if that is enough. Later loads
+    under way count, and two.
+    """
+    group = group_size * itemsize // 16
+    vectors, warps = _team(group, fewest=1)
+    if rows * groups * warps > num_sms * _WARPS_PER_SM:
+        vectors, warps = _team(group, fewest=2)
+    return Config(vectors, warps, teams=max(1, min(MAX_WARPS // warps, -(-_CTA_VECTORS // group), rows)))
 
 
-def bwd_config(rows: int, groups: int, group_size: int, itemsize: int, num_sms: int) -> Config:
+def bwd_config(rows: int, groups: int, group_size: int, itemsize: int, num_sms: int) -> BwdConfig:
     """As many teams as are on the GPU at once; all of them have the same number of rows, to one."""
-    vectors, warps = team(group_size * itemsize // 16, 5)
+    group = group_size * itemsize // 16
+    vectors, warps = _team(group, fewest=1)
     teams = max(1, min(4 // warps, rows))
-    ctas = max(1, 14 // (warps * teams) * num_sms // groups)
+    row_bytes = 3 * 16 * 32 * vectors * warps * teams  # of a CTA's teams, in three tensors
+    per_sm = max(1, min(_BWD_WARPS_PER_SM // (warps * teams), _SHARED // (2 * row_bytes)))
+    ctas = max(1, per_sm * num_sms // groups)
     rows_of_team = max(1, -(-rows // (ctas * teams)))
-    return Config(vectors=vectors, warps=warps, teams=teams, ctas=max(1, -(-rows // (rows_of_team * teams))), stages=2)
+    return BwdConfig(
+        vectors,
+        warps,
+        teams,
+        ctas=max(1, -(-rows // (rows_of_team * teams))),
+        stages=min(4, max(2, _BYTES_UNDER_WAY // (per_sm * row_bytes))),
+    )
 
 
 def most_features(itemsize: int) -> int:
@@ -107,10 +131,16 @@ def row_stride(tensor: Tensor) -> int | None:
     return found or 0
 
 
+def _problem(like: Tensor, stream: torch.dtype, group_size: int) -> tuple[int, int, int, int, int]:
+    """What a configuration is chosen by; `like` has the shape and dtype of x."""
+    hidden = like.shape[-1]
+    itemsize = max(like.element_size(), stream.itemsize)
+    return like.numel() // hidden, hidden // group_size, group_size, itemsize, _device.num_sms(like.device.index)
+
+
 def _launch(
     kind: str,
-    config_of: Callable[..., Config],
-    chosen: Config | None,
+    chosen: Config | BwdConfig,
     like: Tensor,
     stream: torch.dtype,
     weight: Tensor,
@@ -119,24 +149,20 @@ def _launch(
     gated: bool,
     norm_before_gate: bool,
     eps: float,
-) -> tuple[Any, Config]:
-    """The extension's object, and its configuration; `like` has the shape and dtype of x, `rows` have strides."""
+) -> Any:
+    """The extension's object; `like` has the shape and dtype of x, `rows` have strides."""
     extension = _device.cuda_extension()
     assert extension is not None  # `choose` has seen it
     hidden = like.shape[-1]
-    num_rows, itemsize = like.numel() // hidden, max(like.element_size(), stream.itemsize)
-    if chosen is None:
-        chosen = config_of(num_rows, hidden // group_size, group_size, itemsize, _device.num_sms(like.device.index))
-    launch = getattr(extension, kind)(
+    return getattr(extension, kind)(
         dtypes=(DTYPES[like.dtype], DTYPES[stream], DTYPES[weight.dtype]),
-        sizes=(num_rows, hidden, group_size),
+        sizes=(like.numel() // hidden, hidden, group_size),
         strides=tuple(0 if t is None else row_stride(t) for t in rows),
         gated=gated,
         norm_before_gate=norm_before_gate,
         eps=eps,
         config=chosen,
     )
-    return launch, chosen
 
 
 @_checks.remembered
@@ -155,8 +181,9 @@ def norm(
     """What fills y and h, given the operator's arguments; for those of one signature."""
     second = residual if z is None else z
     index, stream = x.device.index, x.dtype if second is None else second.dtype
-    launch, _ = _launch(
-        *("Norm", config, chosen, x, stream, weight, (x, second, y, h)),
+    chosen = chosen or config(*_problem(x, stream, group_size))
+    launch = _launch(
+        *("Norm", chosen, x, stream, weight, (x, second, y, h)),
         *(group_size, z is not None, norm_before_gate, eps),
     )
     if x.numel() == 0:
@@ -178,12 +205,13 @@ def norm_bwd(
     eps: float,
     group_size: int,
     norm_before_gate: bool,
-    chosen: Config | None = None,
+    chosen: BwdConfig | None = None,
 ) -> Callable[..., None]:
     """What fills the gradients, given the operator's nine tensors, those of dy, x, z and dh in rows; as `norm`."""
     index = x.device.index
-    launch, chosen = _launch(
-        *("NormBwd", bwd_config, chosen, dx, x.dtype, weight, (dy, x, dh if z is None else z)),
+    chosen = chosen or bwd_config(*_problem(dx, x.dtype, group_size))
+    launch = _launch(
+        *("NormBwd", chosen, dx, x.dtype, weight, (dy, x, dh if z is None else z)),
         *(group_size, z is not None, norm_before_gate, eps),
     )
     partials = chosen.ctas * x.shape[-1]
