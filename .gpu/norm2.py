@@ -1,8 +1,9 @@
-"""RMSNorm and conv1d forward for sm_90a: numbers, then every configuration beside a copy of the same bytes.
+"""RMSNorm and conv1d for sm_90a: numbers, then what the rules choose beside Triton, a copy of the same bytes, and the
+configurations next to it.
 
-PYTHONPATH=<repo root> python .gpu/norm.py [numbers] [fwd] [bwd] [decode] [conv] [host]; each part in a process of its
-own, so that one that hangs or faults takes no other with it. A policy is a rule that gives each shape its configuration;
-the winner is the one whose worst shape (fraction of a copy over the bar) is best.
+PYTHONPATH=<repo root> python .gpu/norm2.py [numbers] [fwd] [bwd] [decode] [conv] [host]; each part in a process of its
+own, so that one that hangs or faults takes no other with it. A neighbour that is 1% faster than the choice on every
+shape is a better rule; else the rule stays.
 """
 import itertools, math, random, statistics, subprocess, sys, time
 from collections import defaultdict
@@ -10,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
-PARTS = {"numbers": 40, "fwd": 45, "bwd": 60, "decode": 25, "conv": 45, "host": 25}
+PARTS = {"numbers": 45, "fwd": 25, "bwd": 25, "decode": 20, "conv": 20, "host": 20}
 
 if __name__ == "__main__" and len(sys.argv) == 1:
     for part, limit in PARTS.items():
@@ -117,12 +118,15 @@ def norm_numbers():
         residual = sliced(wide) * 4 if form in ("residual", "wide") else None
         y, h = nan(x), nan(residual)
         vectors = group * (4 if F32 in (dtype, wide) else 2) // 16
-        configs = [None]
+        configs, bwd_configs = [None], [None]
         for n in (1, 2, 3, 4, 5, 6):
             warps = -(-vectors // (32 * n))
             if warps <= 8:
-                teams, stages = draw.choice([t for t in (1, 2, 3, 4, 8) if t * warps <= 8]), draw.choice([1, 2, 3, 4])
-                configs.append(csrc.Config(n, warps, teams, draw.choice([1, 3, 40]), stages))
+                teams = draw.choice([t for t in (1, 2, 3, 4, 8) if t * warps <= 8])
+                configs.append(csrc.Config(n, warps, teams))
+                bwd_configs.append(csrc.BwdConfig(n, warps, teams, draw.choice([1, 3, 40]), draw.choice([1, 2, 2, 3])))
+                if bwd_configs[-1].stages * n * warps * teams * 1536 > SHARED:
+                    bwd_configs[-1] = bwd_configs[-1]._replace(stages=1)
         ref, base = ([nan(x, to), nan(h, to)] for to in (torch.float64, F32))
         up = lambda t, to: None if t is None else t.to(to)
         for (ry, rh), to in ((ref, torch.float64), (base, F32)):
@@ -130,7 +134,7 @@ def norm_numbers():
                 rh.copy_((x.float() + residual.float()).to(wide))
             plain.norm_fwd(up(x, to) if rh is None else rh, up(z, to), None, up(weight, to), ry, None, 1e-5, group, before)
         label = f"{str(dtype)[6:]} {rows} x {groups} x {group} {form}"
-        for config in configs + [c._replace(stages=0) for c in configs[1:]]:
+        for config in configs:
             y, h = nan(x), nan(residual)
             csrc.norm(x, z, residual, weight, y, h, 1e-5, group, before, config)(x, z, residual, weight, y, h)
             check(f"fwd {str(dtype)[6:]}", f"{label} {config}", y, ref[0], base[0], dtype)
@@ -143,9 +147,7 @@ def norm_numbers():
         for to in (torch.float64, F32):
             du, dgate, dw = plain.norm_bwd(up(dy, to), up(saw, to), up(z, to), up(weight, to), 1e-5, group, before)
             results.append((du if dh is None else du + dh.to(to), dgate, dw))
-        for config in configs:
-            if config is not None:
-                config = config._replace(stages=min(config.stages, 2))
+        for config in bwd_configs:
             dx, dz, dweight = nan(x), nan(z), nan(weight)
             dresidual = nan(residual) if wide != dtype else None
             tensors = (dy, saw, z, weight, dh, dx, dz, dresidual, dweight)
@@ -179,28 +181,29 @@ def conv_numbers():
     randn = lambda *shape: torch.randn(*shape, device="cuda", generator=generator)
     count = 0
     ratios.clear()
-    for dtype, packed, bulk, _ in itertools.product((BF16, F16, F32), (False, True), (0, 1), range(6)):
+    for dtype, packed, silu, _ in itertools.product((BF16, F16, F32), (False, True), (False, True), range(8)):
         dim, seqlen, batch = draw.choice([8, 72, 640, 1024]), draw.choice([1, 2, 3, 17, 70, 531]), 1 if packed else 3
         cu = torch.tensor([0, *sorted(draw.choices(range(seqlen + 1), k=6)), draw.choice([seqlen, max(0, seqlen - 9)])], dtype=torch.int32, device="cuda").sort()[0].int() if packed else None
         nseq = batch if cu is None else cu.numel() - 1
         other = draw.choice([dtype, F32])
         x = randn(batch, seqlen, dim + 16).to(dtype)[..., 8 : 8 + dim] if draw.random() < 0.5 else randn(batch, seqlen, dim).to(dtype)
-        weight, bias = randn(dim, 4).to(other), draw.choice([None, randn(dim).to(other)])
-        history = draw.choice([None, randn(nseq, 3, dim).to(other).transpose(1, 2)])
+        width = draw.choice([2, 3, 4])
+        weight, bias = randn(dim, width).to(other), draw.choice([None, randn(dim).to(other)])
+        history = draw.choice([None, randn(nseq, width - 1, dim).to(other).transpose(1, 2)])
         columns = -(-dim * x.element_size() // 512)
         tokens, stages = 4 * draw.choice([1, 2, 5, 30]), draw.choice([2, 3, 6])
         ctas = max(-(-columns // 4), draw.choice([1, 3, 50]))
         y = nan(x)
         tensors = (x, weight, bias, history, y, None, cu, None, None)
-        conv_csrc.make_launch(*tensors, True, -1, tokens, (stages, ctas, bulk))(tensors)
+        conv_csrc.make_launch(*tensors, silu, -1, conv_csrc.Config(tokens, stages, ctas))(tensors)
         results = []
         for to in (torch.float64, F32):
             up = lambda t: None if t is None else t.to(to)
-            places = conv_plain.rows_of(batch, seqlen, 3, x.device, cu, None)
-            results.append(conv_plain.conv1d_fwd(up(x), up(weight), up(bias), up(history), places, True)[0])
+            places = conv_plain.rows_of(batch, seqlen, width - 1, x.device, cu, None)
+            results.append(conv_plain.conv1d_fwd(up(x), up(weight), up(bias), up(history), places, silu)[0])
         if cu is not None:
             assert not y[:, int(cu[-1]) :].any(), "behind the sequences"
-        check(f"conv {str(dtype)[6:]}", f"{tuple(x.shape)} packed={packed} bulk={bulk} T={tokens} stages={stages} ctas={ctas}", y, *results, dtype)
+        check(f"conv {str(dtype)[6:]}", f"{tuple(x.shape)} width={width} silu={silu} packed={packed} T={tokens} stages={stages} ctas={ctas}", y, *results, dtype)
         count += 1
     print(f"conv ring: {count} problems checked, {over} over; largest share of the budget:", {k: round(v, 2) for k, v in ratios.items()})
 
@@ -249,51 +252,20 @@ def bwd_calls(sets, config):
     return calls
 
 
-def config_of(policy, rows, groups, group, slot_tensors):
-    """None where the policy gives none: (most vectors, warps of a CTA, warps of a multiprocessor or 0, stages)."""
-    most, cta_warps, sm_warps, stages = policy
-    vectors, warps = csrc.team(group // 8, most)
-    teams = max(1, cta_warps // warps)
-    if sm_warps == 0:
-        return csrc.Config(vectors, warps, teams, -(-rows // teams), 0)
-    shared = vectors * 512 * slot_tensors * stages * warps * teams + 2048
-    per_sm = sm_warps // (warps * teams)
-    if per_sm == 0 or per_sm * shared > SHARED:
-        return None
-    ctas = max(1, per_sm * SMS // groups)
-    each = max(1, -(-rows // (ctas * teams)))
-    return csrc.Config(vectors, warps, teams, max(1, -(-rows // (each * teams))), stages)
-
-
-def sweep(kind, policies, bar, tensors_gated, tensors_residual, slot_gated, slot_residual, calls_of, triton_calls):
-    found, lines = defaultdict(dict), []
+def sweep(kind, bar, calls_of, triton_calls, chosen_of, neighbours, tensors_gated, tensors_residual):
     for case, shape in NORM.items():
         rows, groups, group, wide = shape
         sets = [norm_set(*shape) for _ in range(2 if group * groups > 9000 else 3)]
         copy = copy_us(2 * rows * groups * group * (tensors_residual if wide is None else tensors_gated))
-        base = timed(triton_calls(sets))
-        seen = {}
-        for policy in policies:
-            config = config_of(policy, rows, groups, group, slot_residual if wide is None else slot_gated)
-            if config is None:
-                continue
-            if config not in seen:
-                seen[config] = timed(calls_of(sets, config))
-            found[policy][case] = copy / seen[config]
-        best = sorted(seen.items(), key=lambda item: item[1])[:6]
-        lines.append(f"{kind} {case}: copy {copy:.1f}, Triton {base:.1f} ({copy / base:.2f}); best of {len(seen)}: "
-                     + "; ".join(f"{tuple(c)} {us:.1f} ({copy / us:.3f})" for c, us in best))
-        print(lines[-1], flush=True)
+        triton = timed(triton_calls(sets))
+        chosen = chosen_of(rows, groups, group, 2, SMS)
+        us = timed(calls_of(sets, chosen))
+        others = sorted((timed(calls_of(sets, c)), tuple(c)) for c in dict.fromkeys(neighbours(chosen, rows, groups, group)) if c != chosen)
+        print(f"{kind} {case}: copy {copy:.1f}, Triton {triton:.1f} ({copy / triton:.3f}), {tuple(chosen)} {us:.1f} "
+              f"({copy / us:.3f}{'' if copy / us >= bar else ' UNDER ' + str(bar)}); next to it: "
+              + "; ".join(f"{c} {t:.1f} ({copy / t:.3f})" for t, c in others[:4]), flush=True)
         del sets
         torch.cuda.empty_cache()
-    ranked = sorted(((min(f.values()), p, f) for p, f in found.items() if len(f) == len(NORM)), reverse=True, key=lambda r: r[0])
-    print(f"{kind}: policies (most vectors, warps of a CTA, warps of an SM (0: a team a row), stages), worst shape first; bar {bar}")
-    for worst, policy, fractions in ranked[:12]:
-        print(f"  {policy}: {worst:.3f}  " + " ".join(f"{v:.3f}" for v in fractions.values()))
-    gated = [c for c, s in NORM.items() if s[3]]
-    for name, cases in (("gated", gated), ("residual", [c for c in NORM if c not in gated])):
-        part = sorted(((min(f[c] for c in cases), p) for p, f in found.items() if all(c in f for c in cases)), reverse=True)[:5]
-        print(f"  {name} alone: " + "; ".join(f"{p} {v:.3f}" for v, p in part))
 
 
 def fwd():
@@ -302,10 +274,14 @@ def fwd():
 
         return [lambda s=s: kernels.norm(s["x"], s["z"], s["residual"], s["weight"], s["y"], s["h"], 1e-5, s["group"], False) for s in sets]
 
-    policies = [(most, cta, 0, 0) for most in (1, 2, 3, 4, 5, 6) for cta in (1, 2, 4, 8)]
-    policies += [(most, cta, sm, 0) for most in (2, 4, 5, 6) for cta in (4, 8) for sm in (16, 24, 32)]
-    policies += [(most, cta, sm, stages) for most in (1, 2, 4, 5, 6) for cta in (4, 8) for sm in (8, 16, 24) for stages in (2, 4)]
-    sweep("fwd", policies, BAR_FWD, 3, 4, 2, 2, fwd_calls, triton)
+    def neighbours(chosen, rows, groups, group):
+        for n in range(1, 7):
+            warps = -(-(group // 8) // (32 * n))
+            for teams in (1, 2, 4, 8):
+                if warps * teams <= 8:
+                    yield csrc.Config(n, warps, teams)
+
+    sweep("fwd", BAR_FWD, fwd_calls, triton, csrc.config, neighbours, 3, 4)
 
 
 def bwd():
@@ -314,86 +290,75 @@ def bwd():
 
         return [lambda s=s: kernels.norm_bwd(s["dy"], s["x"] if s["h"] is None else s["h"], s["z"], s["weight"], s["dh"], s["dx"], s["dz"], None, s["dweight"], 1e-5, s["group"], False) for s in sets]
 
-    policies = [(most, cta, sm, stages) for most in (1, 2, 3, 4, 5, 6) for cta in (2, 4, 8) for sm in (8, 12, 16) for stages in (2, 3, 4)]
-    sweep("bwd", policies, BAR_BWD, 5, 4, 3, 3, bwd_calls, triton)
+    def neighbours(chosen, rows, groups, group):
+        n, warps, teams, *_ = chosen
+        for per_sm in (1, 2, 3, 4):
+            ctas = max(1, per_sm * SMS // groups)
+            each = -(-rows // (ctas * teams))
+            for stages in (2, 3, 4):
+                if per_sm * stages * n * warps * teams * 1536 <= SHARED:
+                    yield csrc.BwdConfig(n, warps, teams, -(-rows // (each * teams)), stages)
+
+    sweep("bwd", BAR_BWD, bwd_calls, triton, csrc.bwd_config, neighbours, 5, 4)
 
 
 def decode():
-    """One row, or a few: us of every form; Triton beside them."""
+    """One row, or a few; Triton beside them, and two vectors of a lane."""
     from hybrid_ops.triton_kernels import norm as kernels
 
     for case in ("Super gated 8 x 1024", "Nano 3 gated 8 x 512", "Nano v2 gated 8 x 1280", "residual 4096", "residual 2688"):
         _, groups, group, wide = NORM[case]
-        for rows in (1, 4, 16, 64):
-            sets = [norm_set(rows, groups, group, wide) for _ in range(40)]
-            copy = copy_us(2 * rows * groups * group * (4 if wide is None else 3))
-            us = {"Triton": timed([lambda s=s: kernels.norm(s["x"], s["z"], s["residual"], s["weight"], s["y"], s["h"], 1e-5, s["group"], False) for s in sets])}
-            for most, cta, stages in [(m, c, 0) for m in (1, 2, 4, 6) for c in (1, 4, 8)] + [(4, 4, 1)]:
-                vectors, warps = csrc.team(group // 8, most)
-                teams = min(rows, max(1, cta // warps))
-                config = csrc.Config(vectors, warps, teams, -(-rows // teams), stages)
-                if tuple(config) not in us:
-                    us[tuple(config)] = timed(fwd_calls(sets, config))
-            print(f"decode {case} x {rows}: copy {copy:.2f}; " + "; ".join(f"{k} {v:.2f}" for k, v in sorted(us.items(), key=lambda i: i[1])), flush=True)
+        line = []
+        for rows in (1, 4, 16, 64, 256):
+            sets = [norm_set(rows, groups, group, wide) for _ in range(40 if rows < 256 else 10)]
+            triton = timed([lambda s=s: kernels.norm(s["x"], s["z"], s["residual"], s["weight"], s["y"], s["h"], 1e-5, s["group"], False) for s in sets])
+            chosen, large = csrc.config(rows, groups, group, 2, SMS), csrc.config(8192, groups, group, 2, SMS)
+            line.append(f"x {rows}: {timed(fwd_calls(sets, chosen)):.2f}, as for many rows {timed(fwd_calls(sets, large)):.2f}, Triton {triton:.2f}")
+        print(f"decode us, {case}: " + "; ".join(line), flush=True)
 
 
 # ------------------------------------------------------------------ conv1d
 
+CONV = {  # batch, seqlen, dim, a slice of in_proj, packed sequences
+    "L8192 dim 10240": (1, 8192, 10240, False, 0),
+    "same, slice of in_proj": (1, 8192, 10240, True, 0),
+    "same, slice, packed 16": (1, 8192, 10240, True, 16),
+    "b8 L2048 dim 6144 slice": (8, 2048, 6144, True, 0),
+    "L4096 dim 10240": (1, 4096, 10240, False, 0),
+    "L2048 dim 10240": (1, 2048, 10240, False, 0),
+    "L512 dim 10240 (in L2)": (1, 512, 10240, False, 0),
+    "L65536 dim 10240": (1, 65536, 10240, False, 0),
+}
+
+
+def conv_set(batch, seqlen, dim, strided, packed):
+    wide = {10240: 18560, 6144: 10304}[dim]
+    x = torch.empty(batch, seqlen, wide, device="cuda", dtype=BF16).normal_()[..., wide - 64 - dim : wide - 64] if strided else torch.empty(batch, seqlen, dim, device="cuda", dtype=BF16).normal_()
+    cu = torch.linspace(0, seqlen, packed + 1, device="cuda").int() if packed else None
+    weight, bias = torch.randn(dim, 4, device="cuda", dtype=BF16) * 0.5, torch.randn(dim, device="cuda", dtype=BF16) * 0.5
+    return (x, weight, bias, None, torch.empty(batch, seqlen, dim, device="cuda", dtype=BF16), None, cu, None, None)
+
+
+def conv_calls(sets, config=None):
+    made = []
+    for tensors in sets:
+        launch = conv_csrc.make_launch(*tensors, True, -1, config)
+        made.append(lambda launch=launch, t=tensors: launch(t))
+    return made
+
 
 def conv():
-    def conv_set(batch, seqlen, dim, strided, packed):
-        wide = {10240: 18560, 6144: 10304}[dim]
-        x = torch.empty(batch, seqlen, wide, device="cuda", dtype=BF16).normal_()[..., wide - 64 - dim : wide - 64] if strided else torch.empty(batch, seqlen, dim, device="cuda", dtype=BF16).normal_()
-        cu = torch.linspace(0, seqlen, packed + 1, device="cuda").int() if packed else None
-        weight, bias = torch.randn(dim, 4, device="cuda", dtype=BF16) * 0.5, torch.randn(dim, device="cuda", dtype=BF16) * 0.5
-        return (x, weight, bias, None, torch.empty(batch, seqlen, dim, device="cuda", dtype=BF16), None, cu, None, None)
-
-    def calls(sets, tokens=0, ring=(0, 0, 0)):
-        made = []
-        for tensors in sets:
-            launch = conv_csrc.make_launch(*tensors, True, -1, tokens, ring)
-            made.append(lambda launch=launch, t=tensors: launch(t))
-        return made
-
-    def ring_of(policy, batch, seqlen, dim):
-        """(rounds, stages, warps of a multiprocessor, bulk) -> tokens of a tile, ring."""
-        rounds, stages, sm_warps, bulk = policy
-        if sm_warps // 4 * (stages * 8192 + 1024) > SHARED:
-            return None
-        ctas = sm_warps // 4 * SMS
-        walkers = ctas * 4 // -(-dim // 256)
-        tokens = max(4, -(-batch * seqlen // (walkers * rounds * 4)) * 4)
-        return min(tokens, -(-seqlen // 4) * 4), (stages, ctas, bulk)
-
-    cases = {
-        "L8192 dim 10240": (1, 8192, 10240, False, 0),
-        "same, slice of in_proj": (1, 8192, 10240, True, 0),
-        "same, slice, packed 16": (1, 8192, 10240, True, 16),
-        "b8 L2048 dim 6144 slice": (8, 2048, 6144, True, 0),
-        "L512 dim 10240 (in L2)": (1, 512, 10240, False, 0),
-        "L65536 dim 10240": (1, 65536, 10240, False, 0),
-    }
-    policies = list(itertools.product((1, 2, 4, 8, 16, 32), (3, 4, 6, 8, 12), (8, 12, 16), (0, 1)))
-    kept, found = policies, defaultdict(dict)
-    for case, shape in cases.items():
+    for case, shape in CONV.items():
         sets = [conv_set(*shape) for _ in range(2 if shape[1] > 60000 else 3)]
         copy = copy_us(4 * sets[0][0].numel())
-        us = {"shipped": timed(calls(sets))}
-        for policy in kept:
-            made = ring_of(policy, *shape[:3])
-            if made is not None and (policy[2] < 16 or not (policy[3] or shape[4])):  # 12 warps with 168 registers
-                us[policy] = timed(calls(sets, *made))
-                found[policy][case] = copy / us[policy]
-        best = sorted(us.items(), key=lambda i: i[1])
-        print(f"conv {case}: copy {copy:.1f}, shipped {us['shipped']:.1f} ({copy / us['shipped']:.3f}); best of {len(us)} (rounds, stages, warps of an SM, bulk): "
-              + "; ".join(f"{k} {v:.1f} ({copy / v:.3f})" for k, v in best[:8]), flush=True)
-        if kept is policies:
-            kept = [k for k, _ in best if k != "shipped" and k[2] < 16][:10] + [k for k, _ in best if k != "shipped" and k[2] == 16][:4]
+        runs, chosen = (conv_csrc.config(*shape[:3], SMS, 2, in_pieces) for in_pieces in (False, True))
+        line = []
+        for config in dict.fromkeys((chosen, runs, conv_csrc.Config(12, 6, 2 * SMS))):
+            us = timed(conv_calls(sets, config))
+            line.append(f"{tuple(config)} {us:.1f} ({copy / us:.3f})")
+        print(f"conv {case}: copy {copy:.1f}, chosen " + "; ".join(line), flush=True)
         del sets
         torch.cuda.empty_cache()
-    ranked = sorted(((min(f.values()), p, f) for p, f in found.items() if len(f) == len(cases)), reverse=True, key=lambda r: r[0])
-    for worst, policy, f in ranked[:6]:
-        print(f"  {policy}: " + " ".join(f"{v:.3f}" for v in f.values()))
 
 
 # ------------------------------------------------------------------ host

@@ -60,7 +60,7 @@ PYBIND11_MODULE(_cuda, m) {
       .def(py::init([](std::array<int, 4> dtypes, std::array<std::int64_t, 7> sizes,
                        std::array<std::int64_t, 2> x_strides, std::array<std::int64_t, 2> y_strides,
                        std::array<std::int64_t, 3> initial_strides, std::array<std::int64_t, 3> final_strides,
-                       int null_slot, bool silu, int tokens_per_thread, std::array<int, 3> ring) {
+                       int null_slot, bool silu, std::array<int, 3> config) {
              const auto [batch, seqlen, dim, width, nseq, nslots, state_len] = sizes;
              return Conv1dArgs{
                  .dtype = DType(dtypes[0]),
@@ -80,13 +80,13 @@ PYBIND11_MODULE(_cuda, m) {
                  .final_strides = final_strides,
                  .null_slot = null_slot,
                  .silu = silu,
-                 .tokens_per_thread = tokens_per_thread,
-                 .ring = ring,
+                 .tokens_per_thread = config[0],
+                 .stages = config[1],
+                 .ctas = config[2],
              };
            }),
            py::arg("dtypes"), py::arg("sizes"), py::arg("x_strides"), py::arg("y_strides"), py::arg("initial_strides"),
-           py::arg("final_strides"), py::arg("null_slot"), py::arg("silu"), py::arg("tokens_per_thread"),
-           py::arg("ring") = std::array<int, 3>{})
+           py::arg("final_strides"), py::arg("null_slot"), py::arg("silu"), py::arg("config"))
       .def(
           "__call__",
           [](const Conv1dArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
@@ -386,8 +386,7 @@ PYBIND11_MODULE(_cuda, m) {
           py::init([](std::array<int, 3> dtypes, std::array<std::int64_t, 3> sizes, std::array<std::int64_t, 3> strides,
                       bool gated, bool norm_before_gate, float eps, std::array<int, 5> config) {
             const auto [vectors, warps, teams, ctas, stages] = config;
-            const NormForm form =
-                norm_form(dtypes, sizes, gated, norm_before_gate, eps, {vectors, warps, teams});
+            const NormForm form = norm_form(dtypes, sizes, gated, norm_before_gate, eps, {vectors, warps, teams});
             return NormBwdArgs{form, strides, ctas, stages};
           }),
           py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("gated"), py::arg("norm_before_gate"),

@@ -1,9 +1,9 @@
-// The causal depthwise conv1d of conv1d_sm90.cuh, its input by way of shared memory.
+// The causal depthwise conv1d of conv1d_sm90.cuh for many tokens, by way of shared memory.
 //
 // A warp owns 512 bytes of channels for good, 16 of each lane, and walks over tiles of tokens. Its input is on its way
-// into a ring of its own, kGroup tokens in a slot, a row of them after the other across all its tiles: first the
-// kGroup tokens before a tile, which hold its history, then the tile. So what is under way takes no registers, and
-// short tiles, with which the whole GPU reads and writes one part of memory at a time, begin without a pause.
+// into a ring of its own, kConvGroup tokens in a slot, without a pause between tiles: first the kConvGroup tokens
+// before a tile, which hold its history, then the tile. A result takes its input's place and leaves from there. So what
+// is under way takes no registers, and tiles may be short: the whole GPU reads and writes one part of memory at a time.
 #pragma once
 
 #include "common/hopper.cuh"
@@ -15,8 +15,8 @@ inline constexpr int kConvGroup = 4;       // tokens of a slot
 inline constexpr int kConvRowBytes = 512;  // of a warp, in a token
 inline constexpr int kConvMaxStages = 16;
 
-template <typename T, int kWidth, bool kSilu, bool kPacked, bool kBulk>
-__global__ void __launch_bounds__(kConvThreads, kPacked || kBulk ? 3 : 4)
+template <typename T, int kWidth, bool kSilu, bool kPacked>
+__global__ void __launch_bounds__(kConvThreads, 2)
     conv1d_ring_kernel(const __grid_constant__ Conv1dParams p, int stages) {
   constexpr int kParts = 16 / sizeof(Vector<T>);  // of four channels, in a lane
   constexpr int kWarpChannels = kConvRowBytes / sizeof(T);
@@ -76,28 +76,25 @@ __global__ void __launch_bounds__(kConvThreads, kPacked || kBulk ? 3 : 4)
   int slot = 0;
   bool is_first = true;
   uint32 parity = 0;
-  const auto element = [&](int i, int part) {
-    return *reinterpret_cast<const Vector<T>*>(slots + slot * kSlot + i * kConvRowBytes + lane * 16 +
-                                               part * sizeof(Vector<T>));
-  };
+  Sequence sequence{-1, 0, 0};
+  const auto place_of = [&](int i) { return slots + slot * kSlot + i * kConvRowBytes + lane * 16; };
+  const auto element = [&](int i, int part) { return reinterpret_cast<const Vector<T>*>(place_of(i))[part]; };
+  const auto put = [&](int i, const uint4& result) { *reinterpret_cast<uint4*>(place_of(i)) = result; };
 
   for (int tile = walker; tile < tiles; tile += walkers) {
     const int row = tile / static_cast<int>(p.runs);
     int token = tile % static_cast<int>(p.runs) * p.tokens_per_thread;
     const int last = min(token + p.tokens_per_thread, p.seqlen);
     const int64 y_stride = p.y_token_stride;
-    T* y = static_cast<T*>(p.y) + row * p.y_batch_stride + token * y_stride + channel;
+    T* y = static_cast<T*>(p.y) + row * p.y_batch_stride + token * y_stride + first_channel;  // of a slot's first token
     float window[kParts][kHistory][kPerVector];
-    Sequence sequence = kPacked ? find_sequence(p.cu_seqlens, p.nseq, p.seqlen, token) : Sequence{row, 0, p.seqlen};
+    if constexpr (!kPacked) {
+      sequence = {row, 0, p.seqlen};
+    } else if (token < sequence.begin || token >= sequence.end) {
+      sequence = find_sequence(p.cu_seqlens, p.nseq, p.seqlen, token);
+    }
 
-    const auto put = [&](int i, T* place, const uint4& result) {
-      if constexpr (kBulk) {
-        *reinterpret_cast<uint4*>(slots + slot * kSlot + i * kConvRowBytes + lane * 16) = result;
-      } else {
-        if (has) *reinterpret_cast<uint4*>(place) = result;
-      }
-    };
-    const auto step = [&](int i, T* place) {
+    const auto step = [&](int i) {
       Vector<T> results[kParts];
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
@@ -115,7 +112,7 @@ __global__ void __launch_bounds__(kConvThreads, kPacked || kBulk ? 3 : 4)
         }
         results[part] = pack<T>(result);
       }
-      put(i, place, *reinterpret_cast<const uint4*>(results));
+      put(i, *reinterpret_cast<const uint4*>(results));
     };
     // the window of the first token of a tile, or of a sequence: its part of the sequence is in the slot
     const auto start_window = [&](bool in_slot) {
@@ -140,15 +137,13 @@ __global__ void __launch_bounds__(kConvThreads, kPacked || kBulk ? 3 : 4)
 
     for (int group = 0; group < groups; ++group) {
       wait(barrier + 8 * slot, parity);
-      T* const y_of_group = y;
       const int rows = group == 0 ? 0 : min(kConvGroup, last - token);
       if (group == 0) {
         start_window(true);
       } else if (token + kConvGroup <= min(last, sequence.end) && (!kPacked || sequence.index >= 0)) {
 #pragma unroll
-        for (int i = 0; i < kConvGroup; ++i) step(i, y + i * y_stride);
+        for (int i = 0; i < kConvGroup; ++i) step(i);
         token += kConvGroup;
-        y += kConvGroup * y_stride;
       } else {
         for (int i = 0; i < kConvGroup && token < last; ++i) {
           if (kPacked && token == sequence.end) {
@@ -156,34 +151,29 @@ __global__ void __launch_bounds__(kConvThreads, kPacked || kBulk ? 3 : 4)
             start_window(false);
           }
           if (kPacked && sequence.index < 0) {
-            put(i, y, uint4{});
+            put(i, uint4{});
           } else {
-            step(i, y);
+            step(i);
           }
           ++token;
-          y += y_stride;
         }
       }
-      if constexpr (kBulk) {  // the slot is y's now, and free once it is read: one turn later
-        fence_async_proxy();
-        __syncwarp();
-        if (lane < rows) {
-          T* const destination = y_of_group - lane * kParts * kPerVector + lane * y_stride;
-          store_bytes(destination, slots_address + slot * kSlot + lane * kConvRowBytes, row_bytes);
-        }
-        commit_stores();
-        wait_for_stores<false, 1>();
-        __syncwarp();
-        if (!is_first) ask();
-        is_first = false;
-      } else {
-        __syncwarp();
-        ask();
+      // the slot is y's now, and free once it is read: one turn later
+      fence_async_proxy();
+      __syncwarp();
+      if (lane < rows) {
+        store_bytes(y + lane * y_stride, slots_address + slot * kSlot + lane * kConvRowBytes, row_bytes);
       }
+      commit_stores();
+      y += rows * y_stride;
+      wait_for_stores<false, 1>();
+      __syncwarp();
+      if (!is_first) ask();
+      is_first = false;
       if (++slot == stages) slot = 0, parity ^= 1;
     }
   }
-  if constexpr (kBulk) wait_for_stores<false>();
+  wait_for_stores<false>();
 }
 
 }  // namespace hybrid_ops

@@ -71,9 +71,10 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::mamba2_step_kernel<__half, 256, true>",
     ],
     "norm_sm90.cuh": [
-        "hybrid_ops::norm_kernel<__nv_bfloat16, __nv_bfloat16, hybrid_ops::Gate::first, 4, false>",
-        "hybrid_ops::norm_kernel<__half, float, hybrid_ops::Gate::none, 6, true>",
-        "hybrid_ops::norm_kernel<float, float, hybrid_ops::Gate::last, 6, true>",
+        "hybrid_ops::norm_kernel<__nv_bfloat16, __nv_bfloat16, hybrid_ops::Gate::first, 6>",
+        "hybrid_ops::norm_kernel<__half, __half, hybrid_ops::Gate::last, 6>",
+        "hybrid_ops::norm_kernel<__half, float, hybrid_ops::Gate::none, 6>",
+        "hybrid_ops::norm_kernel<float, float, hybrid_ops::Gate::none, 3>",
     ],
     "norm_bwd_sm90.cuh": [
         "hybrid_ops::norm_bwd_kernel<__nv_bfloat16, __nv_bfloat16, hybrid_ops::Gate::first, 5>",
@@ -82,8 +83,9 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::norm_dweight_kernel<__nv_bfloat16>",
     ],
     "conv1d_ring_sm90.cuh": [
-        "hybrid_ops::conv1d_ring_kernel<__nv_bfloat16, 4, true, false, false>",
-        "hybrid_ops::conv1d_ring_kernel<float, 4, true, true, true>",
+        "hybrid_ops::conv1d_ring_kernel<__nv_bfloat16, 4, true, false>",
+        "hybrid_ops::conv1d_ring_kernel<__half, 4, true, true>",
+        "hybrid_ops::conv1d_ring_kernel<float, 2, false, true>",
     ],
     "conv1d_bwd_sm90.cuh": [
         "hybrid_ops::conv1d_bwd_kernel<__nv_bfloat16, 4, true, false, 4, 4>",
@@ -332,13 +334,16 @@ def test_the_launcher_knows_the_extensions_dtypes(extension):
 def test_config_is_a_pure_function_of_the_problem():
     from hybrid_ops._csrc.conv1d import bwd_config, config
 
-    assert config(1, 8192, 10240, 132, 2).tokens_per_thread == 180
-    assert config(1, 8192, 10240, 132, 4).tokens_per_thread == 252
+    assert config(1, 8192, 10240, 132, 2, in_pieces=True) == (12, 6, 264)  # by way of shared memory
+    assert config(1, 8192, 10240, 132, 2, in_pieces=False) == (180, 0, 0)
+    assert config(1, 2048, 10240, 132, 2, in_pieces=True) == (48, 0, 0)  # too few tokens
+    assert config(1, 8192, 80000, 132, 2, in_pieces=True).stages == 0  # too few walkers
+    assert config(1, 8192, 10240, 132, 4, in_pieces=False).tokens_per_thread == 252
     assert bwd_config(1, 8192, 10240, 132, 2).tokens_per_thread == 316
     assert bwd_config(1, 1, 8, 132, 2).tokens_per_thread == 16
-    assert config(32, 2048, 8192, 132, 2).tokens_per_thread == 412  # 5 runs in 3 generations
-    assert config(1, 1, 8, 132, 2).tokens_per_thread == 4
-    assert config(0, 0, 0, 132, 2).tokens_per_thread == 4
+    assert config(32, 2048, 8192, 132, 2, in_pieces=False).tokens_per_thread == 412  # 5 runs in 3 generations
+    assert config(1, 1, 8, 132, 2, in_pieces=True).tokens_per_thread == 4
+    assert config(0, 0, 0, 132, 2, in_pieces=True).tokens_per_thread == 4
     assert hybrid_ops.explain("causal_conv1d", impl="torch").config == {}
 
 

@@ -278,9 +278,22 @@ def test_same_bits_gpu(impl):
     check_same_bits(impl, "cuda")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_ring_of_48_kib_gpu(dtype):
+    """All that a CTA has unasked, and a launch with one byte of static shared memory beside it fails."""
+    group_size = 4096 // dtype.itemsize
+    config = csrc.bwd_config(5, 2, group_size, dtype.itemsize, hybrid_ops._device.num_sms(0))
+    assert config.vectors * config.warps * config.teams * config.stages * 3 * 512 == 48 * 1024
+    sizes = dict(batch=1, seqlen=5, group_size=group_size - 128, hidden=2 * (group_size - 128))  # for_cuda adds 128
+    case = for_cuda(sizes | dict(seed=0, dtype=dtype, strided=True, scale=1.0, weight_fp32=False))
+    check_gated_backward(case, True, False, "cuda", "cuda")
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_every_group_has_a_team(itemsize):
     """As many lanes as there are vectors, of what the kernels are compiled for; and rows for every CTA."""
+    static = 4096  # barriers and sums
     for group_size in range(128, csrc.most_features(itemsize) + 1, 16 // itemsize):
         for rows in (0, 1, 5, 8192):
             for config_of in (csrc.config, csrc.bwd_config):
@@ -289,7 +302,33 @@ def test_every_group_has_a_team(itemsize):
                 assert config.warps * config.teams <= csrc.MAX_WARPS
                 vectors = group_size * itemsize // 16
                 assert (config.warps - 1) * 32 * config.vectors < vectors <= config.warps * 32 * config.vectors
+                if config_of is csrc.config:
+                    continue
                 assert config.ctas == 1 or (config.ctas - 1) * config.teams < rows
+                ring = config.vectors * config.warps * config.teams * config.stages * 3 * 512
+                assert 2 <= config.stages <= 4
+                assert ring + static <= 227 * 1024
+
+
+def test_config():
+    """Those that were measured to be fast."""
+    shapes = {
+        (8, 512): (2, 1, 8),
+        (8, 1024): (2, 2, 4),
+        (8, 1280): (5, 1, 4),
+        (1, 4096): (2, 8, 1),
+        (1, 2688): (2, 6, 1),
+    }
+    assert {s: csrc.config(8192, *s, 2, 132) for s in shapes} == shapes
+    shapes = {(8, 512): (1, 2, 4), (8, 1280): (1, 5, 1), (1, 4096): (2, 8, 1)}
+    assert {s: csrc.config(16, *s, 2, 132) for s in shapes} == shapes
+    shapes = {
+        (8, 512): (1, 2, 2, 49, 4),
+        (8, 1280): (1, 5, 1, 49, 3),
+        (1, 4096): (2, 8, 1, 131, 3),
+        (1, 2688): (2, 6, 1, 256, 2),
+    }
+    assert {s: csrc.bwd_config(8192, *s, 2, 132) for s in shapes} == shapes
 
 
 def test_rows_in_memory():

@@ -25,7 +25,7 @@ struct Conv1dArgs {
   int null_slot;
   bool silu;
   int tokens_per_thread;
-  std::array<int, 3> ring;  // slots (0: none), CTAs, whether results leave through it too
+  int stages, ctas;  // of the kernel that goes by way of shared memory; 0: the other one
 };
 
 struct Conv1dTensors {

@@ -1,4 +1,4 @@
-"""Launcher of csrc/conv1d_sm90.cu, and what that kernel does not take."""
+"""Launchers of csrc/conv1d_sm90.cu and csrc/conv1d_bwd_sm90.cu, and what those kernels do not take."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,6 +12,8 @@ from . import DTYPES
 
 class Config(NamedTuple):
     tokens_per_thread: int
+    stages: int = 0  # of the kernel that goes by way of shared memory, each of 4 tokens; 0: the other one
+    ctas: int = 0  # of that kernel
 
 
 _VECTOR = 4  # channels of a thread
@@ -21,8 +23,21 @@ _THREADS_PER_SM = {2: 7 * 128, 4: 5 * 128}
 _BWD_THREADS_PER_SM = {2: 4 * 128, 4: 3 * 128}
 
 
-def config(rows: int, seqlen: int, dim: int, num_sms: int, itemsize: int) -> Config:
-    """A run of n tokens reads width - 1 tokens of the run before it once more."""
+_RING = Config(tokens_per_thread=12, stages=6, ctas=2)  # CTAs of a multiprocessor, of 4 warps
+_WARP_BYTES = 512  # of a token: kConvRowBytes
+_FEWEST_TILES = 8  # of a warp: with fewer x and y may lie in L2, and the warps do not end together
+
+
+def config(rows: int, seqlen: int, dim: int, num_sms: int, itemsize: int, in_pieces: bool) -> Config:
+    """By way of shared memory where there is much to do, and rows are whole pieces of 16 bytes (`in_pieces`).
+
+    Else runs of n tokens, each of which reads width - 1 tokens of the run before it once more.
+    """
+    ctas = _RING.ctas * num_sms
+    walkers = 4 * ctas // max(1, -(-dim * itemsize // _WARP_BYTES))
+    tiles = rows * -(-seqlen // _RING.tokens_per_thread)
+    if in_pieces and walkers >= 8 and tiles >= _FEWEST_TILES * walkers:
+        return _RING._replace(ctas=ctas)
     return _config(rows, seqlen, dim, _THREADS_PER_SM[itemsize] * num_sms, shortest=_STEP)
 
 
@@ -65,17 +80,17 @@ def refusal(
         return f"the CUDA kernel needs dim to be a multiple of {_VECTOR}, not {x.shape[2]}"
     if x.stride(2) != 1 or y.stride(2) != 1:
         return "the CUDA kernel is channel-last"
-    if not (_in_vectors(x) and _in_vectors(y)):
+    if not (_in_vectors(x, nbytes) and _in_vectors(y, nbytes)):
         return f"the CUDA kernel needs rows that start at multiples of {nbytes} bytes"
     if max(x.stride(1), y.stride(1)) >= 2**32:
         return "the CUDA kernel has token strides of 32 bits"
     return None
 
 
-def _in_vectors(x: Tensor) -> bool:
-    """Whether each token's channels are a whole number of the vectors that a thread reads at once."""
-    strides = [x.stride(i) for i in (0, 1) if x.shape[i] > 1]
-    return x.data_ptr() % (_VECTOR * x.element_size()) == 0 and all(stride % _VECTOR == 0 for stride in strides)
+def _in_vectors(x: Tensor, nbytes: int) -> bool:
+    """Whether each token's channels begin at a multiple of so many bytes, what is read at once."""
+    strides = [x.stride(i) * x.element_size() for i in (0, 1) if x.shape[i] > 1]
+    return x.data_ptr() % nbytes == 0 and all(stride % nbytes == 0 for stride in strides)
 
 
 def _weight_in_vectors(weight: Tensor) -> Tensor:
@@ -121,8 +136,7 @@ def make_launch(
     write_slots: Tensor | None,
     silu: bool,
     null_slot: int,
-    tokens: int = 0,
-    ring: tuple[int, int, int] = (0, 0, 0),
+    chosen: Config | None = None,
 ) -> Callable[[tuple[Tensor | None, ...]], None]:
     """What runs the kernel on such tensors, given in a tuple and in this order."""
     extension = _device.cuda_extension()
@@ -131,6 +145,9 @@ def make_launch(
     nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     some_states = history if history is not None else state
     nslots, _, state_len = (nseq, dim, width - 1) if some_states is None else some_states.shape
+    if chosen is None:
+        in_pieces = _in_vectors(x, 16) and _in_vectors(y, 16) and dim * x.element_size() % 16 == 0
+        chosen = config(batch, seqlen, dim, _device.num_sms(index), x.element_size(), in_pieces)
     launch = extension.Conv1d(
         dtypes=tuple(DTYPES[(x if t is None else t).dtype] for t in (x, weight, bias, some_states)),
         sizes=(batch, seqlen, dim, width, nseq, nslots, state_len),
@@ -140,9 +157,7 @@ def make_launch(
         final_strides=(0, 0, 0) if state is None else state.stride(),
         null_slot=null_slot,
         silu=silu,
-        tokens_per_thread=tokens
-        or config(batch, seqlen, dim, _device.num_sms(index), x.element_size()).tokens_per_thread,
-        ring=ring,
+        config=chosen,
     )
     return lambda tensors: launch(tensors, index, torch._C._cuda_getCurrentRawStream(index))
 
@@ -170,7 +185,7 @@ def conv1d_bwd(
     batch, seqlen, dim = x.shape
     width = weight.shape[1]
     index = x.device.index
-    if dy.stride(2) != 1 or not _in_vectors(dy) or dy.stride(1) >= 2**32:
+    if dy.stride(2) != 1 or not _in_vectors(dy, _VECTOR * dy.element_size()) or dy.stride(1) >= 2**32:
         dy = dy.contiguous()
     nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     some_states = history if history is not None else dfinal

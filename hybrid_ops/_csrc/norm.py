@@ -35,7 +35,7 @@ _SHARED = 216 * 1024  # bytes of a multiprocessor, less what barriers and sums t
 
 
 def _team(vectors: int, fewest: int) -> tuple[int, int]:
-    """Vectors of a lane, not under `fewest` where a group has so many, and warps: the fewest idle lanes, then vectors."""
+    """Vectors of a lane, `fewest` or more where a group has so many, and warps: the fewest idle lanes."""
     first = min(fewest, -(-vectors // 32))
     shapes = [(n, -(-vectors // (32 * n))) for n in range(first, _MOST_VECTORS + 1)]
     return min((s for s in shapes if s[1] <= MAX_WARPS), key=lambda s: (s[0] * s[1], s[0]))
