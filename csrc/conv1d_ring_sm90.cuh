@@ -6,34 +6,24 @@
 // is under way takes no registers, and tiles may be short: the whole GPU reads and writes one part of memory at a time.
 #pragma once
 
-#include "common/hopper.cuh"
+#include "common/conv1d_ring.cuh"
 #include "conv1d_sm90.cuh"
 
 namespace hybrid_ops {
 
-inline constexpr int kConvGroup = 4;       // tokens of a slot
-inline constexpr int kConvRowBytes = 512;  // of a warp, in a token
-inline constexpr int kConvMaxStages = 16;
-
 template <typename T, int kWidth, bool kSilu, bool kPacked>
 __global__ void __launch_bounds__(kConvThreads, 2)
     conv1d_ring_kernel(const __grid_constant__ Conv1dParams p, int stages) {
-  constexpr int kParts = 16 / sizeof(Vector<T>);  // of four channels, in a lane
-  constexpr int kWarpChannels = kConvRowBytes / sizeof(T);
+  constexpr int kParts = ConvWalker<T>::kParts;
   constexpr int kHistory = kWidth - 1;
   constexpr int kSlot = kConvGroup * kConvRowBytes;
   extern __shared__ float4 dynamic[];
   __shared__ uint64 barriers[kConvThreads / 32][kConvMaxStages];
 
-  // warp -> (walker, column of channels), channels fastest; walker w has tiles w, w + walkers, ..
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int columns = (p.dim + kWarpChannels - 1) / kWarpChannels;
-  const int walkers = gridDim.x * (kConvThreads / 32) / columns;
-  const int index = blockIdx.x * (kConvThreads / 32) + warp, walker = index / columns;
-  if (walker >= walkers) return;
-  const int first_channel = index % columns * kWarpChannels, channel = first_channel + lane * kParts * kPerVector;
-  const bool has = channel < p.dim;
-  const uint32 row_bytes = min(kWarpChannels, p.dim - first_channel) * sizeof(T);
+  const ConvWalker<T> own(p.dim);
+  if (!own.exists) return;
+  const int warp = own.warp, lane = own.lane, walkers = own.walkers, channel = own.channel;
+  const uint32 row_bytes = own.row_bytes;
   const int tiles = p.batch * p.runs, groups = 1 + p.tokens_per_thread / kConvGroup;
 
   char* const slots = reinterpret_cast<char*>(dynamic) + warp * stages * kSlot;
@@ -45,7 +35,7 @@ __global__ void __launch_bounds__(kConvThreads, 2)
   __syncwarp();
 
   // what is asked for next
-  int next_tile = walker, next_group = 0, next_slot = 0;
+  int next_tile = own.walker, next_group = 0, next_slot = 0;
   const auto ask = [&] {
     if (next_tile >= tiles) return;
     const int row = next_tile / static_cast<int>(p.runs);
@@ -56,7 +46,7 @@ __global__ void __launch_bounds__(kConvThreads, 2)
     if (lane == 0) arrive_expecting(barrier + 8 * next_slot, rows * row_bytes);
     __syncwarp();
     if (lane < rows) {
-      const T* const x = static_cast<const T*>(p.x) + row * p.x_batch_stride + first_channel;
+      const T* const x = static_cast<const T*>(p.x) + row * p.x_batch_stride + own.first_channel;
       load_bytes(slots_address + next_slot * kSlot + (from - token + lane) * kConvRowBytes,
                  x + (from + lane) * static_cast<int64>(p.x_token_stride), row_bytes, barrier + 8 * next_slot);
     }
@@ -66,7 +56,7 @@ __global__ void __launch_bounds__(kConvThreads, 2)
   for (int i = 0; i < stages; ++i) ask();
 
   float weight[kParts][kWidth][kPerVector] = {}, bias[kParts][kPerVector] = {};
-  if (has) {
+  if (own.has) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       load_parameters<T, kWidth>(p.weight, p.weight_fp32, p.bias, p.bias_fp32, channel + part * kPerVector,
@@ -81,12 +71,13 @@ __global__ void __launch_bounds__(kConvThreads, 2)
   const auto element = [&](int i, int part) { return reinterpret_cast<const Vector<T>*>(place_of(i))[part]; };
   const auto put = [&](int i, const uint4& result) { *reinterpret_cast<uint4*>(place_of(i)) = result; };
 
-  for (int tile = walker; tile < tiles; tile += walkers) {
+  for (int tile = own.walker; tile < tiles; tile += walkers) {
     const int row = tile / static_cast<int>(p.runs);
     int token = tile % static_cast<int>(p.runs) * p.tokens_per_thread;
     const int last = min(token + p.tokens_per_thread, p.seqlen);
     const int64 y_stride = p.y_token_stride;
-    T* y = static_cast<T*>(p.y) + row * p.y_batch_stride + token * y_stride + first_channel;  // of a slot's first token
+    T* y = static_cast<T*>(p.y) + row * p.y_batch_stride + token * y_stride +
+           own.first_channel;  // of a slot's first token
     float window[kParts][kHistory][kPerVector];
     if constexpr (!kPacked) {
       sequence = {row, 0, p.seqlen};
@@ -126,9 +117,9 @@ __global__ void __launch_bounds__(kConvThreads, 2)
           } else {
 #pragma unroll
             for (int c = 0; c < kPerVector; ++c) {
-              window[part][k][c] = has ? before_sequence<T>(p, sequence.index, channel + part * kPerVector + c,
-                                                            sequence.begin - (token - back))
-                                       : 0.f;
+              window[part][k][c] = own.has ? before_sequence<T>(p, sequence.index, channel + part * kPerVector + c,
+                                                                sequence.begin - (token - back))
+                                           : 0.f;
             }
           }
         }

@@ -87,6 +87,11 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::conv1d_ring_kernel<__half, 4, true, true>",
         "hybrid_ops::conv1d_ring_kernel<float, 2, false, true>",
     ],
+    "conv1d_bwd_ring_sm90.cuh": [
+        "hybrid_ops::conv1d_bwd_ring_kernel<__nv_bfloat16, 4, true, true>",
+        "hybrid_ops::conv1d_bwd_ring_kernel<__half, 3, false, false>",
+        "hybrid_ops::conv1d_bwd_ring_kernel<float, 4, true, true>",
+    ],
     "conv1d_bwd_sm90.cuh": [
         "hybrid_ops::conv1d_bwd_kernel<__nv_bfloat16, 4, true, false, 4, 4>",
         "hybrid_ops::conv1d_bwd_kernel<__half, 4, true, true, 4, 4>",
@@ -339,8 +344,9 @@ def test_config_is_a_pure_function_of_the_problem():
     assert config(1, 2048, 10240, 132, 2, in_pieces=True) == (48, 0, 0)  # too few tokens
     assert config(1, 8192, 80000, 132, 2, in_pieces=True).stages == 0  # too few walkers
     assert config(1, 8192, 10240, 132, 4, in_pieces=False).tokens_per_thread == 252
-    assert bwd_config(1, 8192, 10240, 132, 2).tokens_per_thread == 316
-    assert bwd_config(1, 1, 8, 132, 2).tokens_per_thread == 16
+    assert bwd_config(1, 8192, 10240, 132, 2, in_pieces=True) == (20, 6, 264)
+    assert bwd_config(1, 8192, 10240, 132, 2, in_pieces=False) == (316, 0, 0)
+    assert bwd_config(1, 1, 8, 132, 2, in_pieces=True).tokens_per_thread == 16
     assert config(32, 2048, 8192, 132, 2, in_pieces=False).tokens_per_thread == 412  # 5 runs in 3 generations
     assert config(1, 1, 8, 132, 2, in_pieces=True).tokens_per_thread == 4
     assert config(0, 0, 0, 132, 2, in_pieces=True).tokens_per_thread == 4

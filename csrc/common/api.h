@@ -41,6 +41,8 @@ struct Conv1dBwdArgs {
   std::array<std::int64_t, 3> initial_strides, dfinal_strides, dinitial_strides;  // sequence, channel, column
   bool silu;
   int tokens_per_thread;
+  int stages, ctas;  // as in Conv1dArgs
+  int num_partials;  // sums of weight and bias that are to be added
 };
 
 // What an SSD scan is made of, but for the addresses: made once for all calls of a kind.

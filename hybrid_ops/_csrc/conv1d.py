@@ -21,11 +21,11 @@ _STEP = 4  # tokens that a thread has under way: kLoads
 # by bytes of an element, what a multiprocessor holds at once: kMinBlocks blocks of kConvThreads
 _THREADS_PER_SM = {2: 7 * 128, 4: 5 * 128}
 _BWD_THREADS_PER_SM = {2: 4 * 128, 4: 3 * 128}
-
-
-_RING = Config(tokens_per_thread=12, stages=6, ctas=2)  # CTAs of a multiprocessor, of 4 warps
+# by way of shared memory; CTAs of a multiprocessor, of 4 warps
+_RING = Config(tokens_per_thread=12, stages=6, ctas=2)
+_BWD_RING = Config(tokens_per_thread=20, stages=6, ctas=2)
 _WARP_BYTES = 512  # of a token: kConvRowBytes
-_FEWEST_TILES = 8  # of a warp: with fewer x and y may lie in L2, and the warps do not end together
+_FEWEST_TOKENS = 96  # of a warp: with fewer x and y may lie in L2, and the warps do not end together
 
 
 def config(rows: int, seqlen: int, dim: int, num_sms: int, itemsize: int, in_pieces: bool) -> Config:
@@ -33,17 +33,27 @@ def config(rows: int, seqlen: int, dim: int, num_sms: int, itemsize: int, in_pie
 
     Else runs of n tokens, each of which reads width - 1 tokens of the run before it once more.
     """
-    ctas = _RING.ctas * num_sms
-    walkers = 4 * ctas // max(1, -(-dim * itemsize // _WARP_BYTES))
-    tiles = rows * -(-seqlen // _RING.tokens_per_thread)
-    if in_pieces and walkers >= 8 and tiles >= _FEWEST_TILES * walkers:
-        return _RING._replace(ctas=ctas)
+    if in_pieces and _is_much(rows * seqlen, dim, num_sms, itemsize):
+        return _RING._replace(ctas=_RING.ctas * num_sms)
     return _config(rows, seqlen, dim, _THREADS_PER_SM[itemsize] * num_sms, shortest=_STEP)
 
 
-def bwd_config(rows: int, seqlen: int, dim: int, num_sms: int, itemsize: int) -> Config:
-    """Each run reads width - 1 tokens before and behind it once more, and leaves sums that are to be added."""
+def bwd_config(rows: int, seqlen: int, dim: int, num_sms: int, itemsize: int, in_pieces: bool) -> Config:
+    """As `config`; each run reads width - 1 tokens before and behind it once more, and leaves sums to be added."""
+    if in_pieces and _is_much(rows * seqlen, dim, num_sms, itemsize):
+        return _BWD_RING._replace(ctas=_BWD_RING.ctas * num_sms)
     return _config(rows, seqlen, dim, _BWD_THREADS_PER_SM[itemsize] * num_sms, shortest=4 * _STEP)
+
+
+def walkers(ctas: int, dim: int, itemsize: int) -> int:
+    """Warps of so many CTAs that have the same channels: ConvWalker."""
+    return 4 * ctas // max(1, -(-dim * itemsize // _WARP_BYTES))
+
+
+def _is_much(tokens: int, dim: int, num_sms: int, itemsize: int) -> bool:
+    """Of 8 warps or more for each column of channels few are left over."""
+    of_column = walkers(_RING.ctas * num_sms, dim, itemsize)
+    return of_column >= 8 and tokens >= _FEWEST_TOKENS * of_column
 
 
 def _config(rows: int, seqlen: int, dim: int, threads: int, shortest: int) -> Config:
@@ -91,6 +101,11 @@ def _in_vectors(x: Tensor, nbytes: int) -> bool:
     """Whether each token's channels begin at a multiple of so many bytes, what is read at once."""
     strides = [x.stride(i) * x.element_size() for i in (0, 1) if x.shape[i] > 1]
     return x.data_ptr() % nbytes == 0 and all(stride % nbytes == 0 for stride in strides)
+
+
+def _in_pieces(*tensors: Tensor) -> bool:
+    """Whether each token's channels are whole pieces of 16 bytes, which is what a ring takes."""
+    return all(_in_vectors(t, 16) and t.shape[2] * t.element_size() % 16 == 0 for t in tensors)
 
 
 def _weight_in_vectors(weight: Tensor) -> Tensor:
@@ -146,8 +161,7 @@ def make_launch(
     some_states = history if history is not None else state
     nslots, _, state_len = (nseq, dim, width - 1) if some_states is None else some_states.shape
     if chosen is None:
-        in_pieces = _in_vectors(x, 16) and _in_vectors(y, 16) and dim * x.element_size() % 16 == 0
-        chosen = config(batch, seqlen, dim, _device.num_sms(index), x.element_size(), in_pieces)
+        chosen = config(batch, seqlen, dim, _device.num_sms(index), x.element_size(), _in_pieces(x, y))
     launch = extension.Conv1d(
         dtypes=tuple(DTYPES[(x if t is None else t).dtype] for t in (x, weight, bias, some_states)),
         sizes=(batch, seqlen, dim, width, nseq, nslots, state_len),
@@ -175,6 +189,7 @@ def conv1d_bwd(
     dbias: Tensor | None,
     dhistory: Tensor | None,
     silu: bool,
+    chosen: Config | None = None,
 ) -> None:
     """Fill the gradients, of which dweight and dbias are contiguous and each has the dtype of what it belongs to.
 
@@ -189,8 +204,12 @@ def conv1d_bwd(
         dy = dy.contiguous()
     nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     some_states = history if history is not None else dfinal
-    tokens = bwd_config(batch, seqlen, dim, _device.num_sms(index), x.element_size()).tokens_per_thread
-    partials = x.new_empty((width + 1) * batch * -(-seqlen // tokens) * dim, dtype=torch.float32)
+    if chosen is None:
+        chosen = bwd_config(batch, seqlen, dim, _device.num_sms(index), x.element_size(), _in_pieces(dy, x, dx))
+    num_partials = batch * -(-seqlen // chosen.tokens_per_thread)
+    if chosen.stages:
+        num_partials = walkers(chosen.ctas, dim, x.element_size())
+    partials = x.new_empty((width + 1) * num_partials * dim, dtype=torch.float32)
     bias, cu_seqlens = (None if t is None else t.contiguous() for t in (bias, cu_seqlens))
     tensors = (
         dy,
@@ -213,7 +232,8 @@ def conv1d_bwd(
         tuple(t.stride()[:2] for t in (dy, x, dx)),
         tuple((0, 0, 0) if t is None else t.stride() for t in (history, dfinal, dhistory)),
         silu,
-        tokens,
+        chosen,
+        num_partials,
         index,
         torch._C._cuda_getCurrentRawStream(index),
     )
