@@ -208,6 +208,40 @@ def conv_numbers():
     print(f"conv ring: {count} problems checked, {over} over; largest share of the budget:", {k: round(v, 2) for k, v in ratios.items()})
 
 
+def conv_bwd_numbers():
+    """dx of both forms is the same bits; all of them within the budget of plain torch in float64."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    draw = random.Random(0)
+    randn = lambda *shape: torch.randn(*shape, device="cuda", generator=generator)
+    count, other_bits = 0, 0
+    ratios.clear()
+    for dtype, packed, silu, _ in itertools.product((BF16, F16, F32), (False, True), (False, True), range(8)):
+        dim, seqlen, batch = draw.choice([8, 72, 640, 1024]), draw.choice([1, 2, 3, 17, 70, 531]), 1 if packed else 3
+        cu = torch.tensor([0, *sorted(draw.choices(range(seqlen + 1), k=6)), draw.choice([seqlen, max(0, seqlen - 9)])], dtype=torch.int32, device="cuda").sort()[0].int() if packed else None
+        nseq, width = batch if cu is None else cu.numel() - 1, draw.choice([2, 3, 4])
+        wide = lambda: randn(batch, seqlen, dim + 16).to(dtype)[..., 8 : 8 + dim] if draw.random() < 0.5 else randn(batch, seqlen, dim).to(dtype)
+        x, dy, weight, bias = wide(), wide(), randn(dim, width).to(dtype), randn(dim).to(dtype)
+        history = randn(nseq, width - 1, dim).to(dtype).transpose(1, 2) if draw.random() < 0.5 else None
+        dfinal = randn(nseq, width - 1, dim).to(dtype).transpose(1, 2) if draw.random() < 0.5 else None
+        columns = -(-dim * x.element_size() // 512)
+        ring = conv_csrc.Config(4 * draw.choice([1, 2, 5, 30]), draw.choice([2, 3, 6]), max(-(-columns // 4), draw.choice([1, 3, 50])))
+        found = []
+        for config in (conv_csrc.Config(16), ring):
+            grads = [nan(x), nan(weight), nan(bias), nan(history)]
+            conv_csrc.conv1d_bwd(dy, dfinal, x, weight, bias, history, cu, *grads, silu, config)
+            found.append(grads)
+        other_bits += not torch.equal(found[0][0], found[1][0])
+        results = []
+        for to in (torch.float64, F32):
+            up = lambda t: None if t is None else t.to(to)
+            places = conv_plain.rows_of(batch, seqlen, width - 1, x.device, cu, None)
+            results.append(conv_plain.conv1d_bwd(up(dy), up(dfinal), up(x), up(weight), up(bias), up(history), places, silu))
+        for name, got, r, b in zip(("dx", "dweight", "dbias"), found[1], *results):
+            check(f"{name} {str(dtype)[6:]}", f"{tuple(x.shape)} width={width} silu={silu} packed={packed} {tuple(ring)}", got, r, b, dtype)
+        count += 1
+    print(f"conv backward ring: {count} problems checked, {over} over, dx of {other_bits} differs from the other form's; largest share of the budget:", {k: round(v, 2) for k, v in ratios.items()})
+
+
 # ------------------------------------------------------------------ norm sweeps
 
 NORM = {  # rows, groups, size of a group, width of what z is a slice of (None: a residual); bars of forward and backward
@@ -347,6 +381,15 @@ def conv_calls(sets, config=None):
     return made
 
 
+def conv_bwd_calls(sets, config):
+    """dx takes the place of y, dy is another tensor."""
+    made = []
+    for x, weight, bias, _, y, _, cu, _, _ in sets:
+        tensors = (torch.randn_like(y), None, x, weight, bias, None, cu, y, weight.clone(), bias.clone(), None)
+        made.append(lambda t=tensors: conv_csrc.conv1d_bwd(*t, True, config))
+    return made
+
+
 def conv():
     for case, shape in CONV.items():
         sets = [conv_set(*shape) for _ in range(2 if shape[1] > 60000 else 3)]
@@ -357,6 +400,13 @@ def conv():
             us = timed(conv_calls(sets, config))
             line.append(f"{tuple(config)} {us:.1f} ({copy / us:.3f})")
         print(f"conv {case}: copy {copy:.1f}, chosen " + "; ".join(line), flush=True)
+        copy = copy_us(6 * sets[0][0].numel())
+        runs, chosen = (conv_csrc.bwd_config(*shape[:3], SMS, 2, in_pieces) for in_pieces in (False, True))
+        line = []
+        for config in dict.fromkeys((chosen, runs)):
+            us = timed(conv_bwd_calls(sets, config))
+            line.append(f"{tuple(config)} {us:.1f} ({copy / us:.3f})")
+        print(f"conv backward {case}: copy {copy:.1f}, chosen " + "; ".join(line), flush=True)
         del sets
         torch.cuda.empty_cache()
 
@@ -390,5 +440,5 @@ def host():
 
 
 for part in sys.argv[1:]:
-    for function in {"numbers": (norm_numbers, conv_numbers), "fwd": (fwd,), "bwd": (bwd,), "decode": (decode,), "conv": (conv,), "host": (host,)}[part]:
+    for function in {"numbers": (norm_numbers, conv_numbers, conv_bwd_numbers), "fwd": (fwd,), "bwd": (bwd,), "decode": (decode,), "conv": (conv,), "host": (host,)}[part]:
         function()
