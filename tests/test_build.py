@@ -291,7 +291,7 @@ def test_extension_imports_without_a_gpu(extension):
 
 
 def test_extension_says_what_went_wrong_without_a_gpu(extension):
-    arguments = "(0,) * 4, (1, 8, 8, 4, 1, 1, 3), (0, 0), (0, 0), (0,) * 3, (0,) * 3, -1, True, 4"
+    arguments = "(0,) * 4, (1, 8, 8, 4, 1, 1, 3), (0, 0), (0, 0), (0,) * 3, (0,) * 3, -1, True, (4, 0, 0)"
     with pytest.raises(subprocess.CalledProcessError) as failure:
         call_extension(extension, f"c.Conv1d({arguments})((None,) * 9, 0, 0)")
     assert re.search(r"RuntimeError: cuda\w+: (CUDA driver|no CUDA)", failure.value.stderr), failure.value.stderr
