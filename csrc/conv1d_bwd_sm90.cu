@@ -2,7 +2,6 @@
 
 #include "common/api.h"
 #include "common/conv1d_dispatch.cuh"
-#include "conv1d_bwd_ring_sm90.cuh"
 
 namespace hybrid_ops {
 namespace {
@@ -40,7 +39,6 @@ void conv1d_bwd(const Conv1dBwdArgs& a, Target target) {
       .seqlen = static_cast<int>(a.seqlen),
       .dim = static_cast<int>(a.dim),
       .nseq = static_cast<int>(a.nseq),
-      .num_partials = a.num_partials,
       .runs = static_cast<unsigned>((a.seqlen + a.tokens_per_thread - 1) / a.tokens_per_thread),
       .tokens_per_thread = a.tokens_per_thread,
       .weight_fp32 = a.weight_dtype == DType::float32,
@@ -48,20 +46,12 @@ void conv1d_bwd(const Conv1dBwdArgs& a, Target target) {
       .states_fp32 = a.states_dtype == DType::float32,
   };
   if (p.dim == 0) return;
-  if (a.stages > kConvMaxStages) throw std::runtime_error("conv1d: at most 16 stages");
   const unsigned blocks = conv1d_blocks(static_cast<int64>(p.runs) * p.batch * (p.dim / kPerVector));
   const unsigned state_blocks = p.dinitial_states == nullptr ? 0 : conv1d_blocks(static_cast<int64>(p.nseq) * p.dim);
   const DeviceGuard guard(target.device);
   const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
   const auto run = [&]<typename T, int kWidth, bool kSilu, bool kPacked>() {
-    if (a.stages > 0) {
-      const auto kernel = conv1d_bwd_ring_kernel<T, kWidth, kSilu, kPacked>;
-      const int shared = kConvThreads / 32 * a.stages * 2 * kConvGroup * kConvRowBytes;
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-            "conv1d_bwd_ring_kernel");
-      kernel<<<a.ctas, kConvThreads, shared, stream>>>(p, a.stages);
-      check(cudaGetLastError(), "conv1d_bwd_ring_kernel");
-    } else if (blocks > 0) {
+    if (blocks > 0) {
       conv1d_bwd_kernel<T, kWidth, kSilu, kPacked, kLoads, kMinBlocks<T>><<<blocks, kConvThreads, 0, stream>>>(p);
       check(cudaGetLastError(), "conv1d_bwd_kernel");
     }

@@ -25,14 +25,14 @@ struct Conv1dBwdParams {
   void* dweight;               // as weight
   void* dbias;                 // as bias
   void* dinitial_states;       // as initial_states, or null
-  void* partials;              // (width + 1, num_partials, dim) float32: sums of each run or warp, the bias last
+  void* partials;              // (width + 1, batch * runs, dim) float32: sums of each run, the bias behind the weights
   const int* cu_seqlens;       // (nseq + 1,) or null: then every batch row is a sequence
   int64 dy_batch_stride, x_batch_stride, dx_batch_stride;
   unsigned dy_token_stride, x_token_stride, dx_token_stride;
   int64 initial_strides[3];
   int64 dfinal_strides[3];
   int64 dinitial_strides[3];
-  int batch, seqlen, dim, nseq, num_partials;
+  int batch, seqlen, dim, nseq;
   unsigned runs;  // of tokens_per_thread each, in a batch row
   int tokens_per_thread;
   bool weight_fp32, bias_fp32, states_fp32;
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kConvThreads, kMinBlocks)
   }
 
   float4* partials = static_cast<float4*>(p.partials) + thread;
-  const int64 stride = static_cast<int64>(p.num_partials) * vectors;
+  const int64 stride = static_cast<int64>(p.batch) * p.runs * vectors;
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
     partials[k * stride] = make_float4(dweight[k][0], dweight[k][1], dweight[k][2], dweight[k][3]);
@@ -209,12 +209,12 @@ template <typename T, int kWidth>
 __global__ void __launch_bounds__(kSumChannels* kSumRows)
     conv1d_bwd_sum_kernel(const __grid_constant__ Conv1dBwdParams p) {
   const int channel = blockIdx.x * kSumChannels + threadIdx.x, k = blockIdx.y;
+  const int num_runs = p.batch * p.runs;
   float sum = 0.f;
   if (channel < p.dim) {
-    const float* partials =
-        static_cast<const float*>(p.partials) + static_cast<int64>(k) * p.num_partials * p.dim + channel;
+    const float* partials = static_cast<const float*>(p.partials) + static_cast<int64>(k) * num_runs * p.dim + channel;
 #pragma unroll 4
-    for (int run = threadIdx.y; run < p.num_partials; run += kSumRows) {
+    for (int run = threadIdx.y; run < num_runs; run += kSumRows) {
       sum += partials[static_cast<int64>(run) * p.dim];
     }
   }

@@ -2,7 +2,6 @@
 
 #include "common/api.h"
 #include "common/conv1d_dispatch.cuh"
-#include "conv1d_ring_sm90.cuh"
 
 namespace hybrid_ops {
 namespace {
@@ -43,19 +42,12 @@ void conv1d_fwd(const Conv1dArgs& a, const Conv1dTensors& t, Target target) {
       .bias_fp32 = a.bias_dtype == DType::float32,
       .states_fp32 = a.states_dtype == DType::float32,
   };
-  if (a.stages > kConvMaxStages) throw std::runtime_error("conv1d: at most 16 stages");
   const unsigned blocks = conv1d_blocks(static_cast<int64>(p.runs) * p.batch * (p.dim / kPerVector));
   const unsigned state_blocks = p.final_states == nullptr ? 0 : conv1d_blocks(static_cast<int64>(p.nseq) * p.dim);
   const DeviceGuard guard(target.device);
   const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
   const auto run = [&]<typename T, int kWidth, bool kSilu, bool kPacked>() {
-    if (blocks > 0 && a.stages > 0) {
-      const auto kernel = conv1d_ring_kernel<T, kWidth, kSilu, kPacked>;
-      const int shared = kConvThreads / 32 * a.stages * kConvGroup * kConvRowBytes;
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "conv1d_ring_kernel");
-      kernel<<<a.ctas, kConvThreads, shared, stream>>>(p, a.stages);
-      check(cudaGetLastError(), "conv1d_ring_kernel");
-    } else if (blocks > 0) {
+    if (blocks > 0) {
       conv1d_kernel<T, kWidth, kSilu, kPacked, kLoads, kMinBlocks<T>><<<blocks, kConvThreads, 0, stream>>>(p);
       check(cudaGetLastError(), "conv1d_kernel");
     }

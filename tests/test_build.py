@@ -82,16 +82,6 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::norm_bwd_kernel<float, float, hybrid_ops::Gate::last, 6>",
         "hybrid_ops::norm_dweight_kernel<__nv_bfloat16>",
     ],
-    "conv1d_ring_sm90.cuh": [
-        "hybrid_ops::conv1d_ring_kernel<__nv_bfloat16, 4, true, false>",
-        "hybrid_ops::conv1d_ring_kernel<__half, 4, true, true>",
-        "hybrid_ops::conv1d_ring_kernel<float, 2, false, true>",
-    ],
-    "conv1d_bwd_ring_sm90.cuh": [
-        "hybrid_ops::conv1d_bwd_ring_kernel<__nv_bfloat16, 4, true, true>",
-        "hybrid_ops::conv1d_bwd_ring_kernel<__half, 3, false, false>",
-        "hybrid_ops::conv1d_bwd_ring_kernel<float, 4, true, true>",
-    ],
     "conv1d_bwd_sm90.cuh": [
         "hybrid_ops::conv1d_bwd_kernel<__nv_bfloat16, 4, true, false, 4, 4>",
         "hybrid_ops::conv1d_bwd_kernel<__half, 4, true, true, 4, 4>",
@@ -159,7 +149,7 @@ def test_every_header_is_compiled():
     device_headers = {h for h in headers() if not h.startswith("common/")}
     assert device_headers == set(KERNELS), "name the kernels of each .cuh in KERNELS"
     device_code = [(CSRC / h).read_text() for h in set(headers()) - HOST_HEADERS]
-    included = {name for text in device_code for name in re.findall(r'#include "(common/.*[.]cuh)"', text)}
+    included = {name for text in device_code for name in re.findall(r'#include "(.*[.]cuh)"', text)}
     assert {h for h in headers() if h.startswith("common/")} == included | HOST_HEADERS
 
 
@@ -291,7 +281,7 @@ def test_extension_imports_without_a_gpu(extension):
 
 
 def test_extension_says_what_went_wrong_without_a_gpu(extension):
-    arguments = "(0,) * 4, (1, 8, 8, 4, 1, 1, 3), (0, 0), (0, 0), (0,) * 3, (0,) * 3, -1, True, (4, 0, 0)"
+    arguments = "(0,) * 4, (1, 8, 8, 4, 1, 1, 3), (0, 0), (0, 0), (0,) * 3, (0,) * 3, -1, True, 4"
     with pytest.raises(subprocess.CalledProcessError) as failure:
         call_extension(extension, f"c.Conv1d({arguments})((None,) * 9, 0, 0)")
     assert re.search(r"RuntimeError: cuda\w+: (CUDA driver|no CUDA)", failure.value.stderr), failure.value.stderr
@@ -339,17 +329,13 @@ def test_the_launcher_knows_the_extensions_dtypes(extension):
 def test_config_is_a_pure_function_of_the_problem():
     from hybrid_ops._csrc.conv1d import bwd_config, config
 
-    assert config(1, 8192, 10240, 132, 2, in_pieces=True) == (12, 6, 264)  # by way of shared memory
-    assert config(1, 8192, 10240, 132, 2, in_pieces=False) == (180, 0, 0)
-    assert config(1, 2048, 10240, 132, 2, in_pieces=True) == (48, 0, 0)  # too few tokens
-    assert config(1, 8192, 80000, 132, 2, in_pieces=True).stages == 0  # too few walkers
-    assert config(1, 8192, 10240, 132, 4, in_pieces=False).tokens_per_thread == 252
-    assert bwd_config(1, 8192, 10240, 132, 2, in_pieces=True) == (20, 6, 264)
-    assert bwd_config(1, 8192, 10240, 132, 2, in_pieces=False) == (316, 0, 0)
-    assert bwd_config(1, 1, 8, 132, 2, in_pieces=True).tokens_per_thread == 16
-    assert config(32, 2048, 8192, 132, 2, in_pieces=False).tokens_per_thread == 412  # 5 runs in 3 generations
-    assert config(1, 1, 8, 132, 2, in_pieces=True).tokens_per_thread == 4
-    assert config(0, 0, 0, 132, 2, in_pieces=True).tokens_per_thread == 4
+    assert config(1, 8192, 10240, 132, 2).tokens_per_thread == 180
+    assert config(1, 8192, 10240, 132, 4).tokens_per_thread == 252
+    assert bwd_config(1, 8192, 10240, 132, 2).tokens_per_thread == 316
+    assert bwd_config(1, 1, 8, 132, 2).tokens_per_thread == 16
+    assert config(32, 2048, 8192, 132, 2).tokens_per_thread == 412  # 5 runs in 3 generations
+    assert config(1, 1, 8, 132, 2).tokens_per_thread == 4
+    assert config(0, 0, 0, 132, 2).tokens_per_thread == 4
     assert hybrid_ops.explain("causal_conv1d", impl="torch").config == {}
 
 

@@ -4,10 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import hybrid_ops
-from hybrid_ops._csrc import conv1d as csrc
 
 from .conv1d_cases import (
     CPU_DTYPES,
@@ -96,30 +94,6 @@ def test_conv1d_cuda_same_bits_gpu(seqlen):
     for piece in (slice(0, seqlen), slice(seqlen, 3 * seqlen)):
         alone = hybrid_ops.causal_conv1d(x[:, piece], weight, activation="silu", impl="cuda")
         assert torch.equal(packed[:, piece], alone)
-
-
-@pytest.mark.gpu
-@settings(max_examples=40)
-@given(
-    case=cases(CPU_DTYPES, max_seqlen=150, dims=(1, 600), widths=(2, 4)),
-    tokens=st.sampled_from([4, 12, 40]),
-    stages=st.sampled_from([2, 6]),
-    ctas=st.sampled_from([2, 5]),
-)
-def test_conv1d_ring_gpu(case, tokens, stages, ctas):
-    """By way of shared memory, for which these problems are too small: the bits of the other kernel."""
-    problem = Problem(for_cuda(case), "cuda")
-    x, history, width = problem.x, problem.initial_states, problem.weight.shape[1]
-    bias = None if problem.bias is None else problem.bias.contiguous()
-    results = []
-    for config in (csrc.Config(4), csrc.Config(tokens, stages, ctas)):
-        y = torch.full_like(x, float("nan"))
-        state = x.new_full((problem.nseq, x.shape[2], width - 1), float("nan"))
-        state = state if history is None else state.to(history.dtype)
-        tensors = (x, problem.weight, bias, history, y, state, problem.sequences.get("cu_seqlens"), None, None)
-        csrc.make_launch(*tensors, case["activation"] == "silu", -1, config)(tensors)
-        results.append((y, state))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.gpu

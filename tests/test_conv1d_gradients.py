@@ -1,15 +1,11 @@
 """Gradients of causal_conv1d: by finite differences in float64, and against the NumPy reference."""
 
-from unittest import mock
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import hybrid_ops
-from hybrid_ops._csrc import conv1d as csrc
 from hybrid_ops.reference import conv1d as reference
 
 from .budget import assert_within, to_numpy
@@ -78,20 +74,6 @@ def test_conv1d_backward_gpu(case):
 @given(case=cases(CPU_DTYPES, max_seqlen=150, dims=(8, 300), widths=(2, 4)))
 def test_conv1d_backward_cuda_gpu(case):
     check_backward(for_cuda(case), "cuda", "cuda")
-
-
-@pytest.mark.gpu
-@settings(max_examples=40)
-@given(
-    case=cases(CPU_DTYPES, max_seqlen=150, dims=(8, 600), widths=(2, 4)),
-    config=st.builds(
-        csrc.Config, st.sampled_from([4, 12, 40]), stages=st.sampled_from([2, 6]), ctas=st.sampled_from([2, 5])
-    ),
-)
-def test_conv1d_backward_ring_gpu(case, config):
-    """By way of shared memory, for which these problems are too small."""
-    with mock.patch.object(csrc, "bwd_config", return_value=config):
-        check_backward(for_cuda(case), "cuda", "cuda")
 
 
 @pytest.mark.gpu

@@ -282,7 +282,7 @@ def test_same_bits_gpu(impl):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_ring_of_48_kib_gpu(dtype):
     """All that a CTA has unasked, and a launch with one byte of static shared memory beside it fails."""
-    group_size = 4096 // dtype.itemsize
+    group_size = 8192 // dtype.itemsize
     config = csrc.bwd_config(5, 2, group_size, dtype.itemsize, hybrid_ops._device.num_sms(0))
     assert config.vectors * config.warps * config.teams * config.stages * 3 * 512 == 48 * 1024
     sizes = dict(batch=1, seqlen=5, group_size=group_size - 128, hidden=2 * (group_size - 128))  # for_cuda adds 128
@@ -292,8 +292,9 @@ def test_a_ring_of_48_kib_gpu(dtype):
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_every_group_has_a_team(itemsize):
-    """As many lanes as there are vectors, of what the kernels are compiled for; and rows for every CTA."""
+    """As many lanes as there are vectors, of what the kernels are compiled for; rows for every CTA; all on the GPU."""
     static = 4096  # barriers and sums
+    registers = {1: 96, 2: 120, 3: 128, 4: 144, 5: 168, 6: 192}  # of a backward's thread, of the form with most
     for group_size in range(128, csrc.most_features(itemsize) + 1, 16 // itemsize):
         for rows in (0, 1, 5, 8192):
             for config_of in (csrc.config, csrc.bwd_config):
@@ -307,7 +308,9 @@ def test_every_group_has_a_team(itemsize):
                 assert config.ctas == 1 or (config.ctas - 1) * config.teams < rows
                 ring = config.vectors * config.warps * config.teams * config.stages * 3 * 512
                 assert 2 <= config.stages <= 4
-                assert ring + static <= 227 * 1024
+                per_sm = -(-config.ctas * 8 // 132)
+                assert per_sm * (ring + static) <= 227 * 1024
+                assert per_sm * 32 * config.warps * config.teams * registers[config.vectors] <= 65536
 
 
 def test_config():
@@ -323,10 +326,12 @@ def test_config():
     shapes = {(8, 512): (1, 2, 4), (8, 1280): (1, 5, 1), (1, 4096): (2, 8, 1)}
     assert {s: csrc.config(16, *s, 2, 132) for s in shapes} == shapes
     shapes = {
-        (8, 512): (1, 2, 2, 49, 4),
+        (8, 512): (1, 2, 2, 49, 3),
+        (8, 1024): (1, 4, 1, 66, 2),
         (8, 1280): (1, 5, 1, 49, 3),
-        (1, 4096): (2, 8, 1, 131, 3),
+        (1, 4096): (2, 8, 1, 256, 2),
         (1, 2688): (2, 6, 1, 256, 2),
+        (1, 4480): (3, 6, 1, 256, 2),
     }
     assert {s: csrc.bwd_config(8192, *s, 2, 132) for s in shapes} == shapes
 

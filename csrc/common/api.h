@@ -25,7 +25,6 @@ struct Conv1dArgs {
   int null_slot;
   bool silu;
   int tokens_per_thread;
-  int stages, ctas;  // of the kernel that goes by way of shared memory; 0: the other one
 };
 
 struct Conv1dTensors {
@@ -41,8 +40,6 @@ struct Conv1dBwdArgs {
   std::array<std::int64_t, 3> initial_strides, dfinal_strides, dinitial_strides;  // sequence, channel, column
   bool silu;
   int tokens_per_thread;
-  int stages, ctas;  // as in Conv1dArgs
-  int num_partials;  // sums of weight and bias that are to be added
 };
 
 // What an SSD scan is made of, but for the addresses: made once for all calls of a kind.

@@ -99,13 +99,6 @@ __device__ __forceinline__ void load_bytes(uint32 destination, const void* sourc
       : "memory");
 }
 
-// The other way; a thread's stores since the last commit are a group.
-__device__ __forceinline__ void store_bytes(void* destination, uint32 source, uint32 bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(source), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-
 // A box of a 4-D tensor into shared memory; `barrier` counts its bytes.
 __device__ __forceinline__ void load_box(uint32 destination, const TensorMap& map, uint32 barrier, int i0, int i1,
                                          int i2, int i3) {
@@ -125,14 +118,13 @@ __device__ __forceinline__ void store_box(const TensorMap& map, uint32 source, i
       : "memory");
 }
 
-// Until this thread's stores, but for its last kPending groups, have read their shared memory; with kWritten until they
-// are in global memory.
-template <bool kWritten, int kPending = 0>
+// Until this thread's stores have read their shared memory; with kWritten until they are in global memory.
+template <bool kWritten>
 __device__ __forceinline__ void wait_for_stores() {
   if constexpr (kWritten) {
-    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   } else {
-    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
   }
 }
 

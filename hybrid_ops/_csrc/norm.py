@@ -29,9 +29,8 @@ _MOST_VECTORS = 6
 _FEWEST = 128  # features of a group: with fewer most lanes would be idle
 _CTA_VECTORS = 512  # of a forward CTA: 8 KiB of each tensor
 _WARPS_PER_SM = 32  # of the forward, at least
-_BWD_WARPS_PER_SM = 15
-_BYTES_UNDER_WAY = 72 * 1024  # of the backward, on a multiprocessor
-_SHARED = 216 * 1024  # bytes of a multiprocessor, less what barriers and sums take
+_BYTES_UNDER_WAY = 68 * 1024  # of the backward, on a multiprocessor
+_BYTES_OF_TWO_ROWS = 168 * 1024  # at most, of its teams there: with more, registers hold fewer teams
 
 
 def _team(vectors: int, fewest: int) -> tuple[int, int]:
@@ -55,12 +54,15 @@ def config(rows: int, groups: int, group_size: int, itemsize: int, num_sms: int)
 
 
 def bwd_config(rows: int, groups: int, group_size: int, itemsize: int, num_sms: int) -> BwdConfig:
-    """As many teams as are on the GPU at once; all of them have the same number of rows, to one."""
+    """As many teams as are on the GPU at once; all of them have the same number of rows, to one.
+
+    Teams of few warps were fastest with 12 warps a multiprocessor, larger ones with 16.
+    """
     group = group_size * itemsize // 16
     vectors, warps = _team(group, fewest=1)
     teams = max(1, min(4 // warps, rows))
     row_bytes = 3 * 16 * 32 * vectors * warps * teams  # of a CTA's teams, in three tensors
-    per_sm = max(1, min(_BWD_WARPS_PER_SM // (warps * teams), _SHARED // (2 * row_bytes)))
+    per_sm = max(1, min((12 if warps < 4 else 16) // (warps * teams), _BYTES_OF_TWO_ROWS // (2 * row_bytes)))
     ctas = max(1, per_sm * num_sms // groups)
     rows_of_team = max(1, -(-rows // (ctas * teams)))
     return BwdConfig(
