@@ -86,7 +86,6 @@ def residual_norm(model: str, seqlen: int, batch: int) -> Case:
         bytes=2 * (4 * batch * seqlen * hidden + hidden),
         flops=0,
         tokens=1,
-        impls=("triton",),
         problem={"group_size": hidden},
         peers={**peers.residual_norm(), **peers.eager_and_compiled(torch_norm, model)},
     )
@@ -123,7 +122,6 @@ def gated_norm(model: str, seqlen: int, batch: int, tp: int = 1) -> Case:
         bytes=2 * (3 * batch * seqlen * mixer.inner + mixer.inner),
         flops=0,
         tokens=1,
-        impls=("triton",),
         problem={"group_size": group_size},
         peers={**peers.gated_norm(group_size), **peers.eager_and_compiled(torch_norm, model)},
     )
@@ -161,6 +159,5 @@ def gated_norm_bwd(model: str, seqlen: int, batch: int, tp: int = 1) -> Case:
         bytes=2 * (5 * batch * seqlen * mixer.inner + 2 * mixer.inner),
         flops=0,
         tokens=1,
-        impls=("triton",),
         problem={"group_size": group_size},
     )

@@ -19,6 +19,24 @@ Tensors addresses(const py::tuple& tensors) {
   return std::bit_cast<Tensors>(found);
 }
 
+NormForm norm_form(std::array<int, 3> dtypes, std::array<std::int64_t, 3> sizes, bool gated, bool norm_before_gate,
+                   float eps, std::array<int, 3> config) {
+  return {
+      .dtype = DType(dtypes[0]),
+      .stream_dtype = DType(dtypes[1]),
+      .weight_dtype = DType(dtypes[2]),
+      .rows = sizes[0],
+      .hidden = sizes[1],
+      .group_size = sizes[2],
+      .gated = gated,
+      .norm_before_gate = norm_before_gate,
+      .eps = eps,
+      .vectors = config[0],
+      .warps = config[1],
+      .teams = config[2],
+  };
+}
+
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA C++ kernels of hybrid_ops; call the public functions of hybrid_ops instead";
 
@@ -344,6 +362,39 @@ PYBIND11_MODULE(_cuda, m) {
           [](const Mamba2StepArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
             mamba2_step(args, addresses<Mamba2StepPointers>(tensors), {device, stream});
           },
+          py::arg("tensors"), py::arg("device"), py::arg("stream"));
+
+  py::class_<NormArgs>(m, "Norm", "An RMSNorm of one signature; the groups hold what NormForm in api.h names.")
+      .def(
+          py::init([](std::array<int, 3> dtypes, std::array<std::int64_t, 3> sizes, std::array<std::int64_t, 4> strides,
+                      bool gated, bool norm_before_gate, float eps, std::array<int, 3> config) {
+            return NormArgs{norm_form(dtypes, sizes, gated, norm_before_gate, eps, config), strides};
+          }),
+          py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("gated"), py::arg("norm_before_gate"),
+          py::arg("eps"), py::arg("config"))
+      .def(
+          "__call__",
+          [](const NormArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
+            norm_fwd(args, addresses<NormTensors>(tensors), {device, stream});
+          },
+          "Fill y, and h with a residual.", py::arg("tensors"), py::arg("device"), py::arg("stream"));
+
+  py::class_<NormBwdArgs>(m, "NormBwd", "The gradients of an RMSNorm of one signature, as Norm.")
+      .def(
+          py::init([](std::array<int, 3> dtypes, std::array<std::int64_t, 3> sizes, std::array<std::int64_t, 3> strides,
+                      bool gated, bool norm_before_gate, float eps, std::array<int, 5> config) {
+            const auto [vectors, warps, teams, ctas, stages] = config;
+            const NormForm form = norm_form(dtypes, sizes, gated, norm_before_gate, eps, {vectors, warps, teams});
+            return NormBwdArgs{form, strides, ctas, stages};
+          }),
+          py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("gated"), py::arg("norm_before_gate"),
+          py::arg("eps"), py::arg("config"))
+      .def(
+          "__call__",
+          [](const NormBwdArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
+            norm_bwd(args, addresses<NormBwdTensors>(tensors), {device, stream});
+          },
+          "Fill dx, dweight, and dz or dresidual where given; partials: (config's CTAs, hidden) float32.",
           py::arg("tensors"), py::arg("device"), py::arg("stream"));
 
   m.def(

@@ -133,12 +133,6 @@ __device__ __forceinline__ FeatureBits load_feature(const Mamba2StepParams& p, i
   return bits;
 }
 
-__device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-  for (int offset = 16; offset >= 1; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
-  return v;
-}
-
 template <typename State, int kDstate, bool kStochastic>
 __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __grid_constant__ Mamba2StepParams p) {
   using L = StepLayout<State, kDstate, kStochastic>;

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _checks, _device
+from ._csrc import norm as _csrc_norm
 from ._library import Choice, define, explains
 from ._torch import norm as _torch_norm
 
@@ -31,7 +32,7 @@ def rms_norm(
         eps: added to the mean square.
         residual: like x in shape; its dtype is the dtype of the residual stream.
         out: y is written here; x's shape and dtype. Not where a gradient is needed.
-        impl: "auto", "triton" or "torch".
+        impl: "auto", "cuda", "triton" or "torch".
 
     Returns:
         y, in x's dtype; with a residual (y, h), h in the residual's dtype.
@@ -80,7 +81,7 @@ def gated_rms_norm(
         group_size: a divisor of hidden; None is all of it.
         norm_before_gate: the order of norm and gate.
         out: y is written here; x's shape and dtype. Not where a gradient is needed.
-        impl: "auto", "triton" or "torch".
+        impl: "auto", "cuda", "triton" or "torch".
 
     Returns:
         y, in x's dtype.
@@ -116,7 +117,7 @@ def _check(
     out: Tensor | None,
     impl: str,
 ) -> tuple[int, Callable[..., None] | None]:
-    """The size of a group; Triton's launch, where that is what a plain call comes to."""
+    """The size of a group; the kernel's launch, where that is what a plain call comes to."""
     if isinstance(x, Tensor) and (x.dim() == 0 or x.shape[-1] == 0):
         raise ValueError(f"x must have shape (..., hidden) with hidden >= 1, got {tuple(x.shape)}")
     _checks.tensor("x", x, (None,) * x.dim() if isinstance(x, Tensor) else ())
@@ -132,24 +133,61 @@ def _check(
     elif not isinstance(group_size, int) or group_size < 1 or hidden % group_size:
         raise ValueError(f"group_size must divide the last dimension of x, {hidden}, got {group_size}")
     _checks.out(out, x, needs_grad=False)
-    if not _checks.eager_on_gpu(x) or _device.choose(impl, x.device)[0] != "triton":
+    if not _checks.eager_on_gpu(x):
+        return group_size, None
+    y = x.new_empty(x.shape, device="meta") if out is None else out
+    h = None if residual is None else residual.new_empty(residual.shape, device="meta")
+    chosen = _choice(impl, x, z, residual, weight, y, h, group_size)
+    arguments = (x, z, residual, weight, y, h, eps, group_size, norm_before_gate)
+    if chosen == "cuda":
+        return group_size, _csrc_norm.norm(*arguments)
+    if chosen != "triton":
         return group_size, None
     from .triton_kernels import norm as kernels
 
-    y = x.new_empty(x.shape, device="meta") if out is None else out
-    h = None if residual is None else residual.new_empty(residual.shape, device="meta")
-    return group_size, kernels.find(x, z, residual, weight, y, h, eps, group_size, norm_before_gate)
+    return group_size, kernels.find(*arguments)
 
 
 @explains("rms_norm")
 @explains("gated_rms_norm")
-def _choose(*, device: str = "cuda", impl: str = "auto", group_size: int = 4096, **_: Any) -> Choice:
-    chosen, reason = _device.choose(impl, torch.device(device))
+def _choose(
+    *,
+    device: str = "cuda",
+    impl: str = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+    group_size: int = 4096,
+    **_: Any,
+) -> Choice:
+    x = torch.empty(1, group_size, dtype=dtype, device="meta")
+    refusal = _device.not_sm90(torch.device(device)) or _csrc_norm.refusal(dtype, dtype, x[0], group_size, True, x=x)
+    chosen, reason = _device.choose(impl, torch.device(device), refusal)
+    if chosen == "cuda":
+        sms = _device.num_sms(torch.device(device).index or 0) if torch.cuda.is_available() else 132
+        return Choice(chosen, _csrc_norm.config(8192, 1, group_size, x.element_size(), sms)._asdict(), reason)
     if chosen != "triton":
         return Choice(chosen, {}, reason)
     from .triton_kernels import norm as kernels
 
     return Choice(chosen, kernels.config(group_size)._asdict(), reason)
+
+
+def _choice(
+    impl: str,
+    x: Tensor,
+    z: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    y: Tensor,
+    h: Tensor | None,
+    group_size: int,
+) -> str:
+    refusal = None
+    if x.is_cuda and impl in ("auto", "cuda"):
+        stream = next((t.dtype for t in (z, residual) if t is not None), x.dtype)
+        refusal = _device.not_sm90(x.device) or _csrc_norm.refusal(
+            x.dtype, stream, weight, group_size, z is not None, x=x, z=z, residual=residual, out=y, h=h
+        )
+    return _device.choose(impl, x.device, refusal)[0]
 
 
 def _norm_fwd(
@@ -164,7 +202,10 @@ def _norm_fwd(
     norm_before_gate: bool,
     impl: str,
 ) -> None:
-    if _device.choose(impl, x.device)[0] == "triton":
+    chosen = _choice(impl, x, z, residual, weight, y, h, group_size)
+    if chosen == "cuda":
+        _csrc_norm.norm(x, z, residual, weight, y, h, eps, group_size, norm_before_gate)(x, z, residual, weight, y, h)
+    elif chosen == "triton":
         from .triton_kernels import norm as kernels
 
         kernels.norm(x, z, residual, weight, y, h, eps, group_size, norm_before_gate)
@@ -225,7 +266,14 @@ def _norm_bwd(
     norm_before_gate: bool,
     impl: str,
 ) -> None:
-    if _device.choose(impl, x.device)[0] == "triton":
+    chosen = _bwd_choice(impl, x, z, weight, dx, group_size)
+    if chosen == "cuda":
+        if dh is not None:
+            dh = _csrc_norm.in_rows(dh)
+        tensors = (_csrc_norm.in_rows(dy), x, z, weight, dh, dx, dz, dresidual, dweight)
+        _csrc_norm.norm_bwd(*tensors, eps, group_size, norm_before_gate)(*tensors)
+        return
+    if chosen == "triton":
         from .triton_kernels import norm_bwd as kernels
 
         kernels.norm_bwd(dy, x, z, weight, dh, dx, dz, dresidual, dweight, eps, group_size, norm_before_gate)
@@ -236,6 +284,16 @@ def _norm_bwd(
     for target, result in ((dx, du), (dz, dgated), (dresidual, du), (dweight, dw)):
         if target is not None and result is not None:
             target.copy_(result)
+
+
+def _bwd_choice(impl: str, x: Tensor, z: Tensor | None, weight: Tensor, dx: Tensor, group_size: int) -> str:
+    """As `_choice` of the forward, whose x had the dtype of dx, and of the residual stream that of this x."""
+    refusal = None
+    if x.is_cuda and impl in ("auto", "cuda"):
+        refusal = _device.not_sm90(x.device) or _csrc_norm.refusal(
+            dx.dtype, x.dtype, weight, group_size, z is not None, x=x, z=z
+        )
+    return _device.choose(impl, x.device, refusal)[0]
 
 
 # x is what the norm saw: with a residual their sum h, whose other gradient is dh

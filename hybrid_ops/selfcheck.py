@@ -288,11 +288,11 @@ def problems(dtype: torch.dtype) -> dict[str, Problem | ByteProblem]:
         "rms_norm": Problem(
             "norm",
             # a float32 residual stream, of large values as in deep layers
-            dict(x=randn(6, 96), weight=randn(96), residual=randn(6, 96, of=torch.float32, scale=30.0)),
+            dict(x=randn(6, 384), weight=randn(384), residual=randn(6, 384, of=torch.float32, scale=30.0)),
             dict(y=0, h=0),
         ),
         "gated_rms_norm": Problem(
-            "norm", dict(x=randn(6, 96), z=randn(6, 96), weight=randn(96)), dict(y=0), dict(group_size=24)
+            "norm", dict(x=randn(6, 384), z=randn(6, 384), weight=randn(384)), dict(y=0), dict(group_size=128)
         ),
         "causal_conv1d": Problem(
             "conv1d",

@@ -70,6 +70,18 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::mamba2_step_kernel<__nv_bfloat16, 64, false>",
         "hybrid_ops::mamba2_step_kernel<__half, 256, true>",
     ],
+    "norm_sm90.cuh": [
+        "hybrid_ops::norm_kernel<__nv_bfloat16, __nv_bfloat16, hybrid_ops::Gate::first, 6>",
+        "hybrid_ops::norm_kernel<__half, __half, hybrid_ops::Gate::last, 6>",
+        "hybrid_ops::norm_kernel<__half, float, hybrid_ops::Gate::none, 6>",
+        "hybrid_ops::norm_kernel<float, float, hybrid_ops::Gate::none, 3>",
+    ],
+    "norm_bwd_sm90.cuh": [
+        "hybrid_ops::norm_bwd_kernel<__nv_bfloat16, __nv_bfloat16, hybrid_ops::Gate::first, 5>",
+        "hybrid_ops::norm_bwd_kernel<__half, float, hybrid_ops::Gate::none, 6>",
+        "hybrid_ops::norm_bwd_kernel<float, float, hybrid_ops::Gate::last, 6>",
+        "hybrid_ops::norm_dweight_kernel<__nv_bfloat16>",
+    ],
     "conv1d_bwd_sm90.cuh": [
         "hybrid_ops::conv1d_bwd_kernel<__nv_bfloat16, 4, true, false, 4, 4>",
         "hybrid_ops::conv1d_bwd_kernel<__half, 4, true, true, 4, 4>",
@@ -78,7 +90,7 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::conv1d_bwd_states_kernel<__half, 3, true>",
     ],
 }
-HOST_HEADERS = {"common/launch.cuh", "common/conv1d_dispatch.cuh"}
+HOST_HEADERS = {"common/launch.cuh", "common/conv1d_dispatch.cuh", "common/norm_dispatch.cuh"}
 
 
 def headers():

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hybrid_ops
+from hybrid_ops._csrc import norm as csrc
 from hybrid_ops.reference import norm as reference
 
 from .budget import assert_within, round_to, to_numpy
@@ -29,9 +32,17 @@ def cases(draw, dtypes, max_rows=8, max_groups=3, min_group_size=1, max_group_si
     )
 
 
+def for_cuda(case):
+    """The nearest case that the CUDA kernels take."""
+    if hybrid_ops._device.extension_missing() is not None:
+        pytest.skip("the CUDA extension is not built")
+    group_size = 128 + case["group_size"] // 8 * 8
+    return case | dict(group_size=group_size, hidden=case["hidden"] // case["group_size"] * group_size, margin=8)
+
+
 def randn(case, generator, *, scale=1.0):
     """(batch, seqlen, hidden), contiguous or a slice of a wider tensor as in_proj returns it."""
-    width = case["hidden"] + (7 if case["strided"] else 0)
+    width = case["hidden"] + (case.get("margin", 7) if case["strided"] else 0)
     wide = torch.randn(case["batch"], case["seqlen"], width, generator=generator) * scale
     return wide.to(case["dtype"])[..., width - case["hidden"] :]
 
@@ -118,6 +129,20 @@ def test_gated_rms_norm_gpu(case, gate, norm_before_gate):
     check_gated_rms_norm(case, gate, norm_before_gate, "triton", "cuda")
 
 
+@pytest.mark.gpu
+@settings(max_examples=20)
+@given(case=cases(CPU_DTYPES, max_rows=300, max_group_size=4500), residual=st.booleans())
+def test_rms_norm_cuda_gpu(case, residual):
+    check_rms_norm(for_cuda(case), residual, "cuda", "cuda")
+
+
+@pytest.mark.gpu
+@settings(max_examples=20)
+@given(case=cases(CPU_DTYPES, max_rows=300, max_group_size=4500), gate=st.booleans(), norm_before_gate=st.booleans())
+def test_gated_rms_norm_cuda_gpu(case, gate, norm_before_gate):
+    check_gated_rms_norm(for_cuda(case), gate, norm_before_gate, "cuda", "cuda")
+
+
 def test_gradients():
     torch.manual_seed(0)
 
@@ -181,6 +206,20 @@ def test_rms_norm_backward_gpu(case, stream_fp32):
     check_residual_backward(case, stream_fp32, "triton", "cuda")
 
 
+@pytest.mark.gpu
+@settings(max_examples=20)
+@given(case=cases(CPU_DTYPES, max_rows=300, max_group_size=4500), gate=st.booleans(), norm_before_gate=st.booleans())
+def test_gated_rms_norm_backward_cuda_gpu(case, gate, norm_before_gate):
+    check_gated_backward(for_cuda(case), gate, norm_before_gate, "cuda", "cuda")
+
+
+@pytest.mark.gpu
+@settings(max_examples=20)
+@given(case=cases(CPU_DTYPES, max_rows=300, max_group_size=4500), stream_fp32=st.booleans())
+def test_rms_norm_backward_cuda_gpu(case, stream_fp32):
+    check_residual_backward(for_cuda(case), stream_fp32, "cuda", "cuda")
+
+
 def check_gated_backward(case, gate, norm_before_gate, impl, device="cpu"):
     generator = torch.Generator().manual_seed(case["seed"])
     x, z, dy = (randn(case, generator) for _ in range(3))
@@ -222,18 +261,114 @@ def check_residual_backward(case, stream_fp32, impl, device="cpu"):
 
 def check_same_bits(impl, device="cpu"):
     torch.manual_seed(0)
-    x, z, w, dy = (torch.randn(*shape, device=device) for shape in ((50, 96), (50, 96), (96,), (50, 96)))
+    x, z, w, dy = (torch.randn(*shape, device=device) for shape in ((50, 384), (50, 384), (384,), (50, 384)))
     runs = []
     for _ in range(2):
         leaves = [t.clone().requires_grad_() for t in (x, z, w)]
-        y = hybrid_ops.gated_rms_norm(*leaves, group_size=24, impl=impl)
+        y = hybrid_ops.gated_rms_norm(*leaves, group_size=128, impl=impl)
         runs.append(torch.autograd.grad(y, leaves, dy))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @pytest.mark.gpu
-def test_same_bits_gpu():
-    check_same_bits("triton", "cuda")
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_same_bits_gpu(impl):
+    if impl == "cuda" and hybrid_ops._device.extension_missing() is not None:
+        pytest.skip("the CUDA extension is not built")
+    check_same_bits(impl, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_ring_of_48_kib_gpu(dtype):
+    """All that a CTA has unasked, and a launch with one byte of static shared memory beside it fails."""
+    group_size = 8192 // dtype.itemsize
+    config = csrc.bwd_config(5, 2, group_size, dtype.itemsize, hybrid_ops._device.num_sms(0))
+    assert config.vectors * config.warps * config.teams * config.stages * 3 * 512 == 48 * 1024
+    sizes = dict(batch=1, seqlen=5, group_size=group_size - 128, hidden=2 * (group_size - 128))  # for_cuda adds 128
+    case = for_cuda(sizes | dict(seed=0, dtype=dtype, strided=True, scale=1.0, weight_fp32=False))
+    check_gated_backward(case, True, False, "cuda", "cuda")
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_group_has_a_team(itemsize):
+    """As many lanes as there are vectors, of what the kernels are compiled for; rows for every CTA; all on the GPU."""
+    static = 4096  # barriers and sums
+    registers = {1: 96, 2: 120, 3: 128, 4: 144, 5: 168, 6: 192}  # of a backward's thread, of the form with most
+    for group_size in range(128, csrc.most_features(itemsize) + 1, 16 // itemsize):
+        for rows in (0, 1, 5, 8192):
+            for config_of in (csrc.config, csrc.bwd_config):
+                config = config_of(rows, 8, group_size, itemsize, 132)
+                assert 1 <= config.vectors <= 6
+                assert config.warps * config.teams <= csrc.MAX_WARPS
+                vectors = group_size * itemsize // 16
+                assert (config.warps - 1) * 32 * config.vectors < vectors <= config.warps * 32 * config.vectors
+                if config_of is csrc.config:
+                    continue
+                assert config.ctas == 1 or (config.ctas - 1) * config.teams < rows
+                ring = config.vectors * config.warps * config.teams * config.stages * 3 * 512
+                assert 2 <= config.stages <= 4
+                per_sm = -(-config.ctas * 8 // 132)
+                assert per_sm * (ring + static) <= 227 * 1024
+                assert per_sm * 32 * config.warps * config.teams * registers[config.vectors] <= 65536
+
+
+def test_config():
+    """Those that were measured to be fast."""
+    shapes = {
+        (8, 512): (2, 1, 8),
+        (8, 1024): (2, 2, 4),
+        (8, 1280): (5, 1, 4),
+        (1, 4096): (2, 8, 1),
+        (1, 2688): (2, 6, 1),
+    }
+    assert {s: csrc.config(8192, *s, 2, 132) for s in shapes} == shapes
+    shapes = {(8, 512): (1, 2, 4), (8, 1280): (1, 5, 1), (1, 4096): (2, 8, 1)}
+    assert {s: csrc.config(16, *s, 2, 132) for s in shapes} == shapes
+    shapes = {
+        (8, 512): (1, 2, 2, 49, 3),
+        (8, 1024): (1, 4, 1, 66, 2),
+        (8, 1280): (1, 5, 1, 49, 3),
+        (1, 4096): (2, 8, 1, 256, 2),
+        (1, 2688): (2, 6, 1, 256, 2),
+        (1, 4480): (3, 6, 1, 256, 2),
+    }
+    assert {s: csrc.bwd_config(8192, *s, 2, 132) for s in shapes} == shapes
+
+
+def test_rows_in_memory():
+    x = torch.empty(4, 6, 32)
+    assert [csrc.row_stride(t) for t in (x, x[0, 0], x[:, :1], x[..., :8])] == [32, 0, 192, 32]
+    assert csrc.row_stride(x[0, :1].expand(5, 32)) == 0
+    assert [csrc.row_stride(t) for t in (x.transpose(0, 1), x[:, :3], x.transpose(1, 2))] == [None] * 3
+    assert csrc.is_rows(x)
+    assert not any(map(csrc.is_rows, (x[..., 1:], torch.empty(4, 33)[:, :32])))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(), None),
+        (dict(dtype=torch.float64), "has no torch.float64"),
+        (dict(stream=torch.float32), "takes z in torch.bfloat16, as x, not torch.float32"),
+        (dict(stream=torch.float32, gated=False), None),
+        (dict(stream=torch.float16, gated=False), "takes the residual in torch.float32 or torch.bfloat16, as x"),
+        (dict(weight=torch.empty(256)), None),
+        (dict(weight=torch.empty(256).half()), "takes weight in torch.bfloat16 or torch.float32, not torch.float16"),
+        (dict(weight=torch.empty(512)[::2]), "needs a contiguous weight"),
+        (dict(weight=torch.empty(257)[1:]), "begins at a multiple of 16 bytes"),
+        (dict(group_size=64), "has groups of 128 to 12288 features, whole pieces of 16 bytes, not 64"),
+        (dict(group_size=132), "whole pieces of 16 bytes, not 132"),
+        (dict(x=torch.empty(3, 260).bfloat16()[:, :256]), "needs rows that begin at multiples of 16 bytes.* in x"),
+    ],
+)
+def test_what_the_cuda_kernels_take(change, message):
+    bfloat16 = dict(dtype=torch.bfloat16, stream=torch.bfloat16)
+    arguments = (
+        bfloat16 | dict(weight=torch.empty(256), group_size=256, gated=True) | dict(x=torch.empty(3, 256)) | change
+    )
+    refusal = csrc.refusal(**arguments)
+    assert refusal is None if message is None else re.search(message, refusal)
 
 
 def test_out_and_residual_dtype():

@@ -142,6 +142,40 @@ struct Mamba2StepArgs {
 // The pointers of Mamba2StepParams, in its order.
 using Mamba2StepPointers = std::array<std::uintptr_t, 12>;
 
+// What both directions of RMSNorm are made of. The stream's dtype is that of z, the residual and its gradient.
+struct NormForm {
+  DType dtype, stream_dtype, weight_dtype;
+  std::int64_t rows, hidden, group_size;
+  bool gated, norm_before_gate;
+  float eps;
+  int vectors, warps, teams;  // of a lane; of a team, which has a group of a row; of a CTA
+};
+
+struct NormArgs {
+  NormForm form;
+  std::array<std::int64_t, 4> strides;  // of rows: x, z or residual, y, h
+};
+
+struct NormTensors {
+  std::uintptr_t x, z, residual, weight, y, h;
+};
+
+struct NormBwdArgs {
+  NormForm form;
+  std::array<std::int64_t, 3> strides;  // of rows: dy, x, z or dh
+  int ctas, stages;                     // of a group of features; rows on their way to a team
+};
+
+struct NormBwdTensors {
+  std::uintptr_t dy, x, z, weight, dh, dx, dz, dresidual, dweight, partials;
+};
+
+// norm_sm90.cu
+void norm_fwd(const NormArgs& args, const NormTensors& tensors, Target target);
+
+// norm_bwd_sm90.cu
+void norm_bwd(const NormBwdArgs& args, const NormBwdTensors& tensors, Target target);
+
 // conv1d_sm90.cu
 void conv1d_fwd(const Conv1dArgs& args, const Conv1dTensors& tensors, Target target);
 

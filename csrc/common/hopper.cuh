@@ -91,6 +91,14 @@ __device__ __forceinline__ void wait_for_cluster(uint32 barrier, uint32 parity) 
 
 // ---------------------------------------------------------------------------------------------------------- TMA
 
+// Neighbours in memory into shared memory; `barrier` counts their bytes, a multiple of 16.
+__device__ __forceinline__ void load_bytes(uint32 destination, const void* source, uint32 bytes, uint32 barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
+      "l"(source), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 // A box of a 4-D tensor into shared memory; `barrier` counts its bytes.
 __device__ __forceinline__ void load_box(uint32 destination, const TensorMap& map, uint32 barrier, int i0, int i1,
                                          int i2, int i3) {
@@ -133,6 +141,12 @@ __device__ __forceinline__ void take_registers() {
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int offset = 16; offset >= 1; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
+  return v;
 }
 
 // Barrier `id` (1 to 15) among `threads` threads.

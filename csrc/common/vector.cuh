@@ -1,4 +1,5 @@
-// Four elements of a tensor at a time, as float32 in registers. Free of host headers: NVRTC compiles it too.
+// A few neighbouring elements of a tensor at a time, as float32 in registers. Free of host headers: NVRTC compiles it
+// too.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,17 +11,19 @@ using int64 = long long;  // <cstdint> is a host header
 
 inline constexpr int kPerVector = 4;
 
-// The bits of four elements: 8 bytes, or 16 in float32.
-template <typename T>
-struct FourOf {
+template <int kBytes>
+struct WordsOf;
+template <>
+struct WordsOf<8> {
   using type = uint2;
 };
 template <>
-struct FourOf<float> {
+struct WordsOf<16> {
   using type = uint4;
 };
-template <typename T>
-using Vector = typename FourOf<T>::type;
+// The bits of four elements, or of eight of 16 bits: 8 bytes or 16.
+template <typename T, int kCount = kPerVector>
+using Vector = typename WordsOf<kCount * sizeof(T)>::type;
 
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
@@ -40,6 +43,12 @@ __device__ __forceinline__ void unpack<__nv_bfloat16>(const uint2& raw, float (&
   values[1] = __uint_as_float(raw.x & 0xffff0000u);
   values[2] = __uint_as_float(raw.y << 16);
   values[3] = __uint_as_float(raw.y & 0xffff0000u);
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack(const Vector<T, 8>& raw, float (&values)[8]) {
+  unpack<T>(make_uint2(raw.x, raw.y), reinterpret_cast<float (&)[4]>(values[0]));
+  unpack<T>(make_uint2(raw.z, raw.w), reinterpret_cast<float (&)[4]>(values[4]));
 }
 
 // One rounding to nearest per value, two values per instruction.
@@ -69,18 +78,30 @@ __device__ __forceinline__ uint2 pack<__half>(const float (&v)[kPerVector]) {
   return raw;
 }
 
+template <typename T>
+__device__ __forceinline__ Vector<T, 8> pack(const float (&v)[8]) {
+  const uint2 low = pack<T>(reinterpret_cast<const float (&)[4]>(v[0]));
+  const uint2 high = pack<T>(reinterpret_cast<const float (&)[4]>(v[4]));
+  return make_uint4(low.x, low.y, high.x, high.y);
+}
+
 // Read once, by this kernel alone: past L1, through the read-only path.
+__device__ __forceinline__ uint2 load_once(const uint2* pointer) {
+  uint2 raw;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(raw.x), "=r"(raw.y) : "l"(pointer));
+  return raw;
+}
+__device__ __forceinline__ uint4 load_once(const uint4* pointer) {
+  uint4 raw;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+               : "l"(pointer));
+  return raw;
+}
+
 template <typename T>
 __device__ __forceinline__ Vector<T> load_vector(const T* pointer) {
-  Vector<T> raw;
-  if constexpr (sizeof(T) == 2) {
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(raw.x), "=r"(raw.y) : "l"(pointer));
-  } else {
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
-                 : "l"(pointer));
-  }
-  return raw;
+  return load_once(reinterpret_cast<const Vector<T>*>(pointer));
 }
 
 // As a predicated instruction: a branch would keep what lies before it from overlapping with what lies behind.
