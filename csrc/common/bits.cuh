@@ -80,4 +80,74 @@ __device__ __forceinline__ void runs_to_float(const Bits<kCount>& bits, DType dt
   }
 }
 
+// kCount neighbours, a multiple of four, as bits: of elements of kItem bytes, packed as in memory.
+template <int kItem, int kCount>
+struct Packed {
+  unsigned words[kItem * kCount / 4];
+};
+
+// From element `first` on, `stride` apart. `aligned`: neighbours in memory, each four of them aligned.
+template <int kItem, int kCount>
+__device__ __forceinline__ void load_packed(const void* data, int64 first, int64 stride, bool aligned,
+                                            Packed<kItem, kCount>& packed) {
+  if (aligned) {
+    const unsigned char* const source = static_cast<const unsigned char*>(data) + kItem * first;
+#pragma unroll
+    for (int i = 0; i < kItem * kCount / 4; i += kItem) {  // an instruction for four elements
+      if constexpr (kItem == 4) {
+        const uint4 four = __ldg(reinterpret_cast<const uint4*>(source + 4 * i));
+        packed.words[i] = four.x, packed.words[i + 1] = four.y;
+        packed.words[i + 2] = four.z, packed.words[i + 3] = four.w;
+      } else {
+        const uint2 four = __ldg(reinterpret_cast<const uint2*>(source + 4 * i));
+        packed.words[i] = four.x, packed.words[i + 1] = four.y;
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if constexpr (kItem == 4) {
+      packed.words[i] = static_cast<const unsigned*>(data)[first + i * stride];
+    } else {
+      const unsigned element = static_cast<const unsigned short*>(data)[first + i * stride];
+      packed.words[i / 2] = i % 2 == 0 ? element : packed.words[i / 2] | element << 16;
+    }
+  }
+}
+
+// To an aligned place.
+template <int kItem, int kCount>
+__device__ __forceinline__ void store_packed(void* data, int64 first, const Packed<kItem, kCount>& packed) {
+  unsigned char* const target = static_cast<unsigned char*>(data) + kItem * first;
+#pragma unroll
+  for (int i = 0; i < kItem * kCount / 4; i += kItem) {
+    const unsigned* const w = packed.words + i;
+    if constexpr (kItem == 4) {
+      *reinterpret_cast<uint4*>(target + 4 * i) = make_uint4(w[0], w[1], w[2], w[3]);
+    } else {
+      *reinterpret_cast<uint2*>(target + 4 * i) = make_uint2(w[0], w[1]);
+    }
+  }
+}
+
+template <int kItem, int kCount>
+__device__ __forceinline__ void packed_to_float(const Packed<kItem, kCount>& packed, DType dtype, float* values) {
+  if constexpr (kItem == 4) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = __uint_as_float(packed.words[i]);
+  } else if (dtype == DType::bfloat16) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      values[i] = __uint_as_float(packed.words[i / 2] << 16);
+      values[i + 1] = __uint_as_float(packed.words[i / 2] & 0xffff0000);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      values[i] = from_bits(packed.words[i / 2] >> i % 2 * 16 & 0xffff, DType::float16);
+    }
+  }
+}
+
 }  // namespace hybrid_ops
