@@ -8,9 +8,14 @@ namespace {
 
 template <typename State, int kDstate, int kRows, int kItem, bool kStochastic>
 void launch(const SsdReplayParams& p, const SsdReplayArgs& a, cudaStream_t stream) {
-  const int shared = sizeof(float) * replay_shared(p.tokens, kDstate, a.warps, Layout<State, kDstate, kRows>::kTile);
+  using L = ReplayLayout<State, kDstate, kRows, kItem>;
+  const int shared = sizeof(unsigned) * replay_shared<L>(p.tokens, a.warps, p.stages);
   const dim3 grid(p.nheads / p.heads, a.batch);
-  ssd_replay_kernel<State, kDstate, kRows, kItem, kStochastic><<<grid, 32 * a.warps, shared, stream>>>(p);
+  const auto kernel = ssd_replay_kernel<State, kDstate, kRows, kItem, kStochastic>;
+  if (shared > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "ssd_replay_kernel");
+  }
+  kernel<<<grid, 32 * a.warps, shared, stream>>>(p);
   check(cudaGetLastError(), "ssd_replay_kernel");
 }
 
@@ -22,20 +27,17 @@ void launch_rounding(const SsdReplayParams& p, const SsdReplayArgs& a, cudaStrea
   launch<State, kDstate, kRows, kItem, false>(p, a, stream);
 }
 
-template <typename State, int kDstate, int kRows>
-void launch_item(const SsdReplayParams& p, const SsdReplayArgs& a, cudaStream_t stream) {
-  if (a.dtype == DType::float32) return launch_rounding<State, kDstate, kRows, 4>(p, a, stream);
-  launch_rounding<State, kDstate, kRows, 2>(p, a, stream);
-}
-
 // Those for which _csrc/ssd_replay.py chooses.
 template <typename State, int kDstate>
 void launch_rows(const SsdReplayParams& p, const SsdReplayArgs& a, cudaStream_t stream) {
   constexpr int kRow = sizeof(State) * kDstate;  // bytes
   constexpr int kFew = kRow == 1024 || kRow == 128 ? 4 : 8;
-  if (a.rows == kFew) return launch_item<State, kDstate, kFew>(p, a, stream);
+  if (a.rows == kFew) {
+    if (a.dtype == DType::float32) return launch_rounding<State, kDstate, kFew, 4>(p, a, stream);
+    return launch_rounding<State, kDstate, kFew, 2>(p, a, stream);
+  }
   if constexpr (kDstate == 128) {
-    if (a.rows == 16) return launch_item<State, kDstate, 16>(p, a, stream);
+    if (a.rows == 16 && a.dtype != DType::float32) return launch_rounding<State, kDstate, 16, 2>(p, a, stream);
   }
   throw std::runtime_error("ssd_replay: no such tile: rows " + std::to_string(a.rows));
 }
@@ -111,6 +113,7 @@ void ssd_replay(const SsdReplayArgs& a, const SsdReplayPointers& pointers, Targe
       .places = static_cast<int>(a.places),
       .null_slot = a.null_slot,
       .heads = a.heads,
+      .stages = a.stages,
       .dt_min = a.dt_min,
       .dt_max = a.dt_max,
       .dtype = a.dtype,

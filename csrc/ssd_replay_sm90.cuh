@@ -7,10 +7,11 @@
 // so that S is only read, until the ring is full: then S takes the n tokens in (flush), and the T new ones are all that
 // the ring holds. Without new tokens (T = 0) this kernel materialises: it takes the tokens in, there or elsewhere.
 //
-// A block has p.heads heads of one group of one sequence, and its warps tiles of their rows (of headdim). A warp loads
-// its tile of the state all at once as soon as it knows the slot, and asks for the ring's length before, for the cached
-// tokens behind it. Each lane of a row has a token, or a few, and adds c_tj x_j to its part of S C_t: the sum over the
-// lanes is y. Only B_j . C_t, which all heads of a group have in common, goes through shared memory.
+// A block has p.heads heads of one group of one sequence, and its warps tiles of their rows (of headdim), which they
+// ask for by cp.async, p.stages tiles ahead: however long a tile takes, there are states on their way. The first ones
+// are asked for before the ring's length is known, and what depends on that. Each lane of a row has a token, or a few,
+// and adds c_tj x_j to its part of S C_t: the sum over the lanes is y. All that warps exchange is B_j . C_t, the same
+// for all heads of a group.
 //
 // Blocks of one sequence need no order. A warp that reads ring[slot], start + 256 length, announces itself in the same
 // atomic addition; the last one knows that all have read, and writes the new number. New tokens go to places that hold
@@ -49,27 +50,60 @@ struct SsdReplayParams {
   int tokens;  // T
   int nslots, nheads, headdim, heads_per_group;
   int capacity, places, null_slot;
-  int heads;  // of a block
+  int heads, stages;  // of a block; tiles that a warp has under way
   float dt_min, dt_max;
   DType dtype, dt_dtype, D_dtype, z_dtype, dt_bias_dtype;  // dtype: of x, B, C, y and the cache
-  bool x_aligned, columns_aligned;  // of x; of B and C: neighbours, each four of them aligned
+  bool x_aligned, columns_aligned;                         // of x; of B and C: neighbours, each four of them aligned
   bool dt_softplus;
 };
 
 inline constexpr int kMaxTokens = 32;    // of a sequence in one call, cached and new: one for each lane
 inline constexpr int kMaxCapacity = 16;  // of them, cached
 
+inline constexpr int kMaxStages = 4;
+
 // Of a lane, rows that are neighbours: of a token's x it loads whole vectors.
-template <typename State, int kN, int kRows>
+template <typename State, int kN, int kRows, int kItem>
 struct ReplayLayout : Layout<State, kN, kRows> {
+  using Base = Layout<State, kN, kRows>;
   static constexpr int kRowStep = 1;
-  static constexpr int kTokens = kMaxTokens / Layout<State, kN, kRows>::kLanes;  // of a lane
+  static constexpr int kTokens = kMaxTokens / Base::kLanes;  // of a lane
+  // words of a lane in a stage: of the state, 16 bytes from each lane in turn; of x, vectors; dt
+  static constexpr int kStateWords = 4 * kRows * Base::kLoads, kPieces = kTokens * kRows / kPerVector;
+  static constexpr int kStage = 32 * (kStateWords + kItem * kPieces + 1);
 };
 
-// Of a block, in floats: B_j . C_t, [T][kMaxTokens]; for a flush B_j, [kMaxCapacity][dstate], and of each warp
-// weight_j x_j, [kMaxCapacity][tile].
-__host__ __device__ constexpr int replay_shared(int tokens, int dstate, int warps, int tile) {
-  return tokens * kMaxTokens + kMaxCapacity * (dstate + warps * tile);
+// Words of a block's shared memory: stages of each warp; B_j . C_t, [T][kMaxTokens]; for a flush B_j,
+// [kMaxCapacity][dstate], and of each warp weight_j x_j, [kMaxCapacity][tile].
+template <typename L>
+__host__ __device__ constexpr int replay_shared(int tokens, int warps, int stages) {
+  return warps * stages * L::kStage + tokens * kMaxTokens + kMaxCapacity * (L::kDstate + warps * L::kTile);
+}
+
+// kBytes to this thread's place in shared memory.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(global), "n"(kBytes) : "memory");
+  }
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most `pending` of this thread's groups are under way.
+__device__ __forceinline__ void wait_for_copies(int pending) {
+  if (pending == 0) {
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+  } else if (pending == 1) {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+  } else if (pending == 2) {
+    asm volatile("cp.async.wait_group 2;" ::: "memory");
+  } else {
+    asm volatile("cp.async.wait_group 3;" ::: "memory");
+  }
 }
 
 // run(i) for all i < count, by the threads of a block.
@@ -78,6 +112,9 @@ __device__ __forceinline__ void each(int count, const Run& run) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < count; i += blockDim.x) run(i);
 }
+
+// Keeps what is computed from `value` before from being kept in registers.
+__device__ __forceinline__ void recompute(int& value) { asm volatile("" : "+r"(value)); }
 
 // What a warp finds in a slot.
 struct Found {
@@ -124,24 +161,24 @@ __device__ __forceinline__ float weigh(float dt, float A, int newest, float& dec
 }
 
 // A lane's rows through the n cached tokens, weight_j x_j (outer) B_j each, and into slot `place`. `inputs`, in shared
-// memory: weight_j x_j, [n][kTile]; B: [n][kDstate].
-template <typename State, typename L, bool kStochastic, int kRows>
-__device__ __forceinline__ void take_in(const SsdReplayParams& p, const uint4 (&raw)[kRows][L::kLoads], float decay,
+// memory: weight_j x_j, [n][kTile]; B: [n][kDstate]. Row `r` of the state comes from read_row(r, S).
+template <typename State, typename L, bool kStochastic, int kRows, typename ReadRow>
+__device__ __forceinline__ void take_in(const SsdReplayParams& p, const ReadRow& read_row, float decay,
                                         const float* inputs, const float* B, int n, int place, int head, int above,
                                         int column) {
   constexpr int kTogether = kRows * L::kColumns > 16 ? 16 / L::kColumns : kRows;  // rows, for which registers suffice
   const int64 seed = kStochastic ? *p.seed : 0;
-#pragma unroll
+#pragma unroll 1
   for (int first = 0; first < kRows; first += kTogether) {
     float S[kTogether][L::kColumns];
 #pragma unroll
     for (int r = 0; r < kTogether; ++r) {
-      unpack_row<State, L>(raw[first + r], 1.f, S[r]);
+      read_row(first + r, S[r]);
 #pragma unroll
       for (int c = 0; c < L::kColumns; ++c) S[r][c] *= decay;
     }
     const float* const input = inputs + threadIdx.x % 32 / L::kLanes * kRows + first;
-#pragma unroll 1
+#pragma unroll 2
     for (int j = 0; j < n; ++j) {
       float columns[L::kColumns];
 #pragma unroll
@@ -163,15 +200,16 @@ __device__ __forceinline__ void take_in(const SsdReplayParams& p, const uint4 (&
 
 // kItem: bytes of an element of x, B, C and y.
 template <typename State, int kN, int kRows, int kItem, bool kStochastic>
-__global__ void __launch_bounds__(256, 2)
-    ssd_replay_kernel(const __grid_constant__ SsdReplayParams p) {
-  using L = ReplayLayout<State, kN, kRows>;
+__global__ void __maxnreg__(kItem == 4 ? 160 : 128) ssd_replay_kernel(const __grid_constant__ SsdReplayParams p) {
+  using L = ReplayLayout<State, kN, kRows, kItem>;
   constexpr int kTogether = 4;  // tokens of a lane whose B is under way at once
   extern __shared__ float4 dynamic[];
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32, part = lane % L::kLanes, side = lane / L::kLanes, column = part * L::kPerLoad;
-  const int T = p.tokens, b = blockIdx.y, first_head = blockIdx.x * p.heads, group = first_head / p.heads_per_group;
-  float* const scores = reinterpret_cast<float*>(dynamic);
+  int lane = threadIdx.x % 32, part = lane % L::kLanes, side = lane / L::kLanes, column = part * L::kPerLoad;
+  int b = blockIdx.y;
+  const int T = p.tokens, first_head = blockIdx.x * p.heads, group = first_head / p.heads_per_group;
+  unsigned* const stages = reinterpret_cast<unsigned*>(dynamic) + warp * p.stages * L::kStage;
+  float* const scores = reinterpret_cast<float*>(dynamic) + warps * p.stages * L::kStage;
   float* const old_B = scores + T * kMaxTokens;
   float* const inputs = old_B + kMaxCapacity * (kN + warp * L::kTile);
 
@@ -193,143 +231,194 @@ __global__ void __launch_bounds__(256, 2)
       load_packed(data, base + static_cast<int64>(column + i * L::kStep) * stride, stride, aligned, columns[i]);
     }
   };
-  const auto columns_to_float = [&](const Columns& columns, float(&values)[L::kColumns]) {
+  const auto columns_to_float = [&](const Columns& columns, float (&values)[L::kColumns]) {
 #pragma unroll
     for (int i = 0; i < L::kLoads; ++i) packed_to_float(columns[i], p.dtype, values + i * L::kPerLoad);
   };
-  const auto load_C = [&](int t, float(&C)[L::kColumns]) {
+  const auto load_C = [&](int t, float (&C)[L::kColumns]) {
     Columns columns;
     load_columns(p.C, offset(p.C_strides, b, t, group, 0), p.C_strides.element, p.columns_aligned, columns);
     columns_to_float(columns, C);
   };
 
-  // in order: the state, then the number of the ring, then what depends on that
+  // the warp's tiles: a head, and of that the first row of the warp and of the lane
   const int tiles_of_head = (p.headdim + L::kTile - 1) / L::kTile, tiles = p.heads * tiles_of_head;
-  uint4 raw[kRows][L::kLoads];
-  Found found;
-  float C[L::kColumns];
+  struct Tile {
+    int head, first_row, above;
+  };
+  const auto tile_of = [&](int i) {
+    const int heads = i / tiles_of_head, first_row = (i - heads * tiles_of_head) * L::kTile;
+    return Tile{first_head + heads, first_row, first_row + side * kRows};
+  };
+  const auto stage_of = [&](int stage) { return stages + stage * L::kStage; };
+  const auto state_at = [&](int stage, int r, int i) {
+    return reinterpret_cast<uint4*>(stage_of(stage)) + (r * L::kLoads + i) * 32 + lane;
+  };
+  using Piece = Packed<kItem, kPerVector>;
+  const auto x_at = [&](int stage, int k, int i) {
+    return reinterpret_cast<Piece*>(stage_of(stage) + 32 * L::kStateWords) + (k * kRows / kPerVector + i) * 32 + lane;
+  };
+  const auto dt_at = [&](int stage) { return stage_of(stage) + 32 * (L::kStateWords + kItem * L::kPieces) + lane; };
+  const auto copy_state = [&](int stage, int index) {
+    const Tile tile = tile_of(index);
+    const State* source =
+        head_of<State>(p, slot, tile.head) + static_cast<int64>(tile.above) * p.state_p_stride + column;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r, source += p.state_p_stride) {
+#pragma unroll
+      for (int i = 0; i < L::kLoads; ++i) {
+        if (tile.above + r < p.headdim) copy_async<16>(state_at(stage, r, i), source + i * L::kStep);
+      }
+    }
+  };
+  for (int s = 0; s < p.stages; ++s) {
+    if (warp + s * warps < tiles) copy_state(s, warp + s * warps);
+  }
+
+  const Found found = find(p, slot, dropped);
+  const int n = found.length;
   int place = slot;
-  bool stored = false;
-#pragma unroll 1
-  for (int tile = warp;; tile += warps) {
-    const bool exists = tile < tiles, first = tile == warp;
-    const int head = first_head + tile / tiles_of_head, first_row = tile % tiles_of_head * L::kTile;
-    const int above = first_row + side * kRows, mine = above + part / L::kLanesPerSum;  // of the lane; its y's
-    if (exists) load_tile<State, L>(p, head_of<State>(p, slot, head), above, column, raw);
-    if (first) found = find(p, slot, dropped);
-    const int n = found.length;
-    const auto place_of = [&](int j) {
-      const int place = found.start + j;
-      return place < p.places ? place : place - p.places;
-    };
-    const auto cache_x = [&](int j) {  // row 0 of token j
-      return slot * p.cache_x_slot_stride + static_cast<int64>(head) * p.cache_x_head_stride +
-             place_of(j) * p.cache_x_place_stride;
-    };
-    const auto cache_B = [&](int j) {
-      return slot * p.cache_B_slot_stride + static_cast<int64>(group) * p.cache_B_group_stride +
-             place_of(j) * p.cache_B_place_stride;
-    };
-    float* const cache_dt = p.cache_dt + slot * p.cache_dt_slot_stride +
-                            static_cast<int64>(head) * p.cache_dt_head_stride +
-                            place_of(lane) * p.cache_dt_place_stride;
+  bool stored = found.flush;
+  if (p.write_slots != nullptr) {
+    place = p.write_slots[static_cast<int64>(b) * p.write_stride];
+    stored = usable(p, place);
+  }
+  const auto place_of = [&](int j) {
+    const int place = found.start + j;
+    return place < p.places ? place : place - p.places;
+  };
+  const auto cache_x = [&](int head, int j) {  // row 0 of token j
+    return slot * p.cache_x_slot_stride + static_cast<int64>(head) * p.cache_x_head_stride +
+           place_of(j) * p.cache_x_place_stride;
+  };
+  const auto cache_B = [&](int j) {
+    return slot * p.cache_B_slot_stride + static_cast<int64>(group) * p.cache_B_group_stride +
+           place_of(j) * p.cache_B_place_stride;
+  };
+  const auto cache_dt = [&](int head, int j) {
+    return p.cache_dt + slot * p.cache_dt_slot_stride + static_cast<int64>(head) * p.cache_dt_head_stride +
+           place_of(j) * p.cache_dt_place_stride;
+  };
 
-    // of the lane's tokens part, part + kLanes, ..: x of the tile's rows; and dt of token `lane`
-    Packed<kItem, kPerVector> x[L::kTokens][kRows / kPerVector];
-    float dt = 0.f, A = 0.f;
-    unsigned dt_bits = 0;
-    if (exists) {
+  // of the lane's tokens part, part + kLanes, ..: x of the tile's rows; and dt of token `lane`
+  const auto copy_tokens = [&](int stage, int index) {
+    const Tile tile = tile_of(index);
 #pragma unroll
-      for (int k = 0; k < L::kTokens; ++k) {
-        const int j = part + k * L::kLanes;
-        const void* const data = j < n ? p.cache_x : p.x;
-        const int64 base = j < n ? cache_x(j) : offset(p.x_strides, b, j - n, head, 0);
-        const int stride = j < n ? 1 : p.x_strides.element;
+    for (int k = 0; k < L::kTokens; ++k) {
+      const int j = part + k * L::kLanes;
+      const bool cached = j < n;
+      const void* const data = cached ? p.cache_x : p.x;
+      const int64 base = cached ? cache_x(tile.head, j) : offset(p.x_strides, b, j - n, tile.head, 0);
+      const int64 stride = cached ? 1 : p.x_strides.element;
 #pragma unroll
-        for (int i = 0; i < kRows / kPerVector; ++i) {
-          x[k][i] = {};
-          const int row = above + i * kPerVector;
-          if (j < n + T && row < p.headdim) {
-            load_packed(data, base + static_cast<int64>(row) * stride, stride, j < n || p.x_aligned, x[k][i]);
-          }
+      for (int i = 0; i < kRows / kPerVector; ++i) {
+        const int row = tile.above + i * kPerVector;
+        if (j >= n + T || row >= p.headdim) continue;
+        if (cached || p.x_aligned) {
+          copy_async<kItem * kPerVector>(x_at(stage, k, i),
+                                         static_cast<const unsigned char*>(data) + kItem * (base + row));
+        } else {
+          load_packed(data, base + row * stride, stride, false, *x_at(stage, k, i));
         }
       }
-      if (lane < n) {
-        dt = *cache_dt;
-      } else if (lane < n + T) {
-        dt_bits = load_bits(p.dt, p.dt_dtype, offset(p.dt_strides, b, lane - n, head, 0));
-      }
-      A = p.A[static_cast<int64>(head) * p.A_stride];
     }
+    if (lane < n) {
+      copy_async<4>(dt_at(stage), cache_dt(tile.head, lane));
+    } else if (lane < n + T) {
+      *dt_at(stage) = load_bits(p.dt, p.dt_dtype, offset(p.dt_strides, b, lane - n, tile.head, 0));
+    }
+  };
+  for (int s = 0; s < p.stages; ++s) {
+    if (warp + s * warps < tiles) copy_tokens(s, warp + s * warps);
+    commit_copies();
+  }
 
-    if (first) {
-      stored = found.flush;
-      if (p.write_slots != nullptr) {
-        place = p.write_slots[static_cast<int64>(b) * p.write_stride];
-        stored = usable(p, place);
-      }
-      // scores: B_j . C_t, of a warp those of every warps-th token
-      const bool keeps_B = first_head % p.heads_per_group == 0;
+  float C[L::kColumns];
+  // scores: B_j . C_t, of a warp those of every warps-th token
+  const bool keeps_B = first_head % p.heads_per_group == 0;
 #pragma unroll 1
-      for (int begin = warp; begin < n + T; begin += warps * kTogether * L::kGroups) {
-        const auto token_of = [&](int r) { return begin + (r * L::kGroups + side) * warps; };
-        Columns columns[kTogether];
+  for (int begin = warp; begin < n + T; begin += warps * kTogether * L::kGroups) {
+    const auto token_of = [&](int r) { return begin + (r * L::kGroups + side) * warps; };
+    Columns columns[kTogether];
 #pragma unroll
-        for (int r = 0; r < kTogether; ++r) {
-          const int j = token_of(r);
+    for (int r = 0; r < kTogether; ++r) {
+      const int j = token_of(r);
 #pragma unroll
-          for (int i = 0; i < L::kLoads; ++i) columns[r][i] = {};
-          if (j < n) {
-            load_columns(p.cache_B, cache_B(j), 1, true, columns[r]);
-          } else if (j < n + T) {
-            load_columns(p.B, offset(p.B_strides, b, j - n, group, 0), p.B_strides.element, p.columns_aligned,
-                         columns[r]);
-          }
-        }
-#pragma unroll 1
-        for (int t = 0; t < T; ++t) {
-          load_C(t, C);
-          float sums[kTogether];
-#pragma unroll
-          for (int r = 0; r < kTogether; ++r) {
-            float B[L::kColumns];
-            columns_to_float(columns[r], B);
-            sums[r] = 0.f;
-#pragma unroll
-            for (int c = 0; c < L::kColumns; ++c) sums[r] = fmaf(B[c], C[c], sums[r]);
-          }
-          const float sum = sum_rows<L::kLanes>(sums, part);
-          constexpr int kLanesPerToken = L::kLanes / kTogether;
-          const int j = token_of(part / kLanesPerToken);
-          if (part % kLanesPerToken == 0 && j < n + T) scores[t * kMaxTokens + j] = sum;
-        }
-#pragma unroll
-        for (int r = 0; r < kTogether; ++r) {
-          const int j = token_of(r);
-          if (stored && j < n) {
-            float B[L::kColumns];
-            columns_to_float(columns[r], B);
-#pragma unroll
-            for (int c = 0; c < L::kColumns; ++c) {
-              old_B[j * kN + column + c / L::kPerLoad * L::kStep + c % L::kPerLoad] = B[c];
-            }
-          }
-          if (keeps_B && j >= n && j < n + T) {
-#pragma unroll
-            for (int i = 0; i < L::kLoads; ++i) {
-              store_packed(p.cache_B, cache_B(j) + column + i * L::kStep, columns[r][i]);
-            }
-          }
-        }
+      for (int i = 0; i < L::kLoads; ++i) columns[r][i] = {};
+      if (j < n) {
+        load_columns(p.cache_B, cache_B(j), 1, true, columns[r]);
+      } else if (j < n + T) {
+        load_columns(p.B, offset(p.B_strides, b, j - n, group, 0), p.B_strides.element, p.columns_aligned, columns[r]);
       }
-      __syncthreads();
     }
-    if (!exists) break;
+#pragma unroll 1
+    for (int t = 0; t < T; ++t) {
+      load_C(t, C);
+      float sums[kTogether];
+#pragma unroll
+      for (int r = 0; r < kTogether; ++r) {
+        float B[L::kColumns];
+        columns_to_float(columns[r], B);
+        sums[r] = 0.f;
+#pragma unroll
+        for (int c = 0; c < L::kColumns; ++c) sums[r] = fmaf(B[c], C[c], sums[r]);
+      }
+      const float sum = sum_rows<L::kLanes>(sums, part);
+      constexpr int kLanesPerToken = L::kLanes / kTogether;
+      const int j = token_of(part / kLanesPerToken);
+      if (part % kLanesPerToken == 0 && j < n + T) scores[t * kMaxTokens + j] = sum;
+    }
+#pragma unroll
+    for (int r = 0; r < kTogether; ++r) {
+      const int j = token_of(r);
+      if (stored && j < n) {
+        float B[L::kColumns];
+        columns_to_float(columns[r], B);
+#pragma unroll
+        for (int c = 0; c < L::kColumns; ++c) {
+          old_B[j * kN + column + c / L::kPerLoad * L::kStep + c % L::kPerLoad] = B[c];
+        }
+      }
+      if (keeps_B && j >= n && j < n + T) {
+#pragma unroll
+        for (int i = 0; i < L::kLoads; ++i) {
+          store_packed(p.cache_B, cache_B(j) + column + i * L::kStep, columns[r][i]);
+        }
+      }
+    }
+  }
+  __syncthreads();
+
+  // of a number of each token, those of the lane's
+  const auto of_tokens = [&](float own, float (&mine)[L::kTokens]) {
+#pragma unroll
+    for (int k = 0; k < L::kTokens; ++k) {
+      mine[k] = L::kTokens == 1 ? own : __shfl_sync(~0u, own, part + k * L::kLanes);
+    }
+  };
+  int stage = 0;
+#pragma unroll 1
+  for (int index = warp; index < tiles; index += warps) {
+    recompute(slot), recompute(b), recompute(lane);
+    const auto [head, first_row, above] = tile_of(index);
+    const int mine = above + part / L::kLanesPerSum;  // the row whose y is the lane's
+    const float A = p.A[static_cast<int64>(head) * p.A_stride], bias = load_bias(p, head);
+    const float D = load_D(p, head, mine);
+    RowBits bits{0, 0};
+    if (T > 0) bits = load_row(p, b, 0, head, mine);
+    wait_for_copies(p.stages - 1);
+    const auto read_row = [&](int r, float (&S)[L::kColumns]) {
+      uint4 raw[L::kLoads];
+#pragma unroll
+      for (int i = 0; i < L::kLoads; ++i) raw[i] = *state_at(stage, r, i);
+      unpack_row<State, L>(raw, 1.f, S);
+    };
 
     // the new tokens to their places
+    float dt = __uint_as_float(*dt_at(stage));
     if (lane >= n && lane < n + T) {
-      dt = step_of(p, dt_bits, load_bias(p, head));
-      if (first_row == 0) *cache_dt = dt;
+      dt = step_of(p, *dt_at(stage), bias);
+      if (first_row == 0) *cache_dt(head, lane) = dt;
     }
 #pragma unroll
     for (int k = 0; k < L::kTokens; ++k) {
@@ -338,22 +427,15 @@ __global__ void __launch_bounds__(256, 2)
 #pragma unroll
         for (int i = 0; i < kRows / kPerVector; ++i) {
           const int row = above + i * kPerVector;
-          if (row < p.headdim) store_packed(p.cache_x, cache_x(j) + row, x[k][i]);
+          if (row < p.headdim) store_packed(p.cache_x, cache_x(head, j) + row, *x_at(stage, k, i));
         }
       }
     }
-    // of a number of each token, those of the lane's
-    const auto of_tokens = [&](float own, float(&mine)[L::kTokens]) {
-#pragma unroll
-      for (int k = 0; k < L::kTokens; ++k) {
-        mine[k] = L::kTokens == 1 ? own : __shfl_sync(~0u, own, part + k * L::kLanes);
-      }
-    };
-    const auto add_x = [&](int k, float weight, float(&sums)[kRows]) {
+    const auto add_x = [&](int k, float weight, float (&sums)[kRows]) {
 #pragma unroll
       for (int i = 0; i < kRows / kPerVector; ++i) {
         float values[kPerVector];
-        packed_to_float(x[k][i], p.dtype, values);
+        packed_to_float(*x_at(stage, k, i), p.dtype, values);
 #pragma unroll
         for (int r = 0; r < kPerVector; ++r) {
           sums[i * kPerVector + r] = fmaf(weight, values[r], sums[i * kPerVector + r]);
@@ -361,10 +443,9 @@ __global__ void __launch_bounds__(256, 2)
       }
     };
 
-    const float D = load_D(p, head, mine);
 #pragma unroll 1
     for (int t = 0; t < T; ++t) {
-      const RowBits bits = load_row(p, b, t, head, mine);
+      if (t > 0) bits = load_row(p, b, t, head, mine);
       load_C(t, C);
       float decay, weights[L::kTokens], sums[kRows];
       const float weight = weigh(dt, A, n + t, decay);
@@ -372,7 +453,7 @@ __global__ void __launch_bounds__(256, 2)
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         float S[L::kColumns];
-        unpack_row<State, L>(raw[r], 1.f, S);
+        read_row(r, S);
         sums[r] = 0.f;
 #pragma unroll
         for (int c = 0; c < L::kColumns; ++c) sums[r] = fmaf(S[c], C[c], sums[r]);
@@ -401,9 +482,15 @@ __global__ void __launch_bounds__(256, 2)
         }
       }
       __syncwarp();
-      take_in<State, L, kStochastic>(p, raw, decay, inputs, old_B, n, place, head, above, column);
+      take_in<State, L, kStochastic, kRows>(p, read_row, decay, inputs, old_B, n, place, head, above, column);
       __syncwarp();
     }
+    if (index + p.stages * warps < tiles) {
+      copy_state(stage, index + p.stages * warps);
+      copy_tokens(stage, index + p.stages * warps);
+    }
+    commit_copies();
+    stage = stage + 1 == p.stages ? 0 : stage + 1;
   }
 }
 

@@ -58,11 +58,11 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::ssd_update_kernel<hybrid_ops::Int8, 128, 4, false>",
     ],
     "ssd_replay_sm90.cuh": [
-        "hybrid_ops::ssd_replay_kernel<float, 128, 16, false>",
-        "hybrid_ops::ssd_replay_kernel<float, 256, 4, false>",
-        "hybrid_ops::ssd_replay_kernel<__nv_bfloat16, 128, 8, false>",
-        "hybrid_ops::ssd_replay_kernel<__nv_bfloat16, 256, 8, true>",
-        "hybrid_ops::ssd_replay_kernel<__half, 64, 4, true>",
+        "hybrid_ops::ssd_replay_kernel<float, 128, 16, 2, false>",
+        "hybrid_ops::ssd_replay_kernel<float, 256, 4, 4, false>",
+        "hybrid_ops::ssd_replay_kernel<__nv_bfloat16, 128, 8, 2, false>",
+        "hybrid_ops::ssd_replay_kernel<__nv_bfloat16, 256, 8, 2, true>",
+        "hybrid_ops::ssd_replay_kernel<__half, 64, 4, 4, true>",
     ],
     "mamba2_step_sm90.cuh": [
         "hybrid_ops::mamba2_step_kernel<float, 128, false>",

@@ -82,7 +82,7 @@ __device__ __forceinline__ void runs_to_float(const Bits<kCount>& bits, DType dt
 
 // kCount neighbours, a multiple of four, as bits: of elements of kItem bytes, packed as in memory.
 template <int kItem, int kCount>
-struct Packed {
+struct alignas(4 * kItem) Packed {
   unsigned words[kItem * kCount / 4];
 };
 

@@ -19,7 +19,7 @@ struct Layout {
   static constexpr int kStep = kPerLoad * kLanes;  // from one load of a row to the next
   static constexpr int kGroups = 32 / kLanes;      // rows side by side
   static constexpr int kTile = kRows * kGroups;
-  static constexpr int kRowStep = kGroups;              // from a lane's row to its next
+  static constexpr int kRowStep = kGroups;             // from a lane's row to its next
   static constexpr int kLanesPerSum = kLanes / kRows;  // that end with the same row's sum
   // of 256 threads, for which registers suffice
   static constexpr int kBlocks = sizeof(State) == 1 ? 2 : 4;

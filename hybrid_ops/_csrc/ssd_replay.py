@@ -13,21 +13,23 @@ from .ssd_update import DSTATES
 
 
 class Config(NamedTuple):
-    rows: int  # of a lane, whose loads are under way at once
+    rows: int  # of a lane, in a warp's tile
     warps: int  # of a block
-    heads: int  # of a block, one after the other
+    heads: int  # of a block, of one group
+    stages: int  # tiles that a warp has under way
 
 
-ROWS = {(4, 128): 16, (4, 256): 4, (2, 64): 4}  # what registers hold, by itemsize and dstate; 8 otherwise
+def tile(rows: int, dstate: int, itemsize: int) -> int:
+    """Rows of a warp's tile."""
+    return rows * 32 // min(32, dstate * itemsize // 16)
 
 
 def config(headdim: int, dstate: int, itemsize: int, nheads: int, ngroups: int, batch: int, num_sms: int) -> Config:
-    """A head's rows to a block; two heads of a group, whose dots with B and C are the same, where there are enough."""
-    lanes = min(32, dstate * itemsize // 16)  # of a row
-    rows = ROWS.get((itemsize, dstate), 8)
-    warps = min(8, max(2, math.ceil(headdim * lanes / (32 * rows))))
+    """Two heads of a group to a block, whose dots with B and C are the same, where there are enough."""
+    rows = 16 if (itemsize, dstate) == (4, 128) else 4 if dstate * itemsize in (128, 1024) else 8
     paired = nheads // ngroups % 2 == 0 and batch * nheads >= 4 * num_sms
-    return Config(rows, warps, heads=2 if paired else 1)
+    heads = 2 if paired else 1
+    return Config(rows, min(4, heads * math.ceil(headdim / tile(rows, dstate, itemsize))), heads, stages=2)
 
 
 def refusal(
