@@ -1,15 +1,17 @@
 // The next token of each sequence through a Mamba-2 mixer, from in_proj's output to out_proj's input, in one launch.
 //
 // A cluster takes one group of the norm of one sequence: whole groups of B and C, of which a CTA has consecutive rows
-// (features of heads) of one. The state is the traffic: a CTA asks for its first tiles as soon as it knows the slot,
-// and does everything else while they are on their way: the convolution, one channel a thread, of its rows and of its
-// group's B and C (which its neighbours compute too: a few KB from L2, against a barrier), and the step sizes.
+// (features of heads) of one. The state is the traffic: a CTA asks for its first tiles, p.stages for each warp, as soon
+// as it knows the slot, and does everything else while they are on their way: the convolution, one channel a thread, of
+// its rows and of its group's B and C (which its neighbours compute too: a few KB from L2, against a barrier), and the
+// step sizes.
 //
 // All that crosses the cluster is a sum of squares from each warp that has one, stored into every CTA with a count of
 // bytes: no fence waits for the states that were written meanwhile. It also says that its sender has read the windows
 // of B and C, which each CTA then moves on for a part of the channels.
 #pragma once
 
+#include "common/async_copies.cuh"
 #include "common/conv1d.cuh"
 #include "common/hopper.cuh"
 #include "common/state_rows.cuh"
@@ -34,6 +36,7 @@ struct Mamba2StepParams {
   int conv_bias_stride, A_stride, D_head_stride, D_p_stride, dt_bias_stride, norm_weight_stride, slots_stride;
   int nslots, nheads, headdim, conv_dim, width, null_slot;
   int group_size, rows, rows_per_group;  // of the norm; of a CTA; of B and C
+  int stages;                            // tiles that a warp has under way
   float dt_min, dt_max, eps;
   DType dtype, conv_state_dtype, conv_weight_dtype, conv_bias_dtype, D_dtype, dt_bias_dtype, norm_weight_dtype;
   bool weight_aligned, dt_softplus, norm_before_gate;  // weight_aligned: four taps, in one aligned piece
@@ -147,7 +150,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
   extern __shared__ float4 dynamic[];
   __shared__ float partials[kMaxCluster * kMaxWarps];
   __shared__ unsigned long long arrived;
-  float* const BC = reinterpret_cast<float*>(dynamic);
+  constexpr int kPieces = 32 * kRows * L::kLoads;  // of a tile, each of 16 bytes
+  const int threads = blockDim.x, warps = threads / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  uint4* const stages = reinterpret_cast<uint4*>(dynamic) + warp * p.stages * kPieces + lane;
+  float* const BC = reinterpret_cast<float*>(dynamic + warps * p.stages * kPieces);
   float* const x = BC + kShared;
   float* const y = x + p.rows;
   float* const gate = y + p.rows;
@@ -155,7 +161,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
   float* const moved = weight + p.rows;                    // [kMaxWidth - 1][kShared] of B's and C's windows, moved on
   float* const steps = moved + (kMaxWidth - 1) * kShared;  // dt and decay of each head
 
-  const int threads = blockDim.x, warps = threads / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int b = blockIdx.y, first = blockIdx.x * p.rows;  // feature of the CTA
   const int first_head = first / p.headdim;
   const int heads = (first + p.rows - 1) / p.headdim - first_head + 1;
@@ -203,7 +208,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
   const auto head_of = [&] {
     return static_cast<State*>(p.state) + slot * p.state_slot_stride + static_cast<int64>(head) * p.state_head_stride;
   };
-  go_to(warp);
 
   const uint32 barrier = shared_address(&arrived);
   if (threadIdx.x == 0) {
@@ -226,9 +230,20 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
   const auto place_of = [&](int c) { return windows + static_cast<int64>(channel_of(c)) * p.conv_channel_stride; };
   WindowBits before;
   if (c < channels) before = load_window(p, place_of(c));
-  uint4 raw[kRows][L::kLoads];
-  const auto load_rows = [&] { load_tile<State, L>(p, head_of(), in_head + lane / L::kLanes, column, raw); };
-  if (warp < tiles) load_rows();
+  const auto piece_of = [&](int stage, int r, int i) { return stages + stage * kPieces + 32 * (r * L::kLoads + i); };
+  const auto copy_rows = [&](int stage, int tile) {
+    go_to(tile);
+    const State* source = head_of() + static_cast<int64>(in_head + lane / L::kLanes) * p.state_p_stride + column;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r, source += static_cast<int64>(L::kGroups) * p.state_p_stride) {
+#pragma unroll
+      for (int i = 0; i < L::kLoads; ++i) copy_async<16>(piece_of(stage, r, i), source + i * L::kStep);
+    }
+  };
+  for (int stage = 0; stage < p.stages; ++stage) {
+    if (warp + stage * warps < tiles) copy_rows(stage, warp + stage * warps);
+    commit_copies();
+  }
 
   // windows of B and C are stored once the other CTAs have read them, those of rows at once
   float window[kMaxWidth];
@@ -272,12 +287,17 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
                                            (static_cast<int64>(slot) * p.nheads + head) * p.headdim + below, seed, 0);
     }
   };
-  for (int tile = warp; tile < tiles;) {
+  for (int tile = warp, stage = 0; tile < tiles;) {
+    wait_for_copies(p.stages - 1);
+    go_to(tile);
     const float dt = steps[2 * (head - first_head)], decay = steps[2 * (head - first_head) + 1];
     float sums[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      unpack_row<State, L>(raw[r], 1.f, S[r]);
+      uint4 raw[L::kLoads];
+#pragma unroll
+      for (int i = 0; i < L::kLoads; ++i) raw[i] = *piece_of(stage, r, i);
+      unpack_row<State, L>(raw, 1.f, S[r]);
       sums[r] = advance(S[r], decay, dt * x[row + lane / L::kLanes + r * L::kGroups], B, C);
     }
     const float sum = sum_rows<L::kLanes>(sums, part);
@@ -285,8 +305,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
     tile += warps;
     if (tile >= tiles) break;  // the last tile's states are stored when nobody waits for this warp
     store_rows();
-    go_to(tile);
-    load_rows();
+    if (tile + (p.stages - 1) * warps < tiles) copy_rows(stage, tile + (p.stages - 1) * warps);
+    commit_copies();
+    stage = stage + 1 == p.stages ? 0 : stage + 1;
   }
   __syncthreads();
 

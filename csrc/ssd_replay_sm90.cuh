@@ -18,6 +18,7 @@
 // none which this call reads, flush or not: the ring has more than p.capacity + T - 1 places.
 #pragma once
 
+#include "common/async_copies.cuh"
 #include "common/ssd_step.cuh"
 
 namespace hybrid_ops {
@@ -78,32 +79,6 @@ struct ReplayLayout : Layout<State, kN, kRows> {
 template <typename L>
 __host__ __device__ constexpr int replay_shared(int tokens, int warps, int stages) {
   return warps * stages * L::kStage + tokens * kMaxTokens + kMaxCapacity * (L::kDstate + warps * L::kTile);
-}
-
-// kBytes to this thread's place in shared memory.
-template <int kBytes>
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(global), "n"(kBytes) : "memory");
-  }
-}
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Until at most `pending` of this thread's groups are under way.
-__device__ __forceinline__ void wait_for_copies(int pending) {
-  if (pending == 0) {
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
-  } else if (pending == 1) {
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-  } else if (pending == 2) {
-    asm volatile("cp.async.wait_group 2;" ::: "memory");
-  } else {
-    asm volatile("cp.async.wait_group 3;" ::: "memory");
-  }
 }
 
 // run(i) for all i < count, by the threads of a block.

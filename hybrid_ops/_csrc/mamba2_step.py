@@ -17,6 +17,7 @@ MAX_ROWS = 2048  # of a CTA: its features are in shared memory
 class Config(NamedTuple):
     cluster: int  # CTAs that share a group of the norm, each with consecutive features
     warps: int  # of a CTA
+    stages: int = 1  # tiles that a warp has under way
 
 
 def tile(dstate: int, itemsize: int, stochastic: bool) -> int:
