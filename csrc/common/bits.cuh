@@ -7,8 +7,28 @@
 
 namespace hybrid_ops {
 
-__device__ __forceinline__ unsigned load_bits(const void* data, DType dtype, int64 i) {
-  return dtype == DType::float32 ? static_cast<const unsigned*>(data)[i] : static_cast<const unsigned short*>(data)[i];
+// The bits of an element that has been, or is being, loaded: one of the two, the other is 0. Two registers, for of two
+// loads into one, whichever of them is predicated off, the second waits until the first has arrived.
+struct Element {
+  unsigned wide, narrow;
+
+  __device__ __forceinline__ unsigned bits() const { return wide | narrow; }
+  __device__ __forceinline__ Element merged() const { return {bits(), 0}; }  // of one register; waits
+};
+
+// Element i; 0 where there is no data.
+__device__ __forceinline__ Element load_bits(const void* data, DType dtype, int64 i) {
+  const bool is_wide = dtype == DType::float32;
+  Element e;
+  asm volatile(
+      "{\n.reg .pred wide, narrow;\nsetp.ne.b32 wide, %4, 0;\nsetp.ne.b32 narrow, %5, 0;\n"
+      "mov.b32 %0, 0;\nmov.b32 %1, 0;\n"
+      "@wide ld.global.b32 %0, [%2];\n@narrow ld.global.u16 %1, [%3];\n}"
+      : "=&r"(e.wide), "=&r"(e.narrow)
+      : "l"(static_cast<const unsigned*>(data) + i), "l"(static_cast<const unsigned short*>(data) + i),
+        "r"(static_cast<int>(data != nullptr && is_wide)), "r"(static_cast<int>(data != nullptr && !is_wide))
+      : "memory");
+  return e;
 }
 
 __device__ __forceinline__ float from_bits(unsigned bits, DType dtype) {
@@ -16,6 +36,8 @@ __device__ __forceinline__ float from_bits(unsigned bits, DType dtype) {
                                                 : __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
   return dtype == DType::float32 ? __uint_as_float(bits) : narrow;
 }
+
+__device__ __forceinline__ float from_bits(Element e, DType dtype) { return from_bits(e.bits(), dtype); }
 
 __device__ __forceinline__ float load_float(const void* data, DType dtype, int64 i) {
   return from_bits(load_bits(data, dtype, i), dtype);
@@ -45,21 +67,25 @@ __device__ __forceinline__ void load_runs(const void* data, DType dtype, int64 b
   if (aligned && dtype == DType::float32) {
 #pragma unroll
     for (int i = 0; i < kCount; i += kPerVector) {
-      const float* source = static_cast<const float*>(data) + base + i / kRun * kStep + i % kRun;
-      const uint4 four = __ldg(reinterpret_cast<const uint4*>(source));
-      bits.words[i] = four.x, bits.words[i + 1] = four.y, bits.words[i + 2] = four.z, bits.words[i + 3] = four.w;
+      unsigned* const w = bits.words + i;
+      asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                   : "l"(static_cast<const unsigned*>(data) + base + i / kRun * kStep + i % kRun)
+                   : "memory");
     }
   } else if (aligned) {
 #pragma unroll
     for (int i = 0; i < kCount; i += kPerVector) {
-      const unsigned short* source = static_cast<const unsigned short*>(data) + base + i / kRun * kStep + i % kRun;
-      const uint2 four = __ldg(reinterpret_cast<const uint2*>(source));
-      bits.words[i / 2] = four.x, bits.words[i / 2 + 1] = four.y;
+      unsigned* const w = bits.words + i / 2;
+      asm volatile("ld.global.v2.b32 {%0, %1}, [%2];"
+                   : "=r"(w[0]), "=r"(w[1])
+                   : "l"(static_cast<const unsigned short*>(data) + base + i / kRun * kStep + i % kRun)
+                   : "memory");
     }
   } else {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      bits.words[i] = load_bits(data, dtype, base + (i / kRun * kStep + i % kRun) * stride);
+      bits.words[i] = load_bits(data, dtype, base + (i / kRun * kStep + i % kRun) * stride).bits();
     }
   }
 }

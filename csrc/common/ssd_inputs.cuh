@@ -58,7 +58,7 @@ __device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemo
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (token + i >= unit.begin && token + i < unit.end)
-        coming[i] = load_bits(p.dt.data, p.dt.dtype, offset + i * p.dt_strides[1]);
+        coming[i] = load_bits(p.dt.data, p.dt.dtype, offset + i * p.dt_strides[1]).bits();
     }
   };
   const auto step = [&](const Unit& unit, int token, uint32 bits) {
