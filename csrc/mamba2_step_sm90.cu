@@ -89,6 +89,8 @@ void mamba2_step(const Mamba2StepArgs& a, const Mamba2StepPointers& pointers, Ta
       .null_slot = a.null_slot,
       .group_size = static_cast<int>(a.group_size),
       .rows_per_group = static_cast<int>(a.rows_per_group),
+      .by_headdim = divisor(a.headdim),
+      .by_rows_per_group = divisor(a.rows_per_group),
       .dt_min = a.dt_min,
       .dt_max = a.dt_max,
       .eps = a.eps,

@@ -6,13 +6,13 @@
 // its rows and of its group's B and C (which its neighbours compute too: a few KB from L2, against a barrier), and the
 // step sizes.
 //
-// All that crosses the cluster is a sum of squares from each warp that has one, stored into every CTA with a count of
-// bytes: no fence waits for the states that were written meanwhile. It also says that its sender has read the windows
+// All that crosses the cluster is a sum of squares from each warp, stored into every CTA with a count of bytes: no fence waits for the states that were written meanwhile. It also says that its sender has read the windows
 // of B and C, which each CTA then moves on for a part of the channels.
 #pragma once
 
 #include "common/async_copies.cuh"
 #include "common/conv1d.cuh"
+#include "common/division.cuh"
 #include "common/hopper.cuh"
 #include "common/state_rows.cuh"
 
@@ -37,6 +37,7 @@ struct Mamba2StepParams {
   int nslots, nheads, headdim, conv_dim, width, null_slot;
   int group_size, rows, rows_per_group;  // of the norm; of a CTA; of B and C
   int stages;                            // tiles that a warp has under way
+  Divisor by_headdim, by_rows_per_group;
   float dt_min, dt_max, eps;
   DType dtype, conv_state_dtype, conv_weight_dtype, conv_bias_dtype, D_dtype, dt_bias_dtype, norm_weight_dtype;
   bool weight_aligned, dt_softplus, norm_before_gate;  // weight_aligned: four taps, in one aligned piece
@@ -53,16 +54,15 @@ using StepLayout =
 
 // Of a channel: what does not depend on the slot, as bits. Taps lie at the end, so that the last is the new token's.
 struct ChannelBits {
-  unsigned x, bias;
+  Element x, bias;
   Bits<kMaxWidth> weight;
 };
 
 __device__ __forceinline__ ChannelBits load_channel(const Mamba2StepParams& p, int64 token, int channel) {
   ChannelBits bits;
   bits.x = load_bits(p.zxbcdt, p.dtype, token + channel);
-  bits.bias = p.conv_bias == nullptr
-                  ? 0
-                  : load_bits(p.conv_bias, p.conv_bias_dtype, static_cast<int64>(channel) * p.conv_bias_stride);
+  bits.bias = load_bits(p.conv_bias, p.conv_bias_dtype, static_cast<int64>(channel) * p.conv_bias_stride,
+                        p.conv_bias != nullptr);
   if (p.weight_aligned) {
     load_runs<kMaxWidth, kMaxWidth, 0>(p.conv_weight, p.conv_weight_dtype, static_cast<int64>(channel) * kMaxWidth, 0,
                                        1, true, bits.weight);
@@ -70,8 +70,8 @@ __device__ __forceinline__ ChannelBits load_channel(const Mamba2StepParams& p, i
 #pragma unroll
     for (int k = 0; k < kMaxWidth; ++k) {
       const int tap = k - (kMaxWidth - p.width);
-      bits.weight.words[k] =
-          tap < 0 ? 0 : load_bits(p.conv_weight, p.conv_weight_dtype, static_cast<int64>(channel) * p.width + tap);
+      bits.weight.words[k] = load_bits(p.conv_weight, p.conv_weight_dtype, static_cast<int64>(channel) * p.width + tap, tap >= 0)
+                                 .bits();
     }
   }
   return bits;
@@ -79,7 +79,7 @@ __device__ __forceinline__ ChannelBits load_channel(const Mamba2StepParams& p, i
 
 // The columns that a channel's token sees, as bits; zeros before them.
 struct WindowBits {
-  unsigned columns[kMaxWidth - 1];
+  Element columns[kMaxWidth - 1];
 };
 
 __device__ __forceinline__ WindowBits load_window(const Mamba2StepParams& p, int64 first) {
@@ -87,9 +87,8 @@ __device__ __forceinline__ WindowBits load_window(const Mamba2StepParams& p, int
 #pragma unroll
   for (int k = 0; k < kMaxWidth - 1; ++k) {
     const int column = k - (kMaxWidth - p.width);
-    bits.columns[k] = column < 0 ? 0
-                                 : load_bits(p.conv_state, p.conv_state_dtype,
-                                             first + static_cast<int64>(column) * p.conv_column_stride);
+    bits.columns[k] = load_bits(p.conv_state, p.conv_state_dtype,
+                                first + static_cast<int64>(column) * p.conv_column_stride, column >= 0);
   }
   return bits;
 }
@@ -120,20 +119,17 @@ __device__ __forceinline__ float convolve(const Mamba2StepParams& p, const Chann
 
 // Of a row: z and the weights of the skip and of the norm, as bits.
 struct FeatureBits {
-  unsigned z, D, weight;
+  Element z, D, weight;
 };
 
 __device__ __forceinline__ FeatureBits load_feature(const Mamba2StepParams& p, int64 token, int feature) {
-  FeatureBits bits{0, 0, 0};
-  bits.z = load_bits(p.zxbcdt, p.dtype, token + feature);
-  const int head = feature / p.headdim;
-  if (p.D != nullptr) {
-    bits.D = load_bits(
-        p.D, p.D_dtype,
-        static_cast<int64>(head) * p.D_head_stride + static_cast<int64>(feature - head * p.headdim) * p.D_p_stride);
-  }
-  bits.weight = load_bits(p.norm_weight, p.norm_weight_dtype, static_cast<int64>(feature) * p.norm_weight_stride);
-  return bits;
+  const int head = p.by_headdim.of(feature);
+  return {load_bits(p.zxbcdt, p.dtype, token + feature),
+          load_bits(p.D, p.D_dtype,
+                    static_cast<int64>(head) * p.D_head_stride +
+                        static_cast<int64>(feature - head * p.headdim) * p.D_p_stride,
+                    p.D != nullptr),
+          load_bits(p.norm_weight, p.norm_weight_dtype, static_cast<int64>(feature) * p.norm_weight_stride)};
 }
 
 __device__ __forceinline__ float warp_sum(float v) {
@@ -162,39 +158,36 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
   float* const steps = moved + (kMaxWidth - 1) * kShared;  // dt and decay of each head
 
   const int b = blockIdx.y, first = blockIdx.x * p.rows;  // feature of the CTA
-  const int first_head = first / p.headdim;
-  const int heads = (first + p.rows - 1) / p.headdim - first_head + 1;
-  const int d_inner = p.nheads * p.headdim;
-  const int senders = min(warps, (p.rows + 31) / 32);  // warps that have a sum of squares
-  const int expected = static_cast<int>(cluster_size()) * senders;
+  const int first_head = p.by_headdim.of(first);
+  const int heads = p.by_headdim.of(first + p.rows - 1) - first_head + 1;
+  const int d_inner = p.nheads * p.headdim, group = p.by_rows_per_group.of(first);
+  const int expected = static_cast<int>(cluster_size()) * warps;  // sums of squares
 
-  const int slot = p.slots == nullptr ? b : p.slots[static_cast<int64>(b) * p.slots_stride];
+  int slot = p.slots == nullptr ? b : p.slots[static_cast<int64>(b) * p.slots_stride];
 
-  // what does not need the slot
+  // what does not need the slot, all of it under way at once
   const int64 token = static_cast<int64>(b) * p.zxbcdt_stride;
   const int channels = kShared + p.rows;  // of the CTA: B, C, then its rows
   const auto channel_of = [&](int c) {
-    if (c >= kShared) return first + c - kShared;
-    const int group = first / p.rows_per_group, half = (p.conv_dim - d_inner) / 2;
-    return d_inner + group * kDstate + (c < kDstate ? c : half + c - kDstate);
+    const int BC = d_inner + group * kDstate + c + (c < kDstate ? 0 : (p.conv_dim - d_inner) / 2 - kDstate);
+    return c < kShared ? BC : first + c - kShared;
   };
   int c = threadIdx.x;
   ChannelBits bits;
-  FeatureBits feature{0, 0, 0};
+  FeatureBits feature;
   const auto load = [&] {
     bits = load_channel(p, token + d_inner, channel_of(c));
     if (c >= kShared) feature = load_feature(p, token, first + c - kShared);
   };
   if (c < channels) load();
   const int my_head = threads - 1 - threadIdx.x;  // of the CTA: the last threads have least to do
-  unsigned dt_bits = 0;
-  float A = 0.f, dt_bias = 0.f;
+  Element dt_bits, dt_bias;
+  float A;
   if (my_head < heads) {
-    dt_bits = load_bits(p.zxbcdt, p.dtype, token + d_inner + p.conv_dim + first_head + my_head);
-    A = p.A[static_cast<int64>(first_head + my_head) * p.A_stride];
-    if (p.dt_bias != nullptr) {
-      dt_bias = load_float(p.dt_bias, p.dt_bias_dtype, static_cast<int64>(first_head + my_head) * p.dt_bias_stride);
-    }
+    const int head = first_head + my_head;
+    dt_bits = load_bits(p.zxbcdt, p.dtype, token + d_inner + p.conv_dim + head);
+    dt_bias = load_bits(p.dt_bias, p.dt_bias_dtype, static_cast<int64>(head) * p.dt_bias_stride, p.dt_bias != nullptr);
+    A = p.A[static_cast<int64>(head) * p.A_stride];
   }
   const int64 seed = kStochastic ? *p.seed : 0;
   const int part = lane % L::kLanes, column = part * L::kPerLoad;
@@ -202,7 +195,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
   int row, head, in_head;  // the warp's tile: its first row, of the CTA and of its head
   const auto go_to = [&](int tile) {
     row = tile * L::kTile;
-    head = (first + row) / p.headdim;
+    head = p.by_headdim.of(first + row);
     in_head = first + row - head * p.headdim;
   };
   const auto head_of = [&] {
@@ -217,6 +210,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
   }
   cluster_arrive();
 
+  slot = __shfl_sync(~0u, slot, 0);  // as it is uniform, the compiler would wait for it where it is loaded
   if (slot < 0 || slot >= p.nslots || (p.slots != nullptr && slot == p.null_slot)) {
     for (int i = threadIdx.x; i < p.rows; i += threads) {
       store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + i, 0.f);
@@ -240,6 +234,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
       for (int i = 0; i < L::kLoads; ++i) copy_async<16>(piece_of(stage, r, i), source + i * L::kStep);
     }
   };
+#pragma unroll 1
   for (int stage = 0; stage < p.stages; ++stage) {
     if (warp + stage * warps < tiles) copy_rows(stage, warp + stage * warps);
     commit_copies();
@@ -266,7 +261,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
     }
   }
   if (my_head < heads) {
-    const float dt = step_size(from_bits(dt_bits, p.dtype) + dt_bias, p.dt_softplus, p.dt_min, p.dt_max);
+    const float dt = step_size(from_bits(dt_bits, p.dtype) + from_bits(dt_bias, p.dt_bias_dtype), p.dt_softplus, p.dt_min,
+                               p.dt_max);
     steps[2 * my_head] = dt;
     steps[2 * my_head + 1] = expf(dt * A);
   }
@@ -287,6 +283,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
                                            (static_cast<int64>(slot) * p.nheads + head) * p.headdim + below, seed, 0);
     }
   };
+  const bool has_y = part % L::kLanesPerSum == 0;  // the lane, of a row of each tile
+  const int mine = part / L::kLanesPerSum * L::kGroups + lane / L::kLanes;
+  float squares = 0.f;
   for (int tile = warp, stage = 0; tile < tiles;) {
     wait_for_copies(p.stages - 1);
     go_to(tile);
@@ -301,7 +300,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
       sums[r] = advance(S[r], decay, dt * x[row + lane / L::kLanes + r * L::kGroups], B, C);
     }
     const float sum = sum_rows<L::kLanes>(sums, part);
-    if (part % L::kLanesPerSum == 0) y[row + part / L::kLanesPerSum * L::kGroups + lane / L::kLanes] += sum;
+    if (has_y) {
+      const float u = (y[row + mine] + sum) * (p.norm_before_gate ? 1.f : gate[row + mine]);
+      squares = fmaf(u, u, squares);
+      y[row + mine] = u;
+    }
     tile += warps;
     if (tile >= tiles) break;  // the last tile's states are stored when nobody waits for this warp
     store_rows();
@@ -309,35 +312,25 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
     commit_copies();
     stage = stage + 1 == p.stages ? 0 : stage + 1;
   }
-  __syncthreads();
-
-  float squares = 0.f;
-  for (int i = threadIdx.x; i < p.rows; i += threads) {
-    const float u = p.norm_before_gate ? y[i] : y[i] * gate[i];
-    squares = fmaf(u, u, squares);
-    y[i] = u;
-  }
+  squares = warp_sum(squares);
   cluster_wait();  // the others have begun, and their barriers are ready
-  if (warp < senders) {
-    squares = warp_sum(squares);
-    const uint32 rank = cluster_rank(), place = shared_address(partials + rank * senders + warp);
-    if (lane < cluster_size()) store_counted(address_in_cta(place, lane), squares, address_in_cta(barrier, lane));
-  }
+  const uint32 place = shared_address(partials + cluster_rank() * warps + warp);
+  if (lane < cluster_size()) store_counted(address_in_cta(place, lane), squares, address_in_cta(barrier, lane));
   if (warp < tiles) store_rows();
   wait_for_cluster(barrier, 0);
 
-  if (warp < senders) {
-    float total = 0.f;
-    for (int i = lane; i < expected; i += 32) total += partials[i];
-    const float scale = 1.f / sqrtf(warp_sum(total) / static_cast<float>(p.group_size) + p.eps);
-    for (int i = threadIdx.x; i < p.rows; i += threads) {
-      const float v = y[i] * scale * weight[i];
-      store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + i, p.norm_before_gate ? v * gate[i] : v);
-    }
+  float total = 0.f;
+  for (int i = lane; i < expected; i += 32) total += partials[i];
+  const float scale = 1.f / sqrtf(warp_sum(total) / static_cast<float>(p.group_size) + p.eps);
+  for (int row = warp * L::kTile + mine; has_y && row < p.rows; row += warps * L::kTile) {
+    const float v = y[row] * scale * weight[row];
+    store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + row,
+                p.norm_before_gate ? v * gate[row] : v);
   }
   // of B's and C's channels, as many for each CTA of the group
-  const int mine = first % p.rows_per_group / p.rows, share = kShared * p.rows / p.rows_per_group;
-  for (c = mine * share + threadIdx.x; c < (mine + 1) * share; c += threads) {
+  const int share = p.by_rows_per_group.of(kShared * p.rows);
+  const int begin = p.by_rows_per_group.of((first - group * p.rows_per_group) * kShared);
+  for (c = begin + threadIdx.x; c < begin + share; c += threads) {
 #pragma unroll
     for (int k = 1; k < kMaxWidth; ++k) window[k] = moved[(k - 1) * kShared + c];
     store_window(p, place_of(c), window);

@@ -16,8 +16,8 @@ struct Element {
   __device__ __forceinline__ Element merged() const { return {bits(), 0}; }  // of one register; waits
 };
 
-// Element i; 0 where there is no data.
-__device__ __forceinline__ Element load_bits(const void* data, DType dtype, int64 i) {
+// Element i; 0 where it is not present.
+__device__ __forceinline__ Element load_bits(const void* data, DType dtype, int64 i, bool present = true) {
   const bool is_wide = dtype == DType::float32;
   Element e;
   asm volatile(
@@ -26,7 +26,7 @@ __device__ __forceinline__ Element load_bits(const void* data, DType dtype, int6
       "@wide ld.global.b32 %0, [%2];\n@narrow ld.global.u16 %1, [%3];\n}"
       : "=&r"(e.wide), "=&r"(e.narrow)
       : "l"(static_cast<const unsigned*>(data) + i), "l"(static_cast<const unsigned short*>(data) + i),
-        "r"(static_cast<int>(data != nullptr && is_wide)), "r"(static_cast<int>(data != nullptr && !is_wide))
+        "r"(static_cast<int>(present && is_wide)), "r"(static_cast<int>(present && !is_wide))
       : "memory");
   return e;
 }
@@ -52,7 +52,7 @@ __device__ __forceinline__ void store_float(void* data, DType dtype, int64 i, fl
   }
 }
 
-// kCount elements; in the first half of the words where the dtype has 16 bits and load_runs found them aligned.
+// kCount elements; where load_runs found them aligned and of 16 bits, the first two of each four words are four of them.
 template <int kCount>
 struct Bits {
   unsigned words[kCount];
@@ -64,28 +64,23 @@ template <int kCount, int kRun, int kStep>
 __device__ __forceinline__ void load_runs(const void* data, DType dtype, int64 base, int first, int64 stride,
                                           bool aligned, Bits<kCount>& bits) {
   base += first * stride;
-  if (aligned && dtype == DType::float32) {
-#pragma unroll
-    for (int i = 0; i < kCount; i += kPerVector) {
-      unsigned* const w = bits.words + i;
-      asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
-                   : "l"(static_cast<const unsigned*>(data) + base + i / kRun * kStep + i % kRun)
-                   : "memory");
-    }
-  } else if (aligned) {
-#pragma unroll
-    for (int i = 0; i < kCount; i += kPerVector) {
-      unsigned* const w = bits.words + i / 2;
-      asm volatile("ld.global.v2.b32 {%0, %1}, [%2];"
-                   : "=r"(w[0]), "=r"(w[1])
-                   : "l"(static_cast<const unsigned short*>(data) + base + i / kRun * kStep + i % kRun)
-                   : "memory");
-    }
-  } else {
+  if (!aligned) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       bits.words[i] = load_bits(data, dtype, base + (i / kRun * kStep + i % kRun) * stride).bits();
+    }
+    return;
+  }
+  const bool wide = dtype == DType::float32;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kPerVector) {
+    const int64 source = (base + i / kRun * kStep + i % kRun) * (wide ? 4 : 2);  // bytes
+    const uint2* const pairs = reinterpret_cast<const uint2*>(static_cast<const unsigned char*>(data) + source);
+    const uint2 pair = __ldg(pairs);
+    bits.words[i] = pair.x, bits.words[i + 1] = pair.y;
+    if (wide) {
+      const uint2 second = __ldg(pairs + 1);
+      bits.words[i + 2] = second.x, bits.words[i + 3] = second.y;
     }
   }
 }
@@ -101,7 +96,7 @@ __device__ __forceinline__ void runs_to_float(const Bits<kCount>& bits, DType dt
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const unsigned word = bits.words[i / 2];
+    const unsigned word = bits.words[i / kPerVector * kPerVector + i % kPerVector / 2];
     values[i] = from_bits(i % 2 == 0 ? word & 0xffff : word >> 16, dtype);
   }
 }

@@ -35,20 +35,21 @@ struct RowBits {
 
 template <typename Params>
 __device__ __forceinline__ RowBits load_row(const Params& p, int b, int64 token, int head, int row) {
-  const bool has_row = row < p.headdim;
-  return {load_bits(has_row ? p.x : nullptr, p.dtype, offset(p.x_strides, b, token, head, row)),
-          load_bits(has_row ? p.z : nullptr, p.z_dtype, offset(p.z_strides, b, token, head, row))};
+  const bool present = row < p.headdim;
+  return {load_bits(p.x, p.dtype, offset(p.x_strides, b, token, head, row), present),
+          load_bits(p.z, p.z_dtype, offset(p.z_strides, b, token, head, row), present && p.z != nullptr)};
 }
 
 template <typename Params>
 __device__ __forceinline__ Element load_D(const Params& p, int head, int row) {
-  return load_bits(row < p.headdim ? p.D : nullptr, p.D_dtype,
-                   static_cast<int64>(head) * p.D_head_stride + static_cast<int64>(row) * p.D_p_stride);
+  return load_bits(p.D, p.D_dtype,
+                   static_cast<int64>(head) * p.D_head_stride + static_cast<int64>(row) * p.D_p_stride,
+                   p.D != nullptr && row < p.headdim);
 }
 
 template <typename Params>
 __device__ __forceinline__ Element load_bias(const Params& p, int head) {
-  return load_bits(p.dt_bias, p.dt_bias_dtype, static_cast<int64>(head) * p.dt_bias_stride);
+  return load_bits(p.dt_bias, p.dt_bias_dtype, static_cast<int64>(head) * p.dt_bias_stride, p.dt_bias != nullptr);
 }
 
 // (sum + D x) silu(z), to y; `writes`: of the lanes that have the row, one.
