@@ -233,7 +233,7 @@ PYBIND11_MODULE(_cuda, m) {
                        std::array<std::array<std::int64_t, 3>, 4> slot_strides,
                        std::array<SsdReplayArgs::TokenStrides, 6> token_strides,
                        std::array<std::int64_t, 8> small_strides, int null_slot, std::array<float, 2> dt_limit,
-                       bool dt_softplus, std::array<int, 4> config) {
+                       bool dt_softplus, std::array<int, 3> config) {
              const auto [batch, tokens, nslots, nheads, headdim, dstate, ngroups, capacity, places] = sizes;
              const auto [ring, A, dt_bias, D_head, D_p, slots, rollback, write] = small_strides;
              return SsdReplayArgs{
@@ -276,7 +276,6 @@ PYBIND11_MODULE(_cuda, m) {
                  .rows = config[0],
                  .warps = config[1],
                  .heads = config[2],
-                 .stages = config[3],
              };
            }),
            py::arg("dtypes"), py::arg("sizes"), py::arg("slot_strides"), py::arg("token_strides"),

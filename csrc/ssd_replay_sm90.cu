@@ -9,7 +9,7 @@ namespace {
 template <typename State, int kDstate, int kRows, int kItem, bool kStochastic>
 void launch(const SsdReplayParams& p, const SsdReplayArgs& a, cudaStream_t stream) {
   using L = ReplayLayout<State, kDstate, kRows, kItem>;
-  const int shared = sizeof(unsigned) * replay_shared<L>(p.tokens, a.warps, p.stages);
+  const int shared = sizeof(unsigned) * replay_shared<L>(p.tokens, a.warps);
   const dim3 grid(p.nheads / p.heads, a.batch);
   const auto kernel = ssd_replay_kernel<State, kDstate, kRows, kItem, kStochastic>;
   if (shared > 48 * 1024) {
@@ -113,7 +113,6 @@ void ssd_replay(const SsdReplayArgs& a, const SsdReplayPointers& pointers, Targe
       .places = static_cast<int>(a.places),
       .null_slot = a.null_slot,
       .heads = a.heads,
-      .stages = a.stages,
       .dt_min = a.dt_min,
       .dt_max = a.dt_max,
       .dtype = a.dtype,

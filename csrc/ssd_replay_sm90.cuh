@@ -8,8 +8,7 @@
 // the ring holds. Without new tokens (T = 0) this kernel materialises: it takes the tokens in, there or elsewhere.
 //
 // A block has p.heads heads of one group of one sequence, and its warps tiles of their rows (of headdim), which they
-// ask for by cp.async, p.stages tiles ahead: however long a tile takes, there are states on their way. The first ones
-// are asked for before the ring's length is known, and what depends on that. Each lane of a row has a token, or a few,
+// ask for by cp.async: the first ones before the ring's length is known, and what depends on that. Each lane of a row has a token, or a few,
 // and adds c_tj x_j to its part of S C_t: the sum over the lanes is y. All that warps exchange is B_j . C_t, the same
 // for all heads of a group.
 //
@@ -51,7 +50,7 @@ struct SsdReplayParams {
   int tokens;  // T
   int nslots, nheads, headdim, heads_per_group;
   int capacity, places, null_slot;
-  int heads, stages;  // of a block; tiles that a warp has under way
+  int heads;  // of a block
   float dt_min, dt_max;
   DType dtype, dt_dtype, D_dtype, z_dtype, dt_bias_dtype;  // dtype: of x, B, C, y and the cache
   bool x_aligned, columns_aligned;                         // of x; of B and C: neighbours, each four of them aligned
@@ -61,24 +60,22 @@ struct SsdReplayParams {
 inline constexpr int kMaxTokens = 32;    // of a sequence in one call, cached and new: one for each lane
 inline constexpr int kMaxCapacity = 16;  // of them, cached
 
-inline constexpr int kMaxStages = 4;
-
 // Of a lane, rows that are neighbours: of a token's x it loads whole vectors.
 template <typename State, int kN, int kRows, int kItem>
 struct ReplayLayout : Layout<State, kN, kRows> {
   using Base = Layout<State, kN, kRows>;
   static constexpr int kRowStep = 1;
   static constexpr int kTokens = kMaxTokens / Base::kLanes;  // of a lane
-  // words of a lane in a stage: of the state, 16 bytes from each lane in turn; of x, vectors; dt
+  // words of a lane for a tile: of the state, 16 bytes from each lane in turn; of x, vectors
   static constexpr int kStateWords = 4 * kRows * Base::kLoads, kPieces = kTokens * kRows / kPerVector;
-  static constexpr int kStage = 32 * (kStateWords + kItem * kPieces + 1);
+  static constexpr int kTileWords = 32 * (kStateWords + kItem * kPieces);
 };
 
-// Words of a block's shared memory: stages of each warp; B_j . C_t, [T][kMaxTokens]; for a flush B_j,
+// Words of a block's shared memory: a tile of each warp; B_j . C_t, [T][kMaxTokens]; for a flush B_j,
 // [kMaxCapacity][dstate], and of each warp weight_j x_j, [kMaxCapacity][tile].
 template <typename L>
-__host__ __device__ constexpr int replay_shared(int tokens, int warps, int stages) {
-  return warps * stages * L::kStage + tokens * kMaxTokens + kMaxCapacity * (L::kDstate + warps * L::kTile);
+__host__ __device__ constexpr int replay_shared(int tokens, int warps) {
+  return warps * L::kTileWords + tokens * kMaxTokens + kMaxCapacity * (L::kDstate + warps * L::kTile);
 }
 
 // run(i) for all i < count, by the threads of a block.
@@ -97,24 +94,26 @@ struct Found {
   bool flush;
 };
 
-// Reads a slot's number, and is counted in it. Who is counted last moves it on, for all of the sequence's warps have
-// read it.
-__device__ __forceinline__ Found find(const SsdReplayParams& p, int slot, int dropped) {
+// A slot's number, in lane 0, whose warp is counted in it where the ring moves on.
+__device__ __forceinline__ int read_number(const SsdReplayParams& p, int slot) {
   int* const ring = p.ring + slot * p.ring_stride;
-  const bool counts = threadIdx.x % 32 == 0 && p.write_slots == nullptr;
-  int number = 0;
-  if (counts) {
-    number = atomicAdd(ring, 1 << 16);
-  } else if (p.write_slots != nullptr) {
-    number = *ring;
-  }
-  const int shared = p.write_slots == nullptr ? __shfl_sync(~0u, number, 0) : number;
+  if (threadIdx.x % 32 != 0) return 0;
+  if (p.write_slots != nullptr) return *ring;
+  unsigned lane;  // 0, which the compiler cannot know: additions to one place it would sum up first, and wait for here
+  asm("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return atomicAdd(ring + lane, 1 << 16);
+}
+
+// Who was counted last moves the number on, for all of the sequence's warps have read it.
+__device__ __forceinline__ Found find(const SsdReplayParams& p, int slot, int dropped, int number) {
+  const int shared = __shfl_sync(~0u, number, 0);
   const int start = (shared & 255) % p.places;
   const int length = max(min(shared >> 8 & 255, p.capacity) - dropped, 0);
   const bool flush = p.tokens == 0 || length + p.tokens > p.capacity;
-  if (counts && number >> 16 == static_cast<int>(gridDim.x * (blockDim.x / 32)) - 1) {
+  const bool last = number >> 16 == static_cast<int>(gridDim.x * (blockDim.x / 32)) - 1;
+  if (threadIdx.x % 32 == 0 && p.write_slots == nullptr && last) {
     const int next = flush ? (start + length) % p.places + 256 * p.tokens : start + 256 * (length + p.tokens);
-    *ring = p.tokens == 0 ? 0 : next;
+    p.ring[slot * p.ring_stride] = p.tokens == 0 ? 0 : next;
   }
   return {start, length, flush};
 }
@@ -183,8 +182,8 @@ __global__ void __maxnreg__(kItem == 4 ? 160 : 128) ssd_replay_kernel(const __gr
   int lane = threadIdx.x % 32, part = lane % L::kLanes, side = lane / L::kLanes, column = part * L::kPerLoad;
   int b = blockIdx.y;
   const int T = p.tokens, first_head = blockIdx.x * p.heads, group = first_head / p.heads_per_group;
-  unsigned* const stages = reinterpret_cast<unsigned*>(dynamic) + warp * p.stages * L::kStage;
-  float* const scores = reinterpret_cast<float*>(dynamic) + warps * p.stages * L::kStage;
+  unsigned* const copied = reinterpret_cast<unsigned*>(dynamic) + warp * L::kTileWords;
+  float* const scores = reinterpret_cast<float*>(dynamic) + warps * L::kTileWords;
   float* const old_B = scores + T * kMaxTokens;
   float* const inputs = old_B + kMaxCapacity * (kN + warp * L::kTile);
 
@@ -225,16 +224,14 @@ __global__ void __maxnreg__(kItem == 4 ? 160 : 128) ssd_replay_kernel(const __gr
     const int heads = i / tiles_of_head, first_row = (i - heads * tiles_of_head) * L::kTile;
     return Tile{first_head + heads, first_row, first_row + side * kRows};
   };
-  const auto stage_of = [&](int stage) { return stages + stage * L::kStage; };
-  const auto state_at = [&](int stage, int r, int i) {
-    return reinterpret_cast<uint4*>(stage_of(stage)) + (r * L::kLoads + i) * 32 + lane;
+  const auto state_at = [&](int r, int i) {
+    return reinterpret_cast<uint4*>(copied) + (r * L::kLoads + i) * 32 + lane;
   };
   using Piece = Packed<kItem, kPerVector>;
-  const auto x_at = [&](int stage, int k, int i) {
-    return reinterpret_cast<Piece*>(stage_of(stage) + 32 * L::kStateWords) + (k * kRows / kPerVector + i) * 32 + lane;
+  const auto x_at = [&](int k, int i) {
+    return reinterpret_cast<Piece*>(copied + 32 * L::kStateWords) + (k * kRows / kPerVector + i) * 32 + lane;
   };
-  const auto dt_at = [&](int stage) { return stage_of(stage) + 32 * (L::kStateWords + kItem * L::kPieces) + lane; };
-  const auto copy_state = [&](int stage, int index) {
+  const auto copy_state = [&](int index) {
     const Tile tile = tile_of(index);
     const State* source =
         head_of<State>(p, slot, tile.head) + static_cast<int64>(tile.above) * p.state_p_stride + column;
@@ -242,15 +239,14 @@ __global__ void __maxnreg__(kItem == 4 ? 160 : 128) ssd_replay_kernel(const __gr
     for (int r = 0; r < kRows; ++r, source += p.state_p_stride) {
 #pragma unroll
       for (int i = 0; i < L::kLoads; ++i) {
-        if (tile.above + r < p.headdim) copy_async<16>(state_at(stage, r, i), source + i * L::kStep);
+        if (tile.above + r < p.headdim) copy_async<16>(state_at(r, i), source + i * L::kStep);
       }
     }
   };
-  for (int s = 0; s < p.stages; ++s) {
-    if (warp + s * warps < tiles) copy_state(s, warp + s * warps);
-  }
+  const int number = read_number(p, slot);
+  if (warp < tiles) copy_state(warp);
 
-  const Found found = find(p, slot, dropped);
+  const Found found = find(p, slot, dropped, number);
   const int n = found.length;
   int place = slot;
   bool stored = found.flush;
@@ -271,12 +267,12 @@ __global__ void __maxnreg__(kItem == 4 ? 160 : 128) ssd_replay_kernel(const __gr
            place_of(j) * p.cache_B_place_stride;
   };
   const auto cache_dt = [&](int head, int j) {
-    return p.cache_dt + slot * p.cache_dt_slot_stride + static_cast<int64>(head) * p.cache_dt_head_stride +
+    return slot * p.cache_dt_slot_stride + static_cast<int64>(head) * p.cache_dt_head_stride +
            place_of(j) * p.cache_dt_place_stride;
   };
 
-  // of the lane's tokens part, part + kLanes, ..: x of the tile's rows; and dt of token `lane`
-  const auto copy_tokens = [&](int stage, int index) {
+  // x of the tile's rows, of the lane's tokens part, part + kLanes, ..
+  const auto copy_tokens = [&](int index) {
     const Tile tile = tile_of(index);
 #pragma unroll
     for (int k = 0; k < L::kTokens; ++k) {
@@ -290,22 +286,38 @@ __global__ void __maxnreg__(kItem == 4 ? 160 : 128) ssd_replay_kernel(const __gr
         const int row = tile.above + i * kPerVector;
         if (j >= n + T || row >= p.headdim) continue;
         if (cached || p.x_aligned) {
-          copy_async<kItem * kPerVector>(x_at(stage, k, i),
+          copy_async<kItem * kPerVector>(x_at(k, i),
                                          static_cast<const unsigned char*>(data) + kItem * (base + row));
         } else {
-          load_packed(data, base + row * stride, stride, false, *x_at(stage, k, i));
+          load_packed(data, base + row * stride, stride, false, *x_at(k, i));
         }
       }
     }
-    if (lane < n) {
-      copy_async<4>(dt_at(stage), cache_dt(tile.head, lane));
-    } else if (lane < n + T) {
-      *dt_at(stage) = load_bits(p.dt, p.dt_dtype, offset(p.dt_strides, b, lane - n, tile.head, 0));
-    }
   };
-  for (int s = 0; s < p.stages; ++s) {
-    if (warp + s * warps < tiles) copy_tokens(s, warp + s * warps);
-    commit_copies();
+  // what a tile needs besides: of its head, of token `lane`, and of the row whose y is the lane's
+  struct Inputs {
+    float A;
+    Element bias, dt, D;
+    RowBits row;  // of the first new token
+  };
+  const auto row_of = [&](int above) { return above + part / L::kLanesPerSum; };
+  const auto load_inputs = [&](int index) {
+    const auto [head, first_row, above] = tile_of(index);
+    const bool cached = lane < n;
+    const int64 dt_offset = cached ? cache_dt(head, lane) : offset(p.dt_strides, b, lane - n, head, 0);
+    Inputs inputs{
+        .A = p.A[static_cast<int64>(head) * p.A_stride],
+        .bias = load_bias(p, head),
+        .dt = load_bits(cached ? p.cache_dt : p.dt, cached ? DType::float32 : p.dt_dtype, dt_offset, lane < n + T),
+        .D = load_D(p, head, row_of(above)),
+    };
+    if (T > 0) inputs.row = load_row(p, b, 0, head, row_of(above));
+    return inputs;
+  };
+  Inputs coming;
+  if (warp < tiles) {
+    copy_tokens(warp);
+    coming = load_inputs(warp);
   }
 
   float C[L::kColumns];
@@ -371,29 +383,26 @@ __global__ void __maxnreg__(kItem == 4 ? 160 : 128) ssd_replay_kernel(const __gr
       mine[k] = L::kTokens == 1 ? own : __shfl_sync(~0u, own, part + k * L::kLanes);
     }
   };
-  int stage = 0;
 #pragma unroll 1
   for (int index = warp; index < tiles; index += warps) {
     recompute(slot), recompute(b), recompute(lane);
     const auto [head, first_row, above] = tile_of(index);
-    const int mine = above + part / L::kLanesPerSum;  // the row whose y is the lane's
-    const float A = p.A[static_cast<int64>(head) * p.A_stride], bias = load_bias(p, head);
-    const float D = load_D(p, head, mine);
-    RowBits bits{0, 0};
-    if (T > 0) bits = load_row(p, b, 0, head, mine);
-    wait_for_copies(p.stages - 1);
+    const int mine = row_of(above);
+    const auto [A, bias, dt_bits, D, first_row_bits] = coming;
+    RowBits next = first_row_bits;
+    wait_for_copies();
     const auto read_row = [&](int r, float (&S)[L::kColumns]) {
       uint4 raw[L::kLoads];
 #pragma unroll
-      for (int i = 0; i < L::kLoads; ++i) raw[i] = *state_at(stage, r, i);
+      for (int i = 0; i < L::kLoads; ++i) raw[i] = *state_at(r, i);
       unpack_row<State, L>(raw, 1.f, S);
     };
 
     // the new tokens to their places
-    float dt = __uint_as_float(*dt_at(stage));
+    float dt = __uint_as_float(dt_bits.wide);
     if (lane >= n && lane < n + T) {
-      dt = step_of(p, *dt_at(stage), bias);
-      if (first_row == 0) *cache_dt(head, lane) = dt;
+      dt = step_of(p, dt_bits, bias);
+      if (first_row == 0) p.cache_dt[cache_dt(head, lane)] = dt;
     }
 #pragma unroll
     for (int k = 0; k < L::kTokens; ++k) {
@@ -402,7 +411,7 @@ __global__ void __maxnreg__(kItem == 4 ? 160 : 128) ssd_replay_kernel(const __gr
 #pragma unroll
         for (int i = 0; i < kRows / kPerVector; ++i) {
           const int row = above + i * kPerVector;
-          if (row < p.headdim) store_packed(p.cache_x, cache_x(head, j) + row, *x_at(stage, k, i));
+          if (row < p.headdim) store_packed(p.cache_x, cache_x(head, j) + row, *x_at(k, i));
         }
       }
     }
@@ -410,7 +419,7 @@ __global__ void __maxnreg__(kItem == 4 ? 160 : 128) ssd_replay_kernel(const __gr
 #pragma unroll
       for (int i = 0; i < kRows / kPerVector; ++i) {
         float values[kPerVector];
-        packed_to_float(*x_at(stage, k, i), p.dtype, values);
+        packed_to_float(*x_at(k, i), p.dtype, values);
 #pragma unroll
         for (int r = 0; r < kPerVector; ++r) {
           sums[i * kPerVector + r] = fmaf(weight, values[r], sums[i * kPerVector + r]);
@@ -420,7 +429,8 @@ __global__ void __maxnreg__(kItem == 4 ? 160 : 128) ssd_replay_kernel(const __gr
 
 #pragma unroll 1
     for (int t = 0; t < T; ++t) {
-      if (t > 0) bits = load_row(p, b, t, head, mine);
+      const RowBits bits = next;
+      if (t + 1 < T) next = load_row(p, b, t + 1, head, mine);
       load_C(t, C);
       float decay, weights[L::kTokens], sums[kRows];
       const float weight = weigh(dt, A, n + t, decay);
@@ -460,12 +470,11 @@ __global__ void __maxnreg__(kItem == 4 ? 160 : 128) ssd_replay_kernel(const __gr
       take_in<State, L, kStochastic, kRows>(p, read_row, decay, inputs, old_B, n, place, head, above, column);
       __syncwarp();
     }
-    if (index + p.stages * warps < tiles) {
-      copy_state(stage, index + p.stages * warps);
-      copy_tokens(stage, index + p.stages * warps);
+    if (index + warps < tiles) {
+      copy_state(index + warps);
+      copy_tokens(index + warps);
+      coming = load_inputs(index + warps);
     }
-    commit_copies();
-    stage = stage + 1 == p.stages ? 0 : stage + 1;
   }
 }
 

@@ -104,7 +104,7 @@ struct SsdReplayArgs {
   int null_slot;
   float dt_min, dt_max;
   bool dt_softplus;
-  int rows, warps, heads, stages;  // of a lane; of a block; of a block; tiles that a warp has under way
+  int rows, warps, heads;  // of a lane; of a block; of a block
 };
 
 // The pointers of SsdReplayParams, in its order.

@@ -16,6 +16,9 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
+// Until all of this thread's have arrived.
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Until at most `pending` of this thread's groups are under way.
 __device__ __forceinline__ void wait_for_copies(int pending) {
   if (pending == 0) {

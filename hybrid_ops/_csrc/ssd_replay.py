@@ -16,7 +16,6 @@ class Config(NamedTuple):
     rows: int  # of a lane, in a warp's tile
     warps: int  # of a block
     heads: int  # of a block, of one group
-    stages: int  # tiles that a warp has under way
 
 
 def tile(rows: int, dstate: int, itemsize: int) -> int:
@@ -24,12 +23,15 @@ def tile(rows: int, dstate: int, itemsize: int) -> int:
     return rows * 32 // min(32, dstate * itemsize // 16)
 
 
-def config(headdim: int, dstate: int, itemsize: int, nheads: int, ngroups: int, batch: int, num_sms: int) -> Config:
-    """Two heads of a group to a block, whose dots with B and C are the same, where there are enough."""
-    rows = 16 if (itemsize, dstate) == (4, 128) else 4 if dstate * itemsize in (128, 1024) else 8
-    paired = nheads // ngroups % 2 == 0 and batch * nheads >= 4 * num_sms
-    heads = 2 if paired else 1
-    return Config(rows, min(4, heads * math.ceil(headdim / tile(rows, dstate, itemsize))), heads, stages=2)
+def config(
+    headdim: int, dstate: int, itemsize: int, x_itemsize: int, nheads: int, ngroups: int, batch: int, num_sms: int
+) -> Config:
+    """Up to four heads of a group to a block, whose dots with B and C are the same: fewer where blocks would be few."""
+    rows = 16 if (dstate, x_itemsize) == (128, 2) else 4 if dstate * itemsize in (128, 1024) else 8
+    filling = batch * nheads / num_sms  # heads of a multiprocessor
+    most = 1 if filling < 4 else 2 if filling < 32 else 4
+    heads = next(heads for heads in (4, 2, 1) if heads <= most and nheads // ngroups % heads == 0)
+    return Config(rows, min(4, heads * math.ceil(headdim / tile(rows, dstate, itemsize))), heads)
 
 
 def refusal(
@@ -170,7 +172,7 @@ def _launcher(
     (nslots, nheads, headdim, dstate), (ngroups, places) = state.shape, cache_B.shape[1:3]
     index = state.device.index
     if chosen is None:
-        problem = (headdim, dstate, state.element_size(), nheads, ngroups, batch)
+        problem = (headdim, dstate, state.element_size(), cache_x.element_size(), nheads, ngroups, batch)
         chosen = config(*problem, _device.num_sms(index))
     launch = extension.SsdReplay(
         dtypes=tuple(DTYPES[(cache_x if t is None else t).dtype] for t in (state, cache_x, *dtypes)),
