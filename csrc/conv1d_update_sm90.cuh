@@ -78,11 +78,6 @@ __global__ void __launch_bounds__(kThreads) conv1d_update_kernel(const __grid_co
   }
 
   float weight[kChannels * kWidth], bias[kChannels];
-  Element bias_bits[kChannels];
-#pragma unroll
-  for (int c = 0; c < kChannels; ++c) {
-    bias_bits[c] = load_bits(p.bias, p.bias_dtype, channel + c, p.bias != nullptr && has_channels);
-  }
   if (has_channels) {
     Bits<kChannels * kWidth> weight_bits;
     load_runs<kChannels * kWidth, kChannels * kWidth, 0>(p.weight, p.weight_dtype, 0, channel * kWidth, 1, true,
@@ -91,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) conv1d_update_kernel(const __grid_co
   }
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
-    bias[c] = from_bits(bias_bits[c], p.bias_dtype);
+    bias[c] = from_bits(load_bits(p.bias, p.bias_dtype, channel + c, p.bias != nullptr && has_channels), p.bias_dtype);
   }
 
 #pragma unroll

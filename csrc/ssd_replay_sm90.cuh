@@ -174,7 +174,7 @@ __device__ __forceinline__ void take_in(const SsdReplayParams& p, const ReadRow&
 
 // kItem: bytes of an element of x, B, C and y.
 template <typename State, int kN, int kRows, int kItem, bool kStochastic>
-__global__ void __maxnreg__(kItem == 4 ? 160 : 128) ssd_replay_kernel(const __grid_constant__ SsdReplayParams p) {
+__global__ void __maxnreg__(kRows == 16 ? 128 : 160) ssd_replay_kernel(const __grid_constant__ SsdReplayParams p) {
   using L = ReplayLayout<State, kN, kRows, kItem>;
   constexpr int kTogether = 4;  // tokens of a lane whose B is under way at once
   extern __shared__ float4 dynamic[];
@@ -294,25 +294,20 @@ __global__ void __maxnreg__(kItem == 4 ? 160 : 128) ssd_replay_kernel(const __gr
       }
     }
   };
-  // what a tile needs besides: of its head, of token `lane`, and of the row whose y is the lane's
+  // what a tile begins with besides: of its head and of token `lane`
   struct Inputs {
     float A;
-    Element bias, dt, D;
-    RowBits row;  // of the first new token
+    Element bias, dt;
   };
-  const auto row_of = [&](int above) { return above + part / L::kLanesPerSum; };
   const auto load_inputs = [&](int index) {
-    const auto [head, first_row, above] = tile_of(index);
+    const int head = tile_of(index).head;
     const bool cached = lane < n;
     const int64 dt_offset = cached ? cache_dt(head, lane) : offset(p.dt_strides, b, lane - n, head, 0);
-    Inputs inputs{
+    return Inputs{
         .A = p.A[static_cast<int64>(head) * p.A_stride],
         .bias = load_bias(p, head),
         .dt = load_bits(cached ? p.cache_dt : p.dt, cached ? DType::float32 : p.dt_dtype, dt_offset, lane < n + T),
-        .D = load_D(p, head, row_of(above)),
     };
-    if (T > 0) inputs.row = load_row(p, b, 0, head, row_of(above));
-    return inputs;
   };
   Inputs coming;
   if (warp < tiles) {
@@ -387,10 +382,11 @@ __global__ void __maxnreg__(kItem == 4 ? 160 : 128) ssd_replay_kernel(const __gr
   for (int index = warp; index < tiles; index += warps) {
     recompute(slot), recompute(b), recompute(lane);
     const auto [head, first_row, above] = tile_of(index);
-    const int mine = row_of(above);
-    const auto [A, bias, dt_bits, D, first_row_bits] = coming;
-    RowBits next = first_row_bits;
+    const int mine = above + part / L::kLanesPerSum;  // the row whose y is the lane's
+    const float A = coming.A;
+    Element D = load_D(p, head, mine);
     wait_for_copies();
+    D = D.merged();
     const auto read_row = [&](int r, float (&S)[L::kColumns]) {
       uint4 raw[L::kLoads];
 #pragma unroll
@@ -399,9 +395,9 @@ __global__ void __maxnreg__(kItem == 4 ? 160 : 128) ssd_replay_kernel(const __gr
     };
 
     // the new tokens to their places
-    float dt = __uint_as_float(dt_bits.wide);
+    float dt = __uint_as_float(coming.dt.wide);
     if (lane >= n && lane < n + T) {
-      dt = step_of(p, dt_bits, bias);
+      dt = step_of(p, coming.dt, coming.bias);
       if (first_row == 0) p.cache_dt[cache_dt(head, lane)] = dt;
     }
 #pragma unroll
@@ -429,8 +425,7 @@ __global__ void __maxnreg__(kItem == 4 ? 160 : 128) ssd_replay_kernel(const __gr
 
 #pragma unroll 1
     for (int t = 0; t < T; ++t) {
-      const RowBits bits = next;
-      if (t + 1 < T) next = load_row(p, b, t + 1, head, mine);
+      const RowBits bits = load_row(p, b, t, head, mine);
       load_C(t, C);
       float decay, weights[L::kTokens], sums[kRows];
       const float weight = weigh(dt, A, n + t, decay);
