@@ -6,8 +6,9 @@
 // its rows and of its group's B and C (which its neighbours compute too: a few KB from L2, against a barrier), and the
 // step sizes.
 //
-// All that crosses the cluster is a sum of squares from each warp, stored into every CTA with a count of bytes: no fence waits for the states that were written meanwhile. It also says that its sender has read the windows
-// of B and C, which each CTA then moves on for a part of the channels.
+// All that crosses the cluster is a sum of squares from each warp, stored into every CTA with a count of bytes: no
+// fence waits for the states that were written meanwhile. It also says that its sender has read the windows of B and C,
+// which each CTA then moves on for a part of the channels.
 #pragma once
 
 #include "common/async_copies.cuh"
@@ -70,8 +71,8 @@ __device__ __forceinline__ ChannelBits load_channel(const Mamba2StepParams& p, i
 #pragma unroll
     for (int k = 0; k < kMaxWidth; ++k) {
       const int tap = k - (kMaxWidth - p.width);
-      bits.weight.words[k] = load_bits(p.conv_weight, p.conv_weight_dtype, static_cast<int64>(channel) * p.width + tap, tap >= 0)
-                                 .bits();
+      bits.weight.words[k] =
+          load_bits(p.conv_weight, p.conv_weight_dtype, static_cast<int64>(channel) * p.width + tap, tap >= 0).bits();
     }
   }
   return bits;
@@ -261,8 +262,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
     }
   }
   if (my_head < heads) {
-    const float dt = step_size(from_bits(dt_bits, p.dtype) + from_bits(dt_bias, p.dt_bias_dtype), p.dt_softplus, p.dt_min,
-                               p.dt_max);
+    const float dt =
+        step_size(from_bits(dt_bits, p.dtype) + from_bits(dt_bias, p.dt_bias_dtype), p.dt_softplus, p.dt_min, p.dt_max);
     steps[2 * my_head] = dt;
     steps[2 * my_head + 1] = expf(dt * A);
   }
@@ -324,8 +325,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
   const float scale = 1.f / sqrtf(warp_sum(total) / static_cast<float>(p.group_size) + p.eps);
   for (int row = warp * L::kTile + mine; has_y && row < p.rows; row += warps * L::kTile) {
     const float v = y[row] * scale * weight[row];
-    store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + row,
-                p.norm_before_gate ? v * gate[row] : v);
+    store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + row, p.norm_before_gate ? v * gate[row] : v);
   }
   // of B's and C's channels, as many for each CTA of the group
   const int share = p.by_rows_per_group.of(kShared * p.rows);

@@ -8,9 +8,9 @@
 // the ring holds. Without new tokens (T = 0) this kernel materialises: it takes the tokens in, there or elsewhere.
 //
 // A block has p.heads heads of one group of one sequence, and its warps tiles of their rows (of headdim), which they
-// ask for by cp.async: the first ones before the ring's length is known, and what depends on that. Each lane of a row has a token, or a few,
-// and adds c_tj x_j to its part of S C_t: the sum over the lanes is y. All that warps exchange is B_j . C_t, the same
-// for all heads of a group.
+// ask for by cp.async: the first ones before the ring's length is known, and what depends on that. Each lane of a row
+// has a token, or a few, and adds c_tj x_j to its part of S C_t: the sum over the lanes is y. All that warps exchange
+// is B_j . C_t, the same for all heads of a group.
 //
 // Blocks of one sequence need no order. A warp that reads ring[slot], start + 256 length, announces itself in the same
 // atomic addition; the last one knows that all have read, and writes the new number. New tokens go to places that hold
@@ -286,8 +286,7 @@ __global__ void __maxnreg__(kRows == 16 ? 128 : 160) ssd_replay_kernel(const __g
         const int row = tile.above + i * kPerVector;
         if (j >= n + T || row >= p.headdim) continue;
         if (cached || p.x_aligned) {
-          copy_async<kItem * kPerVector>(x_at(k, i),
-                                         static_cast<const unsigned char*>(data) + kItem * (base + row));
+          copy_async<kItem * kPerVector>(x_at(k, i), static_cast<const unsigned char*>(data) + kItem * (base + row));
         } else {
           load_packed(data, base + row * stride, stride, false, *x_at(k, i));
         }
@@ -384,9 +383,7 @@ __global__ void __maxnreg__(kRows == 16 ? 128 : 160) ssd_replay_kernel(const __g
     const auto [head, first_row, above] = tile_of(index);
     const int mine = above + part / L::kLanesPerSum;  // the row whose y is the lane's
     const float A = coming.A;
-    Element D = load_D(p, head, mine);
     wait_for_copies();
-    D = D.merged();
     const auto read_row = [&](int r, float (&S)[L::kColumns]) {
       uint4 raw[L::kLoads];
 #pragma unroll
@@ -425,7 +422,6 @@ __global__ void __maxnreg__(kRows == 16 ? 128 : 160) ssd_replay_kernel(const __g
 
 #pragma unroll 1
     for (int t = 0; t < T; ++t) {
-      const RowBits bits = load_row(p, b, t, head, mine);
       load_C(t, C);
       float decay, weights[L::kTokens], sums[kRows];
       const float weight = weigh(dt, A, n + t, decay);
@@ -439,6 +435,8 @@ __global__ void __maxnreg__(kRows == 16 ? 128 : 160) ssd_replay_kernel(const __g
         for (int c = 0; c < L::kColumns; ++c) sums[r] = fmaf(S[c], C[c], sums[r]);
         sums[r] *= decay;
       }
+      const Element D = load_D(p, head, mine);
+      const RowBits bits = load_row(p, b, t, head, mine);
 #pragma unroll
       for (int k = 0; k < L::kTokens; ++k) {
         if (part + k * L::kLanes <= n + t) add_x(k, weights[k], sums);

@@ -52,7 +52,8 @@ __device__ __forceinline__ void store_float(void* data, DType dtype, int64 i, fl
   }
 }
 
-// kCount elements; where load_runs found them aligned and of 16 bits, the first two of each four words are four of them.
+// kCount elements; where load_runs found them aligned and of 16 bits, the first two of each four words are four of
+// them.
 template <int kCount>
 struct Bits {
   unsigned words[kCount];

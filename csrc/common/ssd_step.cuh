@@ -42,8 +42,7 @@ __device__ __forceinline__ RowBits load_row(const Params& p, int b, int64 token,
 
 template <typename Params>
 __device__ __forceinline__ Element load_D(const Params& p, int head, int row) {
-  return load_bits(p.D, p.D_dtype,
-                   static_cast<int64>(head) * p.D_head_stride + static_cast<int64>(row) * p.D_p_stride,
+  return load_bits(p.D, p.D_dtype, static_cast<int64>(head) * p.D_head_stride + static_cast<int64>(row) * p.D_p_stride,
                    p.D != nullptr && row < p.headdim);
 }
 
