@@ -45,7 +45,7 @@ struct Mamba2StepParams {
 };
 
 inline constexpr int kMaxWidth = 4;
-inline constexpr int kMaxCluster = 8, kMaxWarps = 32;
+inline constexpr int kMaxCluster = 8, kMaxWarps = 16;
 
 // 16 elements of the state in a lane, 8 beside random bits or of long rows: what 64 registers have room for.
 template <typename State, int kDstate, bool kStochastic>
@@ -140,7 +140,7 @@ __device__ __forceinline__ float warp_sum(float v) {
 }
 
 template <typename State, int kDstate, bool kStochastic>
-__global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __grid_constant__ Mamba2StepParams p) {
+__global__ void __launch_bounds__(32 * kMaxWarps, 2) mamba2_step_kernel(const __grid_constant__ Mamba2StepParams p) {
   using L = StepLayout<State, kDstate, kStochastic>;
   constexpr int kRows = L::kTile / L::kGroups;
   constexpr int kShared = 2 * kDstate;  // channels of B and C, one behind the other

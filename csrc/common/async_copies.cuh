@@ -19,16 +19,12 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 // Until all of this thread's have arrived.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Until at most `pending` of this thread's groups are under way.
+// Until at most `pending` of this thread's groups, 0 or 1, are under way.
 __device__ __forceinline__ void wait_for_copies(int pending) {
   if (pending == 0) {
     asm volatile("cp.async.wait_group 0;" ::: "memory");
-  } else if (pending == 1) {
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-  } else if (pending == 2) {
-    asm volatile("cp.async.wait_group 2;" ::: "memory");
   } else {
-    asm volatile("cp.async.wait_group 3;" ::: "memory");
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
   }
 }
 
