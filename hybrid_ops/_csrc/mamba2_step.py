@@ -112,8 +112,8 @@ def refusal(
     strides = (*conv_state.stride()[1:], *state.stride()[1:], *(s for t in others if t is not None for s in t.stride()))
     if max(zxbcdt.shape[0], y.shape[1]) > 65535 or max(*strides, *conv_state.shape, *zxbcdt.shape) >= 2**31:
         return (
-            "the CUDA kernel counts sequences, and features, up to 65535, and has 32 bits for strides but those of rows "
-            "and slots"
+            "the CUDA kernel counts sequences, and features, up to 65535, and has 32 bits for strides but those of "
+            "rows and slots"
         )
     return None
 
