@@ -22,7 +22,7 @@ class Config(NamedTuple):
 
 
 def tile(dstate: int, itemsize: int, stochastic: bool) -> int:
-    """Features that a warp has under way, 16 (or 8) elements of the state in each lane: StepLayout of the kernel."""
+    """Features that a warp takes at once, 16 (or 8) elements of the state in each lane: StepLayout of the kernel."""
     elements = 8 if stochastic or dstate * itemsize == 1024 else 16
     return 32 * elements // dstate
 
