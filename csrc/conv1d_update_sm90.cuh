@@ -46,6 +46,12 @@ __global__ void __launch_bounds__(kThreads) conv1d_update_kernel(const __grid_co
     return kColumnsTogether ? piece(j) < static_cast<int64>(p.dim) * kPieces : has_channels;
   };
 
+  int slots[kSequences];
+#pragma unroll
+  for (int s = 0; s < kSequences; ++s) {
+    const int b = min(static_cast<int>(blockIdx.y) * kSequences + s, p.batch - 1);
+    slots[s] = p.slots == nullptr ? b : p.slots[static_cast<int64>(b) * p.slots_stride];
+  }
   T* states[kSequences];  // null: padding
   uint4 x[kSequences], window[kSequences][kPieces];
 #pragma unroll
@@ -56,7 +62,7 @@ __global__ void __launch_bounds__(kThreads) conv1d_update_kernel(const __grid_co
     if (has_channels) {
       x[s] = *reinterpret_cast<const uint4*>(static_cast<const T*>(p.x) + static_cast<int64>(b) * p.x_stride + channel);
     }
-    const int slot = p.slots == nullptr ? b : p.slots[static_cast<int64>(b) * p.slots_stride];
+    const int slot = slots[s];
     if (slot >= 0 && slot < p.nslots && (p.slots == nullptr || slot != p.null_slot)) {
       states[s] = static_cast<T*>(p.conv_state) + slot * p.state_slot_stride;
     }
@@ -80,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) conv1d_update_kernel(const __grid_co
   }
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
-    bias[c] = p.bias == nullptr || !has_channels ? 0.f : load_float(p.bias, p.bias_dtype, channel + c);
+    bias[c] = from_bits(load_bits(p.bias, p.bias_dtype, channel + c, p.bias != nullptr && has_channels), p.bias_dtype);
   }
 
 #pragma unroll

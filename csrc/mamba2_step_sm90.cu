@@ -8,19 +8,27 @@ namespace {
 
 template <typename State, int kDstate, bool kStochastic>
 void launch(Mamba2StepParams p, const Mamba2StepArgs& a, cudaStream_t stream) {
+  using L = StepLayout<State, kDstate, kStochastic>;
   p.rows = p.group_size / a.cluster;
+  p.stages = a.stages;
   const int heads = (p.rows + p.headdim - 1) / p.headdim;
   cudaLaunchAttribute cluster{.id = cudaLaunchAttributeClusterDimension};
   cluster.val.clusterDim = {static_cast<unsigned>(a.cluster), 1, 1};
+  const int shared = a.warps * a.stages * L::kTile * kDstate * static_cast<int>(sizeof(State)) +
+                     (kMaxWidth * 2 * kDstate + 4 * p.rows + 2 * heads) * static_cast<int>(sizeof(float));
+  const auto kernel = mamba2_step_kernel<State, kDstate, kStochastic>;
+  if (shared > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "mamba2_step_kernel");
+  }
   const cudaLaunchConfig_t config{
       .gridDim = dim3(p.nheads * p.headdim / p.rows, static_cast<unsigned>(a.batch)),
       .blockDim = dim3(32 * a.warps),
-      .dynamicSmemBytes = (kMaxWidth * 2 * kDstate + 4 * p.rows + 2 * heads) * sizeof(float),
+      .dynamicSmemBytes = static_cast<unsigned>(shared),
       .stream = stream,
       .attrs = &cluster,
       .numAttrs = 1,
   };
-  check(cudaLaunchKernelEx(&config, mamba2_step_kernel<State, kDstate, kStochastic>, p), "mamba2_step_kernel");
+  check(cudaLaunchKernelEx(&config, kernel, p), "mamba2_step_kernel");
 }
 
 template <typename State, int kDstate>
@@ -81,6 +89,8 @@ void mamba2_step(const Mamba2StepArgs& a, const Mamba2StepPointers& pointers, Ta
       .null_slot = a.null_slot,
       .group_size = static_cast<int>(a.group_size),
       .rows_per_group = static_cast<int>(a.rows_per_group),
+      .by_headdim = divisor(a.headdim),
+      .by_rows_per_group = divisor(a.rows_per_group),
       .dt_min = a.dt_min,
       .dt_max = a.dt_max,
       .eps = a.eps,

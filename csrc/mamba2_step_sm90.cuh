@@ -1,16 +1,19 @@
 // The next token of each sequence through a Mamba-2 mixer, from in_proj's output to out_proj's input, in one launch.
 //
 // A cluster takes one group of the norm of one sequence: whole groups of B and C, of which a CTA has consecutive rows
-// (features of heads) of one. The state is the traffic: a CTA asks for its first tiles as soon as it knows the slot,
-// and does everything else while they are on their way: the convolution, one channel a thread, of its rows and of its
-// group's B and C (which its neighbours compute too: a few KB from L2, against a barrier), and the step sizes.
+// (features of heads) of one. The state is the traffic: a CTA asks for its first tiles, p.stages for each warp, as soon
+// as it knows the slot, and does everything else while they are on their way: the convolution, one channel a thread, of
+// its rows and of its group's B and C (which its neighbours compute too: a few KB from L2, against a barrier), and the
+// step sizes.
 //
-// All that crosses the cluster is a sum of squares from each warp that has one, stored into every CTA with a count of
-// bytes: no fence waits for the states that were written meanwhile. It also says that its sender has read the windows
-// of B and C, which each CTA then moves on for a part of the channels.
+// All that crosses the cluster is a sum of squares from each warp, stored into every CTA with a count of bytes: no
+// fence waits for the states that were written meanwhile. It also says that its sender has read the windows of B and C,
+// which each CTA then moves on for a part of the channels.
 #pragma once
 
+#include "common/async_copies.cuh"
 #include "common/conv1d.cuh"
+#include "common/division.cuh"
 #include "common/hopper.cuh"
 #include "common/state_rows.cuh"
 
@@ -34,13 +37,15 @@ struct Mamba2StepParams {
   int conv_bias_stride, A_stride, D_head_stride, D_p_stride, dt_bias_stride, norm_weight_stride, slots_stride;
   int nslots, nheads, headdim, conv_dim, width, null_slot;
   int group_size, rows, rows_per_group;  // of the norm; of a CTA; of B and C
+  int stages;                            // tiles that a warp has under way
+  Divisor by_headdim, by_rows_per_group;
   float dt_min, dt_max, eps;
   DType dtype, conv_state_dtype, conv_weight_dtype, conv_bias_dtype, D_dtype, dt_bias_dtype, norm_weight_dtype;
   bool weight_aligned, dt_softplus, norm_before_gate;  // weight_aligned: four taps, in one aligned piece
 };
 
 inline constexpr int kMaxWidth = 4;
-inline constexpr int kMaxCluster = 8, kMaxWarps = 32;
+inline constexpr int kMaxCluster = 8, kMaxWarps = 16;
 
 // 16 elements of the state in a lane, 8 beside random bits or of long rows: what 64 registers have room for.
 template <typename State, int kDstate, bool kStochastic>
@@ -50,16 +55,15 @@ using StepLayout =
 
 // Of a channel: what does not depend on the slot, as bits. Taps lie at the end, so that the last is the new token's.
 struct ChannelBits {
-  unsigned x, bias;
+  Element x, bias;
   Bits<kMaxWidth> weight;
 };
 
 __device__ __forceinline__ ChannelBits load_channel(const Mamba2StepParams& p, int64 token, int channel) {
   ChannelBits bits;
   bits.x = load_bits(p.zxbcdt, p.dtype, token + channel);
-  bits.bias = p.conv_bias == nullptr
-                  ? 0
-                  : load_bits(p.conv_bias, p.conv_bias_dtype, static_cast<int64>(channel) * p.conv_bias_stride);
+  bits.bias = load_bits(p.conv_bias, p.conv_bias_dtype, static_cast<int64>(channel) * p.conv_bias_stride,
+                        p.conv_bias != nullptr);
   if (p.weight_aligned) {
     load_runs<kMaxWidth, kMaxWidth, 0>(p.conv_weight, p.conv_weight_dtype, static_cast<int64>(channel) * kMaxWidth, 0,
                                        1, true, bits.weight);
@@ -68,7 +72,7 @@ __device__ __forceinline__ ChannelBits load_channel(const Mamba2StepParams& p, i
     for (int k = 0; k < kMaxWidth; ++k) {
       const int tap = k - (kMaxWidth - p.width);
       bits.weight.words[k] =
-          tap < 0 ? 0 : load_bits(p.conv_weight, p.conv_weight_dtype, static_cast<int64>(channel) * p.width + tap);
+          load_bits(p.conv_weight, p.conv_weight_dtype, static_cast<int64>(channel) * p.width + tap, tap >= 0).bits();
     }
   }
   return bits;
@@ -76,7 +80,7 @@ __device__ __forceinline__ ChannelBits load_channel(const Mamba2StepParams& p, i
 
 // The columns that a channel's token sees, as bits; zeros before them.
 struct WindowBits {
-  unsigned columns[kMaxWidth - 1];
+  Element columns[kMaxWidth - 1];
 };
 
 __device__ __forceinline__ WindowBits load_window(const Mamba2StepParams& p, int64 first) {
@@ -84,9 +88,8 @@ __device__ __forceinline__ WindowBits load_window(const Mamba2StepParams& p, int
 #pragma unroll
   for (int k = 0; k < kMaxWidth - 1; ++k) {
     const int column = k - (kMaxWidth - p.width);
-    bits.columns[k] = column < 0 ? 0
-                                 : load_bits(p.conv_state, p.conv_state_dtype,
-                                             first + static_cast<int64>(column) * p.conv_column_stride);
+    bits.columns[k] = load_bits(p.conv_state, p.conv_state_dtype,
+                                first + static_cast<int64>(column) * p.conv_column_stride, column >= 0);
   }
   return bits;
 }
@@ -117,31 +120,31 @@ __device__ __forceinline__ float convolve(const Mamba2StepParams& p, const Chann
 
 // Of a row: z and the weights of the skip and of the norm, as bits.
 struct FeatureBits {
-  unsigned z, D, weight;
+  Element z, D, weight;
 };
 
 __device__ __forceinline__ FeatureBits load_feature(const Mamba2StepParams& p, int64 token, int feature) {
-  FeatureBits bits{0, 0, 0};
-  bits.z = load_bits(p.zxbcdt, p.dtype, token + feature);
-  const int head = feature / p.headdim;
-  if (p.D != nullptr) {
-    bits.D = load_bits(
-        p.D, p.D_dtype,
-        static_cast<int64>(head) * p.D_head_stride + static_cast<int64>(feature - head * p.headdim) * p.D_p_stride);
-  }
-  bits.weight = load_bits(p.norm_weight, p.norm_weight_dtype, static_cast<int64>(feature) * p.norm_weight_stride);
-  return bits;
+  const int head = p.by_headdim.of(feature);
+  return {load_bits(p.zxbcdt, p.dtype, token + feature),
+          load_bits(p.D, p.D_dtype,
+                    static_cast<int64>(head) * p.D_head_stride +
+                        static_cast<int64>(feature - head * p.headdim) * p.D_p_stride,
+                    p.D != nullptr),
+          load_bits(p.norm_weight, p.norm_weight_dtype, static_cast<int64>(feature) * p.norm_weight_stride)};
 }
 
 template <typename State, int kDstate, bool kStochastic>
-__global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __grid_constant__ Mamba2StepParams p) {
+__global__ void __launch_bounds__(32 * kMaxWarps, 2) mamba2_step_kernel(const __grid_constant__ Mamba2StepParams p) {
   using L = StepLayout<State, kDstate, kStochastic>;
   constexpr int kRows = L::kTile / L::kGroups;
   constexpr int kShared = 2 * kDstate;  // channels of B and C, one behind the other
   extern __shared__ float4 dynamic[];
   __shared__ float partials[kMaxCluster * kMaxWarps];
   __shared__ unsigned long long arrived;
-  float* const BC = reinterpret_cast<float*>(dynamic);
+  constexpr int kPieces = 32 * kRows * L::kLoads;  // of a tile, each of 16 bytes
+  const int threads = blockDim.x, warps = threads / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  uint4* const stages = reinterpret_cast<uint4*>(dynamic) + warp * p.stages * kPieces + lane;
+  float* const BC = reinterpret_cast<float*>(dynamic + warps * p.stages * kPieces);
   float* const x = BC + kShared;
   float* const y = x + p.rows;
   float* const gate = y + p.rows;
@@ -149,41 +152,37 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
   float* const moved = weight + p.rows;                    // [kMaxWidth - 1][kShared] of B's and C's windows, moved on
   float* const steps = moved + (kMaxWidth - 1) * kShared;  // dt and decay of each head
 
-  const int threads = blockDim.x, warps = threads / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int b = blockIdx.y, first = blockIdx.x * p.rows;  // feature of the CTA
-  const int first_head = first / p.headdim;
-  const int heads = (first + p.rows - 1) / p.headdim - first_head + 1;
-  const int d_inner = p.nheads * p.headdim;
-  const int senders = min(warps, (p.rows + 31) / 32);  // warps that have a sum of squares
-  const int expected = static_cast<int>(cluster_size()) * senders;
+  const int first_head = p.by_headdim.of(first);
+  const int heads = p.by_headdim.of(first + p.rows - 1) - first_head + 1;
+  const int d_inner = p.nheads * p.headdim, group = p.by_rows_per_group.of(first);
+  const int expected = static_cast<int>(cluster_size()) * warps;  // sums of squares
 
-  const int slot = p.slots == nullptr ? b : p.slots[static_cast<int64>(b) * p.slots_stride];
+  int slot = p.slots == nullptr ? b : p.slots[static_cast<int64>(b) * p.slots_stride];
 
-  // what does not need the slot
+  // what does not need the slot, all of it under way at once
   const int64 token = static_cast<int64>(b) * p.zxbcdt_stride;
   const int channels = kShared + p.rows;  // of the CTA: B, C, then its rows
   const auto channel_of = [&](int c) {
-    if (c >= kShared) return first + c - kShared;
-    const int group = first / p.rows_per_group, half = (p.conv_dim - d_inner) / 2;
-    return d_inner + group * kDstate + (c < kDstate ? c : half + c - kDstate);
+    const int BC = d_inner + group * kDstate + c + (c < kDstate ? 0 : (p.conv_dim - d_inner) / 2 - kDstate);
+    return c < kShared ? BC : first + c - kShared;
   };
   int c = threadIdx.x;
   ChannelBits bits;
-  FeatureBits feature{0, 0, 0};
+  FeatureBits feature;
   const auto load = [&] {
     bits = load_channel(p, token + d_inner, channel_of(c));
     if (c >= kShared) feature = load_feature(p, token, first + c - kShared);
   };
   if (c < channels) load();
   const int my_head = threads - 1 - threadIdx.x;  // of the CTA: the last threads have least to do
-  unsigned dt_bits = 0;
-  float A = 0.f, dt_bias = 0.f;
+  Element dt_bits, dt_bias;
+  float A;
   if (my_head < heads) {
-    dt_bits = load_bits(p.zxbcdt, p.dtype, token + d_inner + p.conv_dim + first_head + my_head);
-    A = p.A[static_cast<int64>(first_head + my_head) * p.A_stride];
-    if (p.dt_bias != nullptr) {
-      dt_bias = load_float(p.dt_bias, p.dt_bias_dtype, static_cast<int64>(first_head + my_head) * p.dt_bias_stride);
-    }
+    const int head = first_head + my_head;
+    dt_bits = load_bits(p.zxbcdt, p.dtype, token + d_inner + p.conv_dim + head);
+    dt_bias = load_bits(p.dt_bias, p.dt_bias_dtype, static_cast<int64>(head) * p.dt_bias_stride, p.dt_bias != nullptr);
+    A = p.A[static_cast<int64>(head) * p.A_stride];
   }
   const int64 seed = kStochastic ? *p.seed : 0;
   const int part = lane % L::kLanes, column = part * L::kPerLoad;
@@ -191,13 +190,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
   int row, head, in_head;  // the warp's tile: its first row, of the CTA and of its head
   const auto go_to = [&](int tile) {
     row = tile * L::kTile;
-    head = (first + row) / p.headdim;
+    head = p.by_headdim.of(first + row);
     in_head = first + row - head * p.headdim;
   };
   const auto head_of = [&] {
     return static_cast<State*>(p.state) + slot * p.state_slot_stride + static_cast<int64>(head) * p.state_head_stride;
   };
-  go_to(warp);
 
   const uint32 barrier = shared_address(&arrived);
   if (threadIdx.x == 0) {
@@ -207,6 +205,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
   }
   cluster_arrive();
 
+  slot = __shfl_sync(~0u, slot, 0);  // as it is uniform, the compiler would wait for it where it is loaded
   if (slot < 0 || slot >= p.nslots || (p.slots != nullptr && slot == p.null_slot)) {
     for (int i = threadIdx.x; i < p.rows; i += threads) {
       store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + i, 0.f);
@@ -220,9 +219,21 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
   const auto place_of = [&](int c) { return windows + static_cast<int64>(channel_of(c)) * p.conv_channel_stride; };
   WindowBits before;
   if (c < channels) before = load_window(p, place_of(c));
-  uint4 raw[kRows][L::kLoads];
-  const auto load_rows = [&] { load_tile<State, L>(p, head_of(), in_head + lane / L::kLanes, column, raw); };
-  if (warp < tiles) load_rows();
+  const auto piece_of = [&](int stage, int r, int i) { return stages + stage * kPieces + 32 * (r * L::kLoads + i); };
+  const auto copy_rows = [&](int stage, int tile) {
+    go_to(tile);
+    const State* source = head_of() + static_cast<int64>(in_head + lane / L::kLanes) * p.state_p_stride + column;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r, source += static_cast<int64>(L::kGroups) * p.state_p_stride) {
+#pragma unroll
+      for (int i = 0; i < L::kLoads; ++i) copy_async<16>(piece_of(stage, r, i), source + i * L::kStep);
+    }
+  };
+#pragma unroll 1
+  for (int stage = 0; stage < p.stages; ++stage) {
+    if (warp + stage * warps < tiles) copy_rows(stage, warp + stage * warps);
+    commit_copies();
+  }
 
   // windows of B and C are stored once the other CTAs have read them, those of rows at once
   float window[kMaxWidth];
@@ -245,7 +256,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
     }
   }
   if (my_head < heads) {
-    const float dt = step_size(from_bits(dt_bits, p.dtype) + dt_bias, p.dt_softplus, p.dt_min, p.dt_max);
+    const float dt =
+        step_size(from_bits(dt_bits, p.dtype) + from_bits(dt_bias, p.dt_bias_dtype), p.dt_softplus, p.dt_min, p.dt_max);
     steps[2 * my_head] = dt;
     steps[2 * my_head + 1] = expf(dt * A);
   }
@@ -266,51 +278,53 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mamba2_step_kernel(const __gri
                                            (static_cast<int64>(slot) * p.nheads + head) * p.headdim + below, seed, 0);
     }
   };
-  for (int tile = warp; tile < tiles;) {
+  const bool has_y = part % L::kLanesPerSum == 0;  // the lane, of a row of each tile
+  const int mine = part / L::kLanesPerSum * L::kGroups + lane / L::kLanes;
+  float squares = 0.f;
+  for (int tile = warp, stage = 0; tile < tiles;) {
+    wait_for_copies(p.stages - 1);
+    go_to(tile);
     const float dt = steps[2 * (head - first_head)], decay = steps[2 * (head - first_head) + 1];
     float sums[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      unpack_row<State, L>(raw[r], 1.f, S[r]);
+      uint4 raw[L::kLoads];
+#pragma unroll
+      for (int i = 0; i < L::kLoads; ++i) raw[i] = *piece_of(stage, r, i);
+      unpack_row<State, L>(raw, 1.f, S[r]);
       sums[r] = advance(S[r], decay, dt * x[row + lane / L::kLanes + r * L::kGroups], B, C);
     }
     const float sum = sum_rows<L::kLanes>(sums, part);
-    if (part % L::kLanesPerSum == 0) y[row + part / L::kLanesPerSum * L::kGroups + lane / L::kLanes] += sum;
+    if (has_y) {
+      const float u = (y[row + mine] + sum) * (p.norm_before_gate ? 1.f : gate[row + mine]);
+      squares = fmaf(u, u, squares);
+      y[row + mine] = u;
+    }
     tile += warps;
     if (tile >= tiles) break;  // the last tile's states are stored when nobody waits for this warp
     store_rows();
-    go_to(tile);
-    load_rows();
+    if (tile + (p.stages - 1) * warps < tiles) copy_rows(stage, tile + (p.stages - 1) * warps);
+    commit_copies();
+    stage = stage + 1 == p.stages ? 0 : stage + 1;
   }
-  __syncthreads();
-
-  float squares = 0.f;
-  for (int i = threadIdx.x; i < p.rows; i += threads) {
-    const float u = p.norm_before_gate ? y[i] : y[i] * gate[i];
-    squares = fmaf(u, u, squares);
-    y[i] = u;
-  }
+  squares = warp_sum(squares);
   cluster_wait();  // the others have begun, and their barriers are ready
-  if (warp < senders) {
-    squares = warp_sum(squares);
-    const uint32 rank = cluster_rank(), place = shared_address(partials + rank * senders + warp);
-    if (lane < cluster_size()) store_counted(address_in_cta(place, lane), squares, address_in_cta(barrier, lane));
-  }
+  const uint32 place = shared_address(partials + cluster_rank() * warps + warp);
+  if (lane < cluster_size()) store_counted(address_in_cta(place, lane), squares, address_in_cta(barrier, lane));
   if (warp < tiles) store_rows();
   wait_for_cluster(barrier, 0);
 
-  if (warp < senders) {
-    float total = 0.f;
-    for (int i = lane; i < expected; i += 32) total += partials[i];
-    const float scale = 1.f / sqrtf(warp_sum(total) / static_cast<float>(p.group_size) + p.eps);
-    for (int i = threadIdx.x; i < p.rows; i += threads) {
-      const float v = y[i] * scale * weight[i];
-      store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + i, p.norm_before_gate ? v * gate[i] : v);
-    }
+  float total = 0.f;
+  for (int i = lane; i < expected; i += 32) total += partials[i];
+  const float scale = 1.f / sqrtf(warp_sum(total) / static_cast<float>(p.group_size) + p.eps);
+  for (int row = warp * L::kTile + mine; has_y && row < p.rows; row += warps * L::kTile) {
+    const float v = y[row] * scale * weight[row];
+    store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + row, p.norm_before_gate ? v * gate[row] : v);
   }
   // of B's and C's channels, as many for each CTA of the group
-  const int mine = first % p.rows_per_group / p.rows, share = kShared * p.rows / p.rows_per_group;
-  for (c = mine * share + threadIdx.x; c < (mine + 1) * share; c += threads) {
+  const int share = p.by_rows_per_group.of(kShared * p.rows);
+  const int begin = p.by_rows_per_group.of((first - group * p.rows_per_group) * kShared);
+  for (c = begin + threadIdx.x; c < begin + share; c += threads) {
 #pragma unroll
     for (int k = 1; k < kMaxWidth; ++k) window[k] = moved[(k - 1) * kShared + c];
     store_window(p, place_of(c), window);

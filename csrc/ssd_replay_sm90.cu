@@ -6,27 +6,25 @@
 namespace hybrid_ops {
 namespace {
 
-template <typename State, int kDstate, int kRows, bool kStochastic>
-void launch(SsdReplayParams p, const SsdReplayArgs& a, cudaStream_t stream) {
-  const int rows = Layout<State, kDstate, kRows>::kTile * a.warps;  // of a block
-  p.row_blocks = (p.headdim + rows - 1) / rows;
-  const int item = p.dtype == DType::float32 ? 4 : 2;
-  const int shared = replay_shared(p.tokens, p.capacity, kDstate, p.heads, rows, item).bytes;
-  const auto kernel = ssd_replay_kernel<State, kDstate, kRows, kStochastic>;
+template <typename State, int kDstate, int kRows, int kItem, bool kStochastic>
+void launch(const SsdReplayParams& p, const SsdReplayArgs& a, cudaStream_t stream) {
+  using L = ReplayLayout<State, kDstate, kRows, kItem>;
+  const int shared = sizeof(unsigned) * replay_shared<L>(p.tokens, a.warps);
+  const dim3 grid(p.nheads / p.heads, a.batch);
+  const auto kernel = ssd_replay_kernel<State, kDstate, kRows, kItem, kStochastic>;
   if (shared > 48 * 1024) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "ssd_replay_kernel");
   }
-  const dim3 grid(p.nheads / p.heads * p.row_blocks, a.batch);
   kernel<<<grid, 32 * a.warps, shared, stream>>>(p);
   check(cudaGetLastError(), "ssd_replay_kernel");
 }
 
-template <typename State, int kDstate, int kRows>
+template <typename State, int kDstate, int kRows, int kItem>
 void launch_rounding(const SsdReplayParams& p, const SsdReplayArgs& a, cudaStream_t stream) {
   if constexpr (sizeof(State) == 2) {
-    if (p.seed != nullptr) return launch<State, kDstate, kRows, true>(p, a, stream);
+    if (p.seed != nullptr) return launch<State, kDstate, kRows, kItem, true>(p, a, stream);
   }
-  launch<State, kDstate, kRows, false>(p, a, stream);
+  launch<State, kDstate, kRows, kItem, false>(p, a, stream);
 }
 
 // Those for which _csrc/ssd_replay.py chooses.
@@ -34,9 +32,12 @@ template <typename State, int kDstate>
 void launch_rows(const SsdReplayParams& p, const SsdReplayArgs& a, cudaStream_t stream) {
   constexpr int kRow = sizeof(State) * kDstate;  // bytes
   constexpr int kFew = kRow == 1024 || kRow == 128 ? 4 : 8;
-  if (a.rows == kFew) return launch_rounding<State, kDstate, kFew>(p, a, stream);
+  if (a.rows == kFew) {
+    if (a.dtype == DType::float32) return launch_rounding<State, kDstate, kFew, 4>(p, a, stream);
+    return launch_rounding<State, kDstate, kFew, 2>(p, a, stream);
+  }
   if constexpr (kDstate == 128) {
-    if (a.rows == 16) return launch_rounding<State, kDstate, 16>(p, a, stream);
+    if (a.rows == 16 && a.dtype != DType::float32) return launch_rounding<State, kDstate, 16, 2>(p, a, stream);
   }
   throw std::runtime_error("ssd_replay: no such tile: rows " + std::to_string(a.rows));
 }
@@ -112,7 +113,6 @@ void ssd_replay(const SsdReplayArgs& a, const SsdReplayPointers& pointers, Targe
       .places = static_cast<int>(a.places),
       .null_slot = a.null_slot,
       .heads = a.heads,
-      .row_blocks = 0,  // by the tile, which `launch` knows
       .dt_min = a.dt_min,
       .dt_max = a.dt_max,
       .dtype = a.dtype,
@@ -120,6 +120,8 @@ void ssd_replay(const SsdReplayArgs& a, const SsdReplayPointers& pointers, Targe
       .D_dtype = a.D_dtype,
       .z_dtype = a.z_dtype,
       .dt_bias_dtype = a.dt_bias_dtype,
+      .x_aligned = vectors_aligned(x, a.x_strides, a.dtype),
+      .columns_aligned = vectors_aligned(B, a.B_strides, a.dtype) && vectors_aligned(C, a.C_strides, a.dtype),
       .dt_softplus = a.dt_softplus,
   };
   const DeviceGuard guard(target.device);

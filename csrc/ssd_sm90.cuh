@@ -106,7 +106,8 @@ __device__ __forceinline__ bool find_target(const SsdParams& p, const Unit& unit
                                             int64& slot) {
   if (copy == 1) {
     target = p.final;
-    return target.data != nullptr && unit.last && c == unit.chunks && find_slot(p, target.slots, unit.sequence, slot);
+    return target.data != nullptr && c == unit.chunks && unit.first + c * kChunk >= unit.end &&
+           find_slot(p, target.slots, unit.sequence, slot);
   }
   target = p.interval;
   if (target.data == nullptr || c == 0) return false;

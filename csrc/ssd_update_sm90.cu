@@ -60,12 +60,6 @@ void launch_dstate(const SsdUpdateParams& p, const SsdUpdateArgs& a, cudaStream_
 
 TokenStrides strides(const SsdUpdateArgs::TokenStrides& s) { return {int(s[0]), int(s[1]), int(s[2]), int(s[3])}; }
 
-// Whether four neighbours of a row always lie in one aligned piece of memory.
-bool aligned(std::uintptr_t pointer, const SsdUpdateArgs::TokenStrides& s, DType dtype) {
-  const int itemsize = dtype == DType::float32 ? 4 : 2;
-  return s[3] == 1 && (s[0] | s[1] | s[2]) % kPerVector == 0 && pointer % (kPerVector * itemsize) == 0;
-}
-
 }  // namespace
 
 void ssd_update(const SsdUpdateArgs& a, const SsdUpdatePointers& pointers, Target target) {
@@ -127,7 +121,7 @@ void ssd_update(const SsdUpdateArgs& a, const SsdUpdatePointers& pointers, Targe
       .D_dtype = a.D_dtype,
       .z_dtype = a.z_dtype,
       .dt_bias_dtype = a.dt_bias_dtype,
-      .columns_aligned = aligned(B, a.B_strides, a.dtype) && aligned(C, a.C_strides, a.dtype),
+      .columns_aligned = vectors_aligned(B, a.B_strides, a.dtype) && vectors_aligned(C, a.C_strides, a.dtype),
       .dt_softplus = a.dt_softplus,
       .store_each = a.store_each,
       .store_last = a.store_last,

@@ -78,7 +78,7 @@ __device__ __forceinline__ bool find_place(const SsdUpdateParams& p, int b, int 
 // What is loaded for a token, as bits.
 template <int kColumns>
 struct Token {
-  unsigned dt;
+  Element dt;
   Bits<kColumns> B, C;
 };
 
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(256, Layout<State, kDstate, kRows>::kBlocks)
 
   const Token<L::kColumns> token = load_token<L>(p, b, 0, head, head / p.heads_per_group, column);
   const float A = p.A[static_cast<int64>(head) * p.A_stride];
-  const float bias = load_bias(p, head);
+  const Element bias = load_bias(p, head);
   const int64 seed = kStochastic ? *p.seed : 0;
   int slot, place;
   if (!find_slot(p, b, slot)) {
@@ -125,12 +125,14 @@ __global__ void __launch_bounds__(256, Layout<State, kDstate, kRows>::kBlocks)
 
   uint4 raw[kRows][L::kLoads];
   RowBits bits;
-  float D, scale = 1.f;  // of the lane's own row
+  Element D;
+  float scale = 1.f;  // of the lane's own row
   const auto load = [&](int tile) {
     load_tile<State, L>(p, source, tile + lane / L::kLanes, column, raw);
     bits = load_row(p, b, 0, head, tile + mine);
     D = load_D(p, head, tile + mine);
     if (sizeof(State) == 1 && tile + mine < p.headdim) scale = *scale_of(p, slot, head, tile + mine);
+    bits = {bits.x.merged(), bits.z.merged()}, D = D.merged();  // while states are on their way: registers are few
   };
   load(first);
   // numbers only now that the first loads are under way
@@ -176,8 +178,8 @@ __global__ void __launch_bounds__(256) ssd_update_kernel(const __grid_constant__
   const Rows rows = find_rows(p, b);
   int slot, done = 0;
   if (find_slot(p, b, slot)) {
-    const float A = p.A[static_cast<int64>(head) * p.A_stride], D = load_D(p, head, mine);
-    const float bias = load_bias(p, head);
+    const float A = p.A[static_cast<int64>(head) * p.A_stride];
+    const Element D = load_D(p, head, mine), bias = load_bias(p, head);
     const int64 seed = kStochastic ? *p.seed : 0;
     const State* source = head_of<State>(p, slot, head);
     uint4 raw[kRows][L::kLoads];

@@ -400,7 +400,7 @@ def _explain(
     chosen, reason = _device.choose(impl, where, refusal)
     if chosen == "cuda":
         sms = _device.num_sms(where.index or 0) if torch.cuda.is_available() else 132
-        problem = (headdim, dstate, state_dtype.itemsize, nheads, ngroups, batch)
+        problem = (headdim, dstate, state_dtype.itemsize, dtype.itemsize, nheads, ngroups, batch)
         return Choice(chosen, _csrc_ssd_replay.config(*problem, sms)._asdict(), reason)
     if chosen != "triton":
         return Choice(chosen, {}, reason)

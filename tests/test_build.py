@@ -58,11 +58,11 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::ssd_update_kernel<hybrid_ops::Int8, 128, 4, false>",
     ],
     "ssd_replay_sm90.cuh": [
-        "hybrid_ops::ssd_replay_kernel<float, 128, 16, false>",
-        "hybrid_ops::ssd_replay_kernel<float, 256, 4, false>",
-        "hybrid_ops::ssd_replay_kernel<__nv_bfloat16, 128, 8, false>",
-        "hybrid_ops::ssd_replay_kernel<__nv_bfloat16, 256, 8, true>",
-        "hybrid_ops::ssd_replay_kernel<__half, 64, 4, true>",
+        "hybrid_ops::ssd_replay_kernel<float, 128, 16, 2, false>",
+        "hybrid_ops::ssd_replay_kernel<float, 256, 4, 4, false>",
+        "hybrid_ops::ssd_replay_kernel<__nv_bfloat16, 128, 8, 2, false>",
+        "hybrid_ops::ssd_replay_kernel<__nv_bfloat16, 256, 8, 2, true>",
+        "hybrid_ops::ssd_replay_kernel<__half, 64, 4, 4, true>",
     ],
     "mamba2_step_sm90.cuh": [
         "hybrid_ops::mamba2_step_kernel<float, 128, false>",
@@ -356,15 +356,16 @@ def test_config_of_ssd_update():
 def test_config_of_ssd_replay():
     from hybrid_ops._csrc.ssd_replay import Config, config
 
-    def of(batch, itemsize=4, headdim=64, dstate=128, nheads=64, ngroups=8):
-        return config(headdim, dstate, itemsize, nheads, ngroups, batch, 132)
+    def of(batch, itemsize=4, x_itemsize=2, headdim=64, dstate=128, nheads=64, ngroups=8):
+        return config(headdim, dstate, itemsize, x_itemsize, nheads, ngroups, batch, 132)
 
     assert of(1) == of(8) == Config(rows=16, warps=4, heads=1)
-    assert of(64) == Config(rows=16, warps=4, heads=2)
-    assert of(64, nheads=128, ngroups=1, headdim=80) == Config(rows=16, warps=5, heads=2)
-    assert of(64, nheads=9, ngroups=3) == Config(rows=16, warps=4, heads=1)
-    assert of(16, itemsize=2) == Config(rows=8, warps=4, heads=2)
-    assert of(16, dstate=256) == Config(rows=4, warps=8, heads=2)
+    assert of(16) == of(64) == of(64, itemsize=2) == Config(rows=16, warps=4, heads=2)
+    assert of(128) == of(256, nheads=128, ngroups=1, headdim=80) == Config(rows=16, warps=4, heads=4)
+    assert of(128, nheads=9, ngroups=3) == Config(rows=16, warps=4, heads=1)
+    assert of(1, itemsize=2) == Config(rows=16, warps=2, heads=1)
+    assert of(16, x_itemsize=4) == Config(rows=8, warps=4, heads=2)
+    assert of(16, dstate=256) == Config(rows=4, warps=4, heads=2)
 
 
 def test_config_of_conv1d_update():

@@ -342,19 +342,29 @@ def test_what_the_cuda_kernel_takes():
 @pytest.mark.parametrize("dstate", [64, 128, 256])
 @pytest.mark.parametrize("heads", [(64, 64, 8), (128, 64, 8), (128, 80, 8), (64, 64, 1), (8, 64, 1)])
 def test_configurations(heads, dstate, itemsize, stochastic):
-    """Every warp has whole tiles of one head, and a block what a block may have."""
+    """Every warp has whole tiles of one head, and a block no more than half of a multiprocessor."""
     nheads, headdim, ngroups = heads
     rows_per_group = nheads * headdim // ngroups
     for group_size in {rows_per_group, nheads * headdim}:
         for batch in (1, 64):
-            cluster, warps = csrc.config(batch, headdim, dstate, itemsize, stochastic, group_size, rows_per_group)
+            sizes = (batch, nheads, headdim, dstate, itemsize, stochastic, group_size, rows_per_group)
+            cluster, warps, stages = csrc.config(*sizes)
             rows, tile = group_size // cluster, csrc.tile(dstate, itemsize, stochastic)
             assert rows * cluster == group_size
             assert rows % tile == rows_per_group % rows == headdim % tile == 0
             assert 1 <= cluster <= 8
-            assert 1 <= warps <= 32
-            shared = 4 * (8 * dstate + 4 * rows + 2 * -(-rows // headdim)) + 1040 + 2048
-            assert shared <= 48 * 1024
+            assert 1 <= warps <= 16
+            assert stages == 1 or rows // tile > warps
+            shared = 4 * (8 * dstate + 4 * rows + 2 * -(-rows // headdim)) + warps * stages * tile * dstate * itemsize
+            assert shared + 1024 <= 113 * 1024
+
+
+def test_config_of_nemotron():
+    def of(batch, nheads):
+        return tuple(csrc.config(batch, nheads, 64, 128, 4, False, nheads * 8, nheads * 8))
+
+    assert [of(batch, 64) for batch in (1, 2, 4, 512)] == [(8, 16, 1), (4, 16, 2), (4, 16, 1), (4, 16, 1)]
+    assert [of(batch, 128) for batch in (1, 2, 512)] == [(8, 16, 2), (8, 16, 1), (8, 16, 1)]
 
 
 def test_docs():

@@ -104,7 +104,7 @@ struct SsdReplayArgs {
   int null_slot;
   float dt_min, dt_max;
   bool dt_softplus;
-  int rows, warps, heads;  // of a lane; of a block; of a block, one after the other
+  int rows, warps, heads;  // of a lane; of a block; of a block
 };
 
 // The pointers of SsdReplayParams, in its order.
@@ -136,7 +136,7 @@ struct Mamba2StepArgs {
   int null_slot;
   float dt_min, dt_max, eps;
   bool dt_softplus, norm_before_gate;
-  int cluster, warps;  // CTAs of a group of the norm; of a CTA
+  int cluster, warps, stages;  // CTAs of a group of the norm; of a CTA; tiles that a warp has under way
 };
 
 // The pointers of Mamba2StepParams, in its order.

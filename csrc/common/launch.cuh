@@ -3,8 +3,13 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
+
+#include "common/dtype.h"
+#include "common/vector.cuh"
 
 namespace hybrid_ops {
 
@@ -39,5 +44,13 @@ class DeviceGuard {
   int previous_ = 0;
   bool changed_ = false;
 };
+
+// Whether four neighbours of a row of tokens always lie in one aligned piece of memory; strides of elements, last of
+// neighbours.
+inline bool vectors_aligned(std::uintptr_t pointer, const std::array<std::int64_t, 4>& strides, DType dtype) {
+  const int itemsize = dtype == DType::float32 ? 4 : 2;
+  return strides[3] == 1 && (strides[0] | strides[1] | strides[2]) % kPerVector == 0 &&
+         pointer % (kPerVector * itemsize) == 0;
+}
 
 }  // namespace hybrid_ops

@@ -15,7 +15,7 @@ __device__ __forceinline__ void copy_chunks(const SsdParams& p, const SharedMemo
         const int token = unit.first + c * kChunk, group = unit.head / p.heads_per_group;
         wait(shared.empty(s), (iteration / Config::kStages + 1) & 1);
         arrive_expecting(loaded, Config::kStageLoads);
-#pragma unroll
+#pragma unroll 4
         for (int i = 0; i < Config::kGroupLoads; ++i) {
           const TensorMap& map = i < Config::kGroupTiles ? p.B_map : p.C_map;
           load_box(stage + i * Config::kTileBytes, map, loaded, i % Config::kGroupTiles * 64, group, token, unit.row);
@@ -53,24 +53,18 @@ template <typename Config>
 __device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemory<Config>& shared, uint32 worker) {
   const int lane = threadIdx.x % 32;
   float A = 0.f, bias = 0.f;
-  // dt of the next chunk, as it is stored: a conversion would wait for it, and of two loads into one register,
-  // whichever is done, the second for the first
-  uint32 narrow[2], wide[2];
+  Element coming[2];  // dt of the next chunk, as it is stored: a conversion would wait for it
   const auto load = [&](const Unit& unit, int c) {
     const int token = unit.first + c * kChunk + 2 * lane;
     const int64 offset = unit.row * p.dt_strides[0] + token * p.dt_strides[1] + unit.head * p.dt_strides[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (token + i < unit.begin || token + i >= unit.end) continue;
-      if (p.dt.dtype == DType::float32) {
-        wide[i] = static_cast<const uint32*>(p.dt.data)[offset + i * p.dt_strides[1]];
-      } else {
-        narrow[i] = static_cast<const unsigned short*>(p.dt.data)[offset + i * p.dt_strides[1]];
-      }
+      const bool present = token + i >= unit.begin && token + i < unit.end;
+      coming[i] = load_bits(p.dt.data, p.dt.dtype, offset + i * p.dt_strides[1], present);
     }
   };
   const auto step = [&](const Unit& unit, int token, int i) {
-    float dt = from_bits(p.dt.dtype == DType::float32 ? wide[i] : narrow[i], p.dt.dtype) + bias;
+    float dt = from_bits(coming[i], p.dt.dtype) + bias;
     if (p.dt_softplus) dt = softplus(dt);
     dt = fminf(fmaxf(dt, p.dt_min), p.dt_max);
     return token >= unit.begin && token < unit.end ? dt : 0.f;

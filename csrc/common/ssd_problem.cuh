@@ -74,9 +74,9 @@ struct SsdConfig {
   static constexpr bool kTwoSums = kFeatures < 128 && !(kHalves == 2 && kGated);
 
   // of 512 for a thread of each warpgroup together; all with which ptxas spills nothing
-  static constexpr int kProducerRegisters = kHalves == 2 && !kGated ? 40 : 48;
+  static constexpr int kProducerRegisters = kHalves == 2 ? 40 : 48;
   static constexpr int kWalkerRegisters = kReaders == 2 ? 152 : 144;
-  static constexpr int kReaderRegisters = kReaders == 2 ? 152 : kHalves == 2 && !kGated ? 184 : 176;
+  static constexpr int kReaderRegisters = kReaders == 2 ? 152 : kHalves == 2 ? 184 : 176;
 
   static constexpr int kTileBytes = kChunk * 64 * 2;          // 64 tokens of 128 bytes, swizzled
   static constexpr int kGroupTiles = kHalves * kStates / 64;  // of B, and of C
@@ -213,7 +213,6 @@ struct Unit {
   int position;                   // of that place, from the beginning of the sequence, and seq_offsets
   int chunks, slot, segment;
   int head;
-  bool last;  // no segment of the sequence follows
 };
 
 // The tokens of a sequence, and where its chunks begin: at multiples of kChunk, counted from seq_offsets.
@@ -254,14 +253,13 @@ __device__ __forceinline__ bool find_unit(const SsdParams& p, int index, Unit& u
   }
   find_sequence(p, low, unit);
   unit.segment = unit.slot - first_slot(p, low);
-  unit.last = true;
   if (p.segment_chunks == 0) return true;
   int first_chunk = unit.segment * p.segment_chunks, length = p.segment_chunks;
-  unit.last = first_chunk + length >= unit.chunks;
+  const bool last = first_chunk + length >= unit.chunks;
   if (unit.segment > 0 && first_chunk >= unit.chunks) return false;
   int last_chunk = min(first_chunk + length, unit.chunks);
   if (Config::kStatesOnly) {  // of every segment but the last, in parts
-    if (unit.last) return false;
+    if (last) return false;
     unit.slot = unit.slot * parts + part;
     length = (length + parts - 1) / parts;
     first_chunk += part * length;

@@ -24,43 +24,38 @@ __device__ __forceinline__ int64 offset(const TokenStrides& s, int b, int64 toke
 
 // dt of the recurrence.
 template <typename Params>
-__device__ __forceinline__ float step_of(const Params& p, unsigned bits, float bias) {
-  return step_size(from_bits(bits, p.dt_dtype) + bias, p.dt_softplus, p.dt_min, p.dt_max);
+__device__ __forceinline__ float step_of(const Params& p, Element bits, Element bias) {
+  return step_size(from_bits(bits, p.dt_dtype) + from_bits(bias, p.dt_bias_dtype), p.dt_softplus, p.dt_min, p.dt_max);
 }
 
 // What a lane needs for the row whose y it computes.
 struct RowBits {
-  unsigned x, z;
+  Element x, z;
 };
 
 template <typename Params>
 __device__ __forceinline__ RowBits load_row(const Params& p, int b, int64 token, int head, int row) {
-  RowBits bits{0, 0};
-  if (row < p.headdim) {
-    bits.x = load_bits(p.x, p.dtype, offset(p.x_strides, b, token, head, row));
-    if (p.z != nullptr) bits.z = load_bits(p.z, p.z_dtype, offset(p.z_strides, b, token, head, row));
-  }
-  return bits;
+  const bool present = row < p.headdim;
+  return {load_bits(p.x, p.dtype, offset(p.x_strides, b, token, head, row), present),
+          load_bits(p.z, p.z_dtype, offset(p.z_strides, b, token, head, row), present && p.z != nullptr)};
 }
 
 template <typename Params>
-__device__ __forceinline__ float load_D(const Params& p, int head, int row) {
-  if (p.D == nullptr || row >= p.headdim) return 0.f;
-  return load_float(p.D, p.D_dtype,
-                    static_cast<int64>(head) * p.D_head_stride + static_cast<int64>(row) * p.D_p_stride);
+__device__ __forceinline__ Element load_D(const Params& p, int head, int row) {
+  return load_bits(p.D, p.D_dtype, static_cast<int64>(head) * p.D_head_stride + static_cast<int64>(row) * p.D_p_stride,
+                   p.D != nullptr && row < p.headdim);
 }
 
 template <typename Params>
-__device__ __forceinline__ float load_bias(const Params& p, int head) {
-  if (p.dt_bias == nullptr) return 0.f;
-  return load_float(p.dt_bias, p.dt_bias_dtype, static_cast<int64>(head) * p.dt_bias_stride);
+__device__ __forceinline__ Element load_bias(const Params& p, int head) {
+  return load_bits(p.dt_bias, p.dt_bias_dtype, static_cast<int64>(head) * p.dt_bias_stride, p.dt_bias != nullptr);
 }
 
 // (sum + D x) silu(z), to y; `writes`: of the lanes that have the row, one.
 template <typename Params>
-__device__ __forceinline__ void finish_row(const Params& p, int64 y_offset, float sum, float D, RowBits bits,
+__device__ __forceinline__ void finish_row(const Params& p, int64 y_offset, float sum, Element D, RowBits bits,
                                            bool writes) {
-  float y = fmaf(D, from_bits(bits.x, p.dtype), sum);
+  float y = fmaf(from_bits(D, p.D_dtype), from_bits(bits.x, p.dtype), sum);
   if (p.z != nullptr) y *= silu(from_bits(bits.z, p.z_dtype));
   if (writes) store_float(p.y, p.dtype, y_offset, y);
 }

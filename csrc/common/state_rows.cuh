@@ -19,6 +19,7 @@ struct Layout {
   static constexpr int kStep = kPerLoad * kLanes;  // from one load of a row to the next
   static constexpr int kGroups = 32 / kLanes;      // rows side by side
   static constexpr int kTile = kRows * kGroups;
+  static constexpr int kRowStep = kGroups;             // from a lane's row to its next
   static constexpr int kLanesPerSum = kLanes / kRows;  // that end with the same row's sum
   // of 256 threads, for which registers suffice
   static constexpr int kBlocks = sizeof(State) == 1 ? 2 : 4;
@@ -69,17 +70,17 @@ __device__ __forceinline__ unsigned pack_word(const float* v) {
   }
 }
 
-// A lane's part of the rows `above` + r kGroups of a head; zeros for rows it does not have.
+// A lane's part of the rows `above` + r kRowStep of a head; zeros for rows it does not have.
 template <typename State, typename L, int kRows, typename Params>
 __device__ __forceinline__ void load_tile(const Params& p, const State* head, int above, int column,
                                           uint4 (&raw)[kRows][L::kLoads]) {
   const State* source = head + static_cast<int64>(above) * p.state_p_stride + column;
 #pragma unroll
-  for (int r = 0; r < kRows; ++r, source += static_cast<int64>(L::kGroups) * p.state_p_stride) {
+  for (int r = 0; r < kRows; ++r, source += static_cast<int64>(L::kRowStep) * p.state_p_stride) {
 #pragma unroll
     for (int i = 0; i < L::kLoads; ++i) {
       raw[r][i] = make_uint4(0, 0, 0, 0);
-      if (above + r * L::kGroups < p.headdim) raw[r][i] = load_state(source + i * L::kStep);
+      if (above + r * L::kRowStep < p.headdim) raw[r][i] = load_state(source + i * L::kStep);
     }
   }
 }

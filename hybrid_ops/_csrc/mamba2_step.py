@@ -10,29 +10,38 @@ from .. import _checks, _device
 from . import DTYPES
 from .ssd_update import DSTATES
 
-MAX_WARPS = 32
+MAX_WARPS = 16  # two CTAs of 64 registers a thread share a multiprocessor
+FEW = 64  # CTAs, which leave half of a GPU's multiprocessors idle
 MAX_ROWS = 2048  # of a CTA: its features are in shared memory
 
 
 class Config(NamedTuple):
     cluster: int  # CTAs that share a group of the norm, each with consecutive features
     warps: int  # of a CTA
+    stages: int  # tiles that a warp has under way
 
 
 def tile(dstate: int, itemsize: int, stochastic: bool) -> int:
-    """Features that a warp has under way, 16 (or 8) elements of the state in each lane: StepLayout of the kernel."""
+    """Features that a warp takes at once, 16 (or 8) elements of the state in each lane: StepLayout of the kernel."""
     elements = 8 if stochastic or dstate * itemsize == 1024 else 16
     return 32 * elements // dstate
 
 
 def config(
-    batch: int, headdim: int, dstate: int, itemsize: int, stochastic: bool, group_size: int, rows_per_group: int
+    batch: int,
+    nheads: int,
+    headdim: int,
+    dstate: int,
+    itemsize: int,
+    stochastic: bool,
+    group_size: int,
+    rows_per_group: int,
 ) -> Config | None:
     """The largest cluster, of 8 at most, whose CTAs have whole tiles, of heads of one group of B and C; None: no such.
 
-    With more than a few sequences, of CTAs of 128 features where there are such: each convolves B and C anew. A CTA has
-    a warp for each tile, but not more than share a multiprocessor with another CTA, unless all CTAs run at once anyway;
-    and a thread for each channel that it convolves, where there are as many.
+    With more than one sequence, of CTAs of 128 features where there are such: each convolves B and C anew. A CTA has a
+    warp for each tile and a thread for each channel that it convolves, where there are as many. Two tiles of a warp are
+    under way where CTAs are few; more CTAs have enough under way with one.
     """
     rows_of_tile = tile(dstate, itemsize, stochastic)
     if group_size % rows_per_group or headdim % max(4, rows_of_tile):  # with 4, no more heads than threads
@@ -46,13 +55,12 @@ def config(
     clusters = [cluster for cluster in (8, 4, 2, 1) if fits(cluster)]
     if not clusters:
         return None
-    few = batch <= 2
-    cluster = next((c for c in clusters if few or group_size // c >= 128), clusters[0])
+    cluster = next((c for c in clusters if batch == 1 or group_size // c >= 128), clusters[0])
     rows = group_size // cluster
     tiles, channels = rows // rows_of_tile, 2 * dstate + rows
-    most = MAX_WARPS if batch == 1 else MAX_WARPS // 2
-    warps = -(-tiles // -(-tiles // most))
-    return Config(cluster=cluster, warps=max(warps, min(-(-channels // 32), most)))
+    warps = max(-(-tiles // -(-tiles // MAX_WARPS)), min(-(-channels // 32), MAX_WARPS))
+    few = batch * nheads * headdim // rows <= FEW
+    return Config(cluster, warps, stages=2 if few and tiles > warps else 1)
 
 
 def rows_per_group(zxbcdt: Tensor, state: Tensor) -> int:
@@ -81,7 +89,7 @@ def refusal(
     for name, tensor in (("zxbcdt", zxbcdt), ("state", state), ("conv_state", conv_state)):
         if tensor.dtype not in DTYPES:
             return f"the CUDA kernel has no {tensor.dtype} for {name}"
-    _, _, headdim, dstate = state.shape
+    _, nheads, headdim, dstate = state.shape
     if dstate not in DSTATES:
         return f"the CUDA kernel has dstate {', '.join(map(str, DSTATES))}, not {dstate}"
     number = 16 // state.element_size()
@@ -95,14 +103,18 @@ def refusal(
     if state.data_ptr() % 16 or conv_weight.data_ptr() % 16:
         return "the CUDA kernel needs state and conv_weight to begin at multiples of 16 bytes"
     # either rounding: what one takes, the other does
-    if config(1, headdim, dstate, state.element_size(), False, group_size, rows_per_group(zxbcdt, state)) is None:
+    problem = (1, nheads, headdim, dstate, state.element_size(), False, group_size, rows_per_group(zxbcdt, state))
+    if config(*problem) is None:
         return (
             "the CUDA kernel needs norm groups of whole groups of B and C, in up to 8 equal parts of whole heads of "
             f"{max(4, tile(dstate, state.element_size(), False))} n features; not {group_size} of headdim {headdim}"
         )
     strides = (*conv_state.stride()[1:], *state.stride()[1:], *(s for t in others if t is not None for s in t.stride()))
-    if zxbcdt.shape[0] > 65535 or max(*strides, *conv_state.shape, *zxbcdt.shape) >= 2**31:
-        return "the CUDA kernel counts sequences up to 65535, and has 32 bits for strides but those of rows and slots"
+    if max(zxbcdt.shape[0], y.shape[1]) > 65535 or max(*strides, *conv_state.shape, *zxbcdt.shape) >= 2**31:
+        return (
+            "the CUDA kernel counts sequences, and features, up to 65535, and has 32 bits for strides but those of "
+            "rows and slots"
+        )
     return None
 
 
@@ -135,7 +147,8 @@ def mamba2_step(
     (nslots, nheads, headdim, dstate), batch, index = state.shape, zxbcdt.shape[0], zxbcdt.device.index
     rows = rows_per_group(zxbcdt, state)
     if chosen is None:
-        chosen = config(batch, headdim, dstate, state.element_size(), seed is not None, group_size, rows)
+        problem = (batch, nheads, headdim, dstate, state.element_size(), seed is not None, group_size, rows)
+        chosen = config(*problem)
     tensors = (zxbcdt, conv_state, state, conv_weight, conv_bias, D, dt_bias, norm_weight)
     launch = extension.Mamba2Step(
         dtypes=tuple(DTYPES[(zxbcdt if t is None else t).dtype] for t in tensors),

@@ -13,21 +13,25 @@ from .ssd_update import DSTATES
 
 
 class Config(NamedTuple):
-    rows: int  # of a lane, whose loads are under way at once
+    rows: int  # of a lane, in a warp's tile
     warps: int  # of a block
-    heads: int  # of a block, one after the other
+    heads: int  # of a block, of one group
 
 
-ROWS = {(4, 128): 16, (4, 256): 4, (2, 64): 4}  # what registers hold, by itemsize and dstate; 8 otherwise
+def tile(rows: int, dstate: int, itemsize: int) -> int:
+    """Rows of a warp's tile."""
+    return rows * 32 // min(32, dstate * itemsize // 16)
 
 
-def config(headdim: int, dstate: int, itemsize: int, nheads: int, ngroups: int, batch: int, num_sms: int) -> Config:
-    """A head's rows to a block; two heads of a group, whose dots with B and C are the same, where there are enough."""
-    lanes = min(32, dstate * itemsize // 16)  # of a row
-    rows = ROWS.get((itemsize, dstate), 8)
-    warps = min(8, max(2, math.ceil(headdim * lanes / (32 * rows))))
-    paired = nheads // ngroups % 2 == 0 and batch * nheads >= 4 * num_sms
-    return Config(rows, warps, heads=2 if paired else 1)
+def config(
+    headdim: int, dstate: int, itemsize: int, x_itemsize: int, nheads: int, ngroups: int, batch: int, num_sms: int
+) -> Config:
+    """Up to four heads of a group to a block, whose dots with B and C are the same: fewer where blocks would be few."""
+    rows = 16 if (dstate, x_itemsize) == (128, 2) else 4 if dstate * itemsize in (128, 1024) else 8
+    filling = batch * nheads / num_sms  # heads of a multiprocessor
+    most = 1 if filling < 4 else 2 if filling < 32 else 4
+    heads = next(heads for heads in (4, 2, 1) if heads <= most and nheads // ngroups % heads == 0)
+    return Config(rows, min(4, heads * math.ceil(headdim / tile(rows, dstate, itemsize))), heads)
 
 
 def refusal(
@@ -168,7 +172,7 @@ def _launcher(
     (nslots, nheads, headdim, dstate), (ngroups, places) = state.shape, cache_B.shape[1:3]
     index = state.device.index
     if chosen is None:
-        problem = (headdim, dstate, state.element_size(), nheads, ngroups, batch)
+        problem = (headdim, dstate, state.element_size(), cache_x.element_size(), nheads, ngroups, batch)
         chosen = config(*problem, _device.num_sms(index))
     launch = extension.SsdReplay(
         dtypes=tuple(DTYPES[(cache_x if t is None else t).dtype] for t in (state, cache_x, *dtypes)),

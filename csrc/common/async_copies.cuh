@@ -1,0 +1,31 @@
+// Copies from global to shared memory that are under way while their thread goes on (cp.async), in groups.
+#pragma once
+
+namespace hybrid_ops {
+
+// kBytes, 4, 8 or 16, to shared memory; both aligned to as many.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(global), "n"(kBytes) : "memory");
+  }
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all of this thread's have arrived.
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Until at most `pending` of this thread's groups, 0 or 1, are under way.
+__device__ __forceinline__ void wait_for_copies(int pending) {
+  if (pending == 0) {
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+  } else {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+  }
+}
+
+}  // namespace hybrid_ops
