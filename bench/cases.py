@@ -17,8 +17,8 @@ class Case:
 
     `call` returns its results by name; what it updates in place is in `in_place`, everything else is filled with NaN
     before the timed replays. `expected` recomputes the results from the same inputs in float32, by the torch
-    implementation; `axis` says along which axis of a result the error is taken slice by slice. `tokens` is the axis
-    that is long: large results are compared on a sample of it.
+    implementation; `axis` says along which axis of a result the error is taken slice by slice (None: it is one slice).
+    `tokens` is the axis that is long: large results are compared on a sample of it.
     """
 
     op: str
@@ -28,7 +28,7 @@ class Case:
     make: Callable[[torch.device, torch.Generator], Tensors]
     call: Callable[[Tensors, str], Tensors]
     expected: Callable[[Tensors], Tensors]
-    axis: Mapping[str, int]
+    axis: Mapping[str, int | None]
     bytes: int  # that must move at least once
     flops: int  # of matrix products
     tokens: int = 0

@@ -23,7 +23,7 @@ from .cases import Case, Tensors, dtype_name, matches
 from .check import check, right_results
 from .results import Row
 from .session import Session
-from .table import list_cases
+from .table import list_cases, print_finished
 from .timing import Graph, host_us, summary, wall_samples, wall_us
 
 FAMILIES = ("conv1d", "ssd", "norm", "mamba2_step", "moe_router", "grouped_gemm", "moe", "quant", "gemm")
@@ -59,6 +59,7 @@ def run(
         ValueError: an unknown family, no such case, or a file that is missing or holds no rows or another GPU's.
         RuntimeError: a result was outside its error budget, or one is slower than in the older file by more than its
             spread and `fail_above` percent; all rows have been printed and written by then.
+        KeyboardInterrupt: it was stopped; the rows of the cases before have been printed and written.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chosen = list(select(families, device, only, every and device.type == "cuda"))
@@ -73,14 +74,19 @@ def run(
 
     rows: list[Row] = []
     skipped: list[str] = []
-    for number, (family, case) in enumerate(chosen, 1):
-        with console.status(f"{number} of {len(chosen)}: {case.op} {case.name}"):
-            try:
-                rows += measure_case(family, case, device, session.report)
-            except Skipped as reason:
-                skipped.append(f"{case.op} {case.name} {dtype_name(case.dtype)}: {reason}")
-                torch.cuda.empty_cache()  # what did not fit is in pieces
-        session.write(rows)
+    with session.stoppable(rows, skipped):
+        for number, (family, case) in enumerate(chosen, 1):
+            name = f"{case.op} {case.name} {dtype_name(case.dtype)}"
+            done: list[Row] = []
+            with console.status(f"{number} of {len(chosen)}: {name}"):
+                try:
+                    done = measure_case(family, case, device, session.report)
+                except Skipped as reason:
+                    skipped.append(f"{name}: {reason}")
+                    torch.cuda.empty_cache()  # what did not fit is in pieces
+            rows += done
+            print_finished(console, f"{number} of {len(chosen)}: {name}", done)
+            session.write(rows)
     session.finish(rows, skipped)
     return rows
 

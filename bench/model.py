@@ -23,6 +23,7 @@ from .model_runners import Captured, Ours, Theirs, transformers_model, versions,
 from .model_size import Size, Work, available, gigabytes, preset, size
 from .results import Row
 from .session import Session
+from .table import print_finished
 from .timing import Clock, summary
 
 WARM_STEPS = 2  # which load and compile what a graph must find ready
@@ -79,6 +80,7 @@ def run(
     Raises:
         ValueError: an option that cannot be, or a model that does not fit.
         RuntimeError: logits were wrong, or a row is slower than `fail_above` allows.
+        KeyboardInterrupt: it was stopped; the rows of the cases before have been printed and written.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     default = ON_GPU if device.type == "cuda" else ON_CPU
@@ -105,13 +107,20 @@ def run(
     )
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     rows: list[Row] = []
-    with torch.no_grad(), Progress(*columns, console=say, transient=True, disable=not say.is_terminal) as progress:
+    with (
+        session.stoppable(rows),
+        torch.no_grad(),
+        Progress(*columns, console=say, transient=True, disable=not say.is_terminal) as progress,
+    ):
         task = progress.add_task("building the model", total=None)
         bench = Bench(model_size, device, session, peers, lambda text: progress.update(task, description=text))
         bench.prepare(prompts, batches, room)
-        progress.update(task, total=len(prompts) + len(batches))
-        for work in [*(bench.prefill(n) for n in prompts), *(bench.decode(n, context, new_tokens) for n in batches)]:
-            rows += work()
+        works = [*(bench.prefill(n) for n in prompts), *(bench.decode(n, context, new_tokens) for n in batches)]
+        progress.update(task, total=len(works))
+        for number, work in enumerate(works, 1):
+            done = work()
+            rows += done
+            print_finished(say, f"{number} of {len(works)}: {done[0]['op']} {done[0]['case']}", done)
             session.write(rows)
             progress.advance(task)
         for work in bench.late:  # what may end CUDA for this process: there is nothing to lose behind it

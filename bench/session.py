@@ -1,6 +1,7 @@
 """What is around the rows of one run: the machine and its ceilings before, files and verdicts behind."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -49,6 +50,17 @@ class Session:
         """After each case: who stops the run keeps what was measured."""
         if self._json_path is not None:
             write(self._json_path, self.report, self._previous, rows)
+
+    @contextlib.contextmanager
+    def stoppable(self, rows: Sequence[Row], skipped: Sequence[str] = ()) -> Iterator[None]:
+        """Who stops the run inside with Ctrl-C sees what was measured, then the program ends as Python has it."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if rows:
+                with contextlib.suppress(RuntimeError):  # what is wrong is in the table
+                    self.finish(rows, skipped)
+            raise
 
     def finish(self, rows: Sequence[Row], skipped: Sequence[str] = ()) -> None:
         """Print and draw everything.

@@ -1,6 +1,6 @@
 """What `hybrid-ops bench` prints: the machine, and a line for every row."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -32,6 +32,18 @@ def print_head(console: Console, report: Report) -> None:
         f"{ceilings['copy_tbs']:.2f} TB/s, bf16 {ceilings['bf16_tflops']:.0f} TFLOP/s{fp8}",
         highlight=False,
     )
+
+
+def print_finished(console: Console, name: str, rows: Sequence[Row]) -> None:
+    """A line for a case that is finished, where nobody sees a status line."""
+    if not console.is_terminal:
+        outcome = ", ".join(f"{row['impl']} {_figure(row)}" for row in rows) or "skipped"
+        console.print(f"{name}: {outcome}", highlight=False, markup=False)
+
+
+def _figure(row: Row) -> str:
+    us = row["host_us"] if row["gpu_us"] is None else row["gpu_us"]
+    return "wrong" if row["check"] != "passed" else f"{us:.1f} µs"
 
 
 def list_cases(console: Console, chosen: Iterable[tuple[str, Case]]) -> None:

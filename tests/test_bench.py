@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 
+from hybrid_ops import cli
 from hybrid_ops.bench import (
     check,
     conv1d,
@@ -181,6 +182,27 @@ def test_an_exception_costs_one_row():
     broken = dataclasses.replace(conv1d.conv1d("tiny", 64, 1), call=raises)
     (row,) = harness.measure_case("conv1d", broken, torch.device("cpu"), UNMEASURED)
     assert row["check"] == "RuntimeError: out of memory"
+
+
+def test_ctrl_c_shows_what_was_measured(monkeypatch, tmp_path, capsys):
+    def interrupted(tensors, impl):
+        raise KeyboardInterrupt
+
+    good, bad = conv1d.conv1d("tiny", 64, 1), conv1d.conv1d("tiny", 48, 1)
+    bad = dataclasses.replace(bad, call=lambda t, impl: never_written(good.call(t, impl)))  # no other exit status
+    last = dataclasses.replace(conv1d.conv1d("tiny", 32, 1), call=interrupted)
+    monkeypatch.setattr(conv1d, "cases", lambda on_gpu: [good, bad, last])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    files = tmp_path / "figures.json", tmp_path / "report.html"
+    assert cli.main(["bench", "conv1d", "--json", str(files[0]), "--html", str(files[1])]) == 130
+    printed, errors = capsys.readouterr()
+    assert re.search(r"^1 of 3: conv1d_fwd tiny-L64-b1 bfloat16: torch \d+\.\d µs$", printed, re.MULTILINE)
+    assert re.search(r"^2 of 3: conv1d_fwd tiny-L48-b1 bfloat16: torch wrong$", printed, re.MULTILINE)
+    assert "3 of 3" not in printed
+    assert re.search(r"^ *conv1d_fwd +tiny-L64-b1 +bfloat16 +torch +\d", printed, re.MULTILINE)
+    assert [row["case"] for row in json.loads(files[0].read_text())["rows"]] == ["tiny-L64-b1", "tiny-L48-b1"]
+    assert "tiny-L64-b1" in files[1].read_text()
+    assert errors == "interrupted\n"
 
 
 def test_a_peer_that_fails_costs_nothing_else():

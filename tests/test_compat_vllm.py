@@ -591,10 +591,50 @@ def both(ours, theirs, arguments, updated):
 
 
 @pytest.mark.gpu
+def test_beside_vllm_scan():
+    theirs = pytest.importorskip("vllm.model_executor.layers.mamba.ops.ssd_combined")
+    lengths = [100, 5, 64]  # none empty: their metadata has no place for one
+    inputs = varlen_inputs(lengths, 64) | dict(D=randn(NHEADS), z=randn(sum(lengths), NHEADS, HEADDIM))
+    inputs |= dict(dt_bias=randn(NHEADS), initial_states=randn(len(lengths), *STATE))
+    arguments = {}
+    for name, value in inputs.items():
+        dtype = torch.float32 if name in ("A", "D", "dt", "dt_bias") else torch.bfloat16
+        arguments[name] = value
+        if isinstance(value, torch.Tensor):
+            arguments[name] = value.to("cuda", dtype if value.is_floating_point() else value.dtype)
+    options = dict(dt_softplus=True, return_intermediate_states=True, state_dtype=torch.float32)
+    ys, states = [], []
+    for function in (compat.mamba_chunk_scan_combined_varlen, theirs.mamba_chunk_scan_combined_varlen):
+        out = torch.empty_like(arguments["out"])
+        states.append(function(**(arguments | options | dict(out=out))))
+        ys.append(out.float())
+    for mine, other in (ys, states):  # within 2%: they round decays and what a chunk adds to its state to bfloat16
+        assert mine.shape == other.shape
+        assert (mine - other).square().mean().sqrt() < 0.02 * mine.square().mean().sqrt()
+
+
+@pytest.mark.gpu
 def test_beside_vllm_conv():
     theirs = pytest.importorskip("vllm.model_executor.layers.mamba.ops.causal_conv1d")
+    inputs = {name: t.to("cuda", torch.float32) for name, t in conv_inputs().items() if name != "query_start_loc"}
+    inputs |= dict(query_start_loc=int32(0, 5, 7, 7, 14).cuda(), has_initial_state=HAS.cuda())
+    inputs |= dict(cache_indices=int32(4, 1, 5, 2).cuda())
+    pool = inputs.pop("conv_states")
+    pools = [pool.clone(), pool.clone()]
+    y, other = (
+        f(**inputs, conv_states=states)
+        for f, states in zip((compat.causal_conv1d_fn, theirs.causal_conv1d_fn), pools, strict=True)
+    )
+    torch.testing.assert_close(y, other)
+    assert pools[0].equal(pools[1])
+
+
+@pytest.mark.gpu
+def test_beside_vllm_conv_update():
+    """In float32: they round the products of 16-bit tensors to 16 bits before they add them."""
+    theirs = pytest.importorskip("vllm.model_executor.layers.mamba.ops.causal_conv1d")
     arguments = dict(x=randn(9, DIM, seed=1), conv_state=pool_of(6), weight=WEIGHT, bias=BIAS)
-    arguments = {name: value.to("cuda", torch.bfloat16) for name, value in arguments.items()} | dict(
+    arguments = {name: value.to("cuda", torch.float32) for name, value in arguments.items()} | dict(
         activation="silu",
         conv_state_indices=int32(4, 6, 2).cuda(),
         num_accepted_tokens=int32(1, 4, 2).cuda(),
