@@ -97,7 +97,7 @@ PYBIND11_MODULE(_cuda, m) {
       .def(py::init([](std::array<int, 6> dtypes, std::array<std::int64_t, 10> sizes,
                        std::array<std::array<std::int64_t, 3>, 7> strides, std::int64_t dt_bias_stride,
                        std::array<std::int64_t, 2> D_strides, bool dt_softplus, float dt_min, float dt_max,
-                       int null_slot, std::array<int, 5> config) {
+                       int null_slot, std::array<int, 4> config) {
              const auto [batch, seqlen, nheads, headdim, ngroups, dstate, nseq, num_slots, num_intervals, interval] =
                  sizes;
              return SsdArgs{
@@ -130,11 +130,10 @@ PYBIND11_MODULE(_cuda, m) {
                  .dt_min = dt_min,
                  .dt_max = dt_max,
                  .null_slot = null_slot,
-                 .heads = config[0],
-                 .segment_chunks = config[1],
-                 .parts = config[2],
-                 .slots = config[3],
-                 .num_sms = config[4],
+                 .segment_chunks = config[0],
+                 .parts = config[1],
+                 .slots = config[2],
+                 .num_sms = config[3],
              };
            }),
            "The groups hold what SsdArgs in api.h names, in its order; strides: x, B, C, z, y, dt, states.",

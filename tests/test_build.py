@@ -43,10 +43,10 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::conv1d_update_kernel<float, 2, true, 1, 128>",
     ],
     "ssd_sm90.cuh": [
-        "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<1, 1, 1, true, false>>",
-        "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<2, 2, 1, true, false>>",
-        "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<2, 1, 1, false, true>>",
-        "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<1, 1, 2, true, false>>",
+        "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<64, 1, true, false>>",
+        "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<80, 1, false, false>>",
+        "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<128, 1, false, true>>",
+        "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<64, 2, true, false>>",
         "hybrid_ops::ssd_join_kernel",
     ],
     "ssd_update_sm90.cuh": [

@@ -54,7 +54,6 @@ struct SsdArgs {
   bool dt_softplus;
   float dt_min, dt_max;
   int null_slot;
-  int heads;                         // of a CTA
   int segment_chunks, parts, slots;  // chunks of a segment (0: sequences are not split), its parts, places for segments
   int num_sms;
 };

@@ -15,26 +15,22 @@ CHUNK = 64  # kChunk of csrc/ssd_sm90.cuh
 
 
 class Config(NamedTuple):
-    heads: int  # of a block, which share C, B and C B^T
     segment_chunks: int  # a sequence is cut into segments of so many chunks, which run side by side; 0: it is not
     parts: int  # of a segment, whose states are found side by side before
 
 
-# microseconds: of a block for a chunk, for a chunk's state alone, and to find the states that enter segments; the first
-# two are twice that with dstate above 128
-_CHUNK_US, _STATE_US, _JOIN_US = 1.1, 0.7, 9.0
+# microseconds: of a block for a chunk, for a chunk's state alone, and for what segments need beside these; the first two
+# are twice that with dstate above 128
+_CHUNK_US, _STATE_US, _SEGMENTS_US = 0.95, 0.4, 33.0
 
 
 @functools.cache
-def config(
-    nseq: int, total: int, nheads: int, headdim: int, ngroups: int, dstate: int, batch_invariant: bool, num_sms: int
-) -> Config:
-    """For `total` tokens of `nseq` sequences: two heads a block where there are blocks enough; segments where there
-    are too few, and where that saves more time than it takes to find their states."""
+def config(nseq: int, total: int, nheads: int, dstate: int, batch_invariant: bool, num_sms: int) -> Config:
+    """For `total` tokens of `nseq` sequences: segments where there are too few blocks, one for each sequence's head,
+    and where that saves more time than it takes to find the states that enter them."""
+    if batch_invariant:
+        return Config(segment_chunks=0, parts=1)
     blocks = nseq * nheads
-    paired = headdim <= 64 and dstate <= 128 and nheads // ngroups % 2 == 0 and blocks > num_sms
-    if paired or batch_invariant:
-        return Config(heads=2 if paired else 1, segment_chunks=0, parts=1)
     chunks = -(-total // (CHUNK * max(nseq, 1)))
     wide = 2 if dstate > 128 else 1
 
@@ -48,12 +44,12 @@ def config(
             return scan
         parts = parts_of(segments)
         waves = -(-blocks * (segments - 1) * parts // num_sms)
-        return scan + waves * -(-length // parts) * _STATE_US * wide + _JOIN_US
+        return scan + waves * -(-length // parts) * _STATE_US * wide + _SEGMENTS_US
 
     segments = min(range(1, 17), key=cost)
     if segments == 1:
-        return Config(heads=1, segment_chunks=0, parts=1)
-    return Config(heads=1, segment_chunks=-(-chunks // segments), parts=parts_of(segments))
+        return Config(segment_chunks=0, parts=1)
+    return Config(segment_chunks=-(-chunks // segments), parts=parts_of(segments))
 
 
 def refusal(
@@ -145,7 +141,7 @@ def ssd_chunk_scan(
     index = x.device.index
     num_sms = _device.num_sms(index)
     if chosen is None:
-        chosen = config(nseq, batch * seqlen, nheads, headdim, ngroups, dstate, batch_invariant, num_sms)
+        chosen = config(nseq, batch * seqlen, nheads, dstate, batch_invariant, num_sms)
     places, length = nseq, chosen.segment_chunks
     if length and cu_seqlens is None:
         places = nseq * -(-(seqlen // CHUNK + 2) // length)  # a sequence may begin and end within a chunk
@@ -173,7 +169,7 @@ def ssd_chunk_scan(
         dt_min=dt_min,
         dt_max=dt_max,
         null_slot=null_slot,
-        config=(chosen.heads, length, chosen.parts, places, num_sms),
+        config=(length, chosen.parts, places, num_sms),
     )
     floats = places * chosen.parts * nheads * (headdim * dstate + 1) if length else 0  # states of segments, and decays
 
