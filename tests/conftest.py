@@ -58,6 +58,14 @@ def unwritten_memory_is_nan(monkeypatch, request):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
+@pytest.fixture(autouse=True)
+def memory_is_given_back(request):
+    """What a test has kept of the GPU's memory is free for the tests of other processes."""
+    yield
+    if request.node.get_closest_marker("gpu") is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def compile_once():
     """Compile a function with dynamic shapes; fail if three lengths take more than one graph or give other values."""

@@ -136,43 +136,23 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
         float skip[2];
         mix_rows(m, skip, cb, a, b, warp, lane);
         const float reach[2] = {exp2_fast(a[0]), exp2_fast(a[1])};
-        const auto add_mixed = [&](float (&sum)[Config::kFeatures / 2], bool add) {  // M X
-          wgmma_fence();
+        wgmma_wait<0>();
+        keep_operands(c, never, stage);
+        __syncwarp();
+        if (lane == 0) arrive(shared.state_empty(buffer));
 #pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            wgmma<true>(sum, m[k], swizzled_operand(stage, Config::kX + k * 2048, Config::kTileBytes), add || k > 0);
-          }
-          wgmma_commit();
-        };
-        const auto load_x = [&] {
+        for (int i = 0; i < Config::kFeatures / 2; ++i) y[i] *= reach[i / 2 % 2];
+        wgmma_fence();
 #pragma unroll
-          for (int j = 0; j < Config::kFeatures / 16; ++j) {
-            load_matrices(x[j], row_of_tiles<Config>(shared.x(s, 0), j, row, lane));
-          }
-        };
-        const auto release_state = [&] {
-          keep_operands(c, never, stage);
-          __syncwarp();
-          if (lane == 0) arrive(shared.state_empty(buffer));
-        };
-        if constexpr (Config::kTwoSums) {
-          float mixed[Config::kFeatures / 2];
-          add_mixed(mixed, false);
-          load_x();
-          wgmma_wait<1>();
-          release_state();
-          wgmma_wait<0>();
-#pragma unroll
-          for (int i = 0; i < Config::kFeatures / 2; ++i) y[i] = fmaf(y[i], reach[i / 2 % 2], mixed[i]);
-        } else {
-          wgmma_wait<0>();
-          release_state();
-#pragma unroll
-          for (int i = 0; i < Config::kFeatures / 2; ++i) y[i] *= reach[i / 2 % 2];
-          add_mixed(y, true);
-          load_x();
-          wgmma_wait<0>();
+        for (int k = 0; k < 4; ++k) {  // M X
+          wgmma<true>(y, m[k], swizzled_operand(stage, Config::kX + k * 2048, Config::kTileBytes), true);
         }
+        wgmma_commit();
+#pragma unroll
+        for (int j = 0; j < Config::kFeatures / 16; ++j) {
+          load_matrices(x[j], row_of_tiles<Config>(shared.x(s, 0), j, row, lane));
+        }
+        wgmma_wait<0>();
         keep_operands(m, never, stage);
 
         if (D_per_feature) add_skips<Config>(y, x, p, unit.head, lane);

@@ -70,8 +70,6 @@ struct SsdConfig {
   // and those that make y, each of every so many chunks; the second would have no registers beside two walkers
   static constexpr int kReaders = kStatesOnly ? 0 : kWalkers == 1 ? 2 : 1;
   static constexpr int kThreads = 128 * (1 + kWalkers + kReaders);
-  // the two parts of y in registers of their own, so that no product waits for the other one's result
-  static constexpr bool kTwoSums = kFeatures < 128 && !(kHalves == 2 && kGated);
 
   // of 512 for a thread of each warpgroup together; all with which ptxas spills nothing
   static constexpr int kProducerRegisters = kHalves == 2 ? 40 : 48;

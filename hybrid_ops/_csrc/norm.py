@@ -118,6 +118,8 @@ def in_rows(tensor: Tensor) -> Tensor:
 
 def row_stride(tensor: Tensor) -> int | None:
     """Elements from a row to the next; None where rows are not so far apart each, or their elements no neighbours."""
+    if tensor.numel() == 0:
+        return 0
     *outer, last = zip(tensor.shape, tensor.stride(), strict=True)
     if last[1] != 1 and last[0] > 1:
         return None

@@ -19,7 +19,7 @@ class Config(NamedTuple):
     parts: int  # of a segment, whose states are found side by side before
 
 
-# microseconds: of a block for a chunk, for a chunk's state alone, and for what segments need beside these; the first two
+# microseconds: of a block for a chunk, for a chunk's state alone, and for what segments need beside; the first two
 # are twice that with dstate above 128
 _CHUNK_US, _STATE_US, _SEGMENTS_US = 0.95, 0.4, 33.0
 
