@@ -1,5 +1,4 @@
-// What becomes of a chunk of the SSD scan: x with the weights that it has in the state, and y, made by the readers; y
-// is stored by a warp of warpgroup 0.
+// What leaves a chunk of the SSD scan: y, made by the readers, and stored by a warp of warpgroup 0.
 #pragma once
 
 #include "common/ssd_problem.cuh"
