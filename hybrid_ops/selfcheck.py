@@ -284,16 +284,18 @@ def problems(dtype: torch.dtype) -> dict[str, Problem | ByteProblem]:
     shared = dict(shared_up_weight=randn(48, 96, scale=0.1), shared_down_weight=randn(96, 48, scale=0.1))
     latent = dict(fc1_weight=randn(32, 96, scale=0.1), fc2_weight=randn(96, 32, scale=0.2))
     gate = dict(gate_weight=randn(12, 96, scale=0.1))
+
+    def row(*rows: int, **options: Any) -> Tensor:
+        return torch.cat([randn(*rows, 96, **options)] * 4, dim=-1)  # as wide as every kernel takes
+
     return {
         "rms_norm": Problem(
             "norm",
             # a float32 residual stream, of large values as in deep layers
-            dict(x=randn(6, 384), weight=randn(384), residual=randn(6, 384, of=torch.float32, scale=30.0)),
+            dict(x=row(6), weight=row(), residual=row(6, of=torch.float32, scale=30.0)),
             dict(y=0, h=0),
         ),
-        "gated_rms_norm": Problem(
-            "norm", dict(x=randn(6, 384), z=randn(6, 384), weight=randn(384)), dict(y=0), dict(group_size=128)
-        ),
+        "gated_rms_norm": Problem("norm", dict(x=row(6), z=row(6), weight=row()), dict(y=0), dict(group_size=128)),
         "causal_conv1d": Problem(
             "conv1d",
             dict(x=randn(batch, seqlen, channels), **conv, initial_states=randn(batch, channels, 3)),
