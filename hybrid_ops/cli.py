@@ -262,14 +262,16 @@ def _info(options: argparse.Namespace, console: Console) -> int:
 def _check(options: argparse.Namespace, console: Console) -> int:
     import dataclasses
 
+    import torch
+
     from . import selfcheck
 
     rows = []
     with console.status("checking") as status:
-        for row in selfcheck.rows():
+        for row in selfcheck.in_background("cuda") if torch.cuda.is_available() else selfcheck.rows():
             rows.append(row)
             status.update(f"{row.op}: {row.impl}")
-    selfcheck.show(console, rows)
+    selfcheck.show(console, selfcheck.in_order(rows))
     if options.json is not None:
         options.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
     wrong = sum(not row.passed for row in rows)

@@ -32,6 +32,7 @@ from .budget import Measure, measure, round_to, to_numpy
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETER_DTYPES = (torch.float32, torch.float16)  # the interpreter's bfloat16 arithmetic is wrong
+IMPLS = ("torch", "triton", "cuda")
 
 
 @dataclass
@@ -428,7 +429,7 @@ def rows(device: str | None = None, ops: Sequence[str] | None = None) -> Iterato
     """Every implementation of every op (or of those named) that runs on this machine, one after the other."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     names = tuple(ops or problems(torch.float32))
-    for impl in ("torch", "triton", "cuda") if device == "cuda" else ("torch",):
+    for impl in IMPLS if device == "cuda" else ("torch",):
         for op in names:
             try:
                 hybrid_ops.explain(op, device=device, impl=impl)
@@ -439,6 +440,12 @@ def rows(device: str | None = None, ops: Sequence[str] | None = None) -> Iterato
             yield check(op, impl, device, DTYPES)
     if device == "cpu":
         yield from _interpreter_rows(names)
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """By implementation, then as `problems` lists the operators."""
+    ops = [*problems(torch.float32), "every op"]
+    return sorted(rows, key=lambda row: (IMPLS.index(row.impl), ops.index(row.op)))
 
 
 def _interpreter_rows(names: tuple[str, ...]) -> Iterator[Row]:

@@ -9,6 +9,7 @@ import torch
 import hybrid_ops
 from hybrid_ops import cli, selfcheck
 from hybrid_ops._torch import norm as torch_norm
+from hybrid_ops.selfcheck import IMPLS
 
 BYTES = {"fp8_quantize", "fp8_dequantize", "nvfp4_quantize", "nvfp4_dequantize"}  # of these every byte is specified
 
@@ -117,6 +118,19 @@ def test_check_survives_an_exception(monkeypatch, capsys):
     monkeypatch.setattr(hybrid_ops, "rms_norm", broken)
     assert cli.main(["check"]) == 1
     assert "wrong rms_norm (torch): float32: RuntimeError: launch failed" in capsys.readouterr().out
+
+
+def test_check_of_a_gpu(monkeypatch, capsys):
+    """By processes, whose rows are put in order."""
+    found = [selfcheck.Row(op, impl, "cuda", {"float32": 0.5}, []) for op in ("moe_sort", "rms_norm") for impl in IMPLS]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(selfcheck, "in_background", lambda device: iter(found))
+    assert cli.main(["check"]) == 0
+    printed = capsys.readouterr().out
+    assert re.findall(r"(rms_norm|moe_sort) +(\w+)", printed) == [
+        (op, impl) for impl in IMPLS for op in ("rms_norm", "moe_sort")
+    ]
+    assert "all 6 are within their budget" in printed
 
 
 def test_check_in_the_background(monkeypatch):
