@@ -8,7 +8,7 @@
 // Letters: P headdim, N dstate; `own` is the weight C_l B_l dt'_l of a token in its own y, which no product may round:
 // after steep steps there is nothing else. Only S waits for the chunk before. So one warpgroup does nothing but walk S
 // from chunk to chunk, passing on in bfloat16 what enters each of them, and others make Y, each of a chunk of its own.
-// C and M are register operands: what binds is the shared memory that the products read.
+// C and M are register operands, so that shared memory, which is busiest, holds less of what products read.
 //
 // Warpgroups of a CTA, which hand chunks on through mbarriers:
 //     0    warp 0 copies B, C, x, z with TMA into a ring of stages; warps 1, 2 make a, b and the weights from dt;

@@ -150,10 +150,6 @@ __device__ __forceinline__ float load_shared(uint32 address) {
   return value;
 }
 
-__device__ __forceinline__ void load_shared2(float (&v)[2], uint32 address) {
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v[0]), "=f"(v[1]) : "r"(address) : "memory");
-}
-
 __device__ __forceinline__ void load_shared4(float* v, uint32 address) {
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
@@ -165,10 +161,6 @@ __device__ __forceinline__ void load_shared4(float* v, uint32 address) {
 __device__ __forceinline__ void load_tokens(float (&numbers)[16], uint32 tokens, int lane) {
 #pragma unroll
   for (int i = 0; i < 16; i += 4) load_shared4(numbers + i, tokens + lane % 4 * 80 + i * 4);
-}
-
-__device__ __forceinline__ void store_shared(uint32 address, float x) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
 }
 
 __device__ __forceinline__ void store_shared2(uint32 address, float x, float y) {
