@@ -6,45 +6,51 @@
 namespace hybrid_ops {
 namespace {
 
-template <typename State, int kDstate, bool kStochastic>
-void launch(Mamba2StepParams p, const Mamba2StepArgs& a, cudaStream_t stream) {
+template <typename State, int kDstate, bool kStochastic, bool kMany>
+void launch(Mamba2StepParams p, const Mamba2StepArgs& a, Target target) {
   using L = StepLayout<State, kDstate, kStochastic>;
   p.rows = p.group_size / a.cluster;
   p.stages = a.stages;
+  p.sequences = a.sequences;
   const int heads = (p.rows + p.headdim - 1) / p.headdim;
   cudaLaunchAttribute cluster{.id = cudaLaunchAttributeClusterDimension};
   cluster.val.clusterDim = {static_cast<unsigned>(a.cluster), 1, 1};
   const int shared = a.warps * a.stages * L::kTile * kDstate * static_cast<int>(sizeof(State)) +
-                     (kMaxWidth * 2 * kDstate + 4 * p.rows + 2 * heads) * static_cast<int>(sizeof(float));
-  const auto kernel = mamba2_step_kernel<State, kDstate, kStochastic>;
-  if (shared > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "mamba2_step_kernel");
-  }
+                     (kMaxWidth * 2 * kDstate + 4 * p.rows + 2 * (heads + heads % 2)) * static_cast<int>(sizeof(float));
+  constexpr auto kernel = mamba2_step_kernel<State, kDstate, kStochastic, kMany>;
+  allow_shared_memory<kernel>(shared, target.device);
+  if (a.cluster > 8) raise_attribute<kernel, cudaFuncAttributeNonPortableClusterSizeAllowed>(1, target.device);
   const cudaLaunchConfig_t config{
-      .gridDim = dim3(p.nheads * p.headdim / p.rows, static_cast<unsigned>(a.batch)),
+      .gridDim = dim3(p.nheads * p.headdim / p.rows, static_cast<unsigned>((a.batch + a.sequences - 1) / a.sequences)),
       .blockDim = dim3(32 * a.warps),
       .dynamicSmemBytes = static_cast<unsigned>(shared),
-      .stream = stream,
+      .stream = reinterpret_cast<cudaStream_t>(target.stream),
       .attrs = &cluster,
       .numAttrs = 1,
   };
   check(cudaLaunchKernelEx(&config, kernel, p), "mamba2_step_kernel");
 }
 
+template <typename State, int kDstate, bool kStochastic>
+void launch_sequences(const Mamba2StepParams& p, const Mamba2StepArgs& a, Target target) {
+  if (a.sequences > 1) return launch<State, kDstate, kStochastic, true>(p, a, target);
+  launch<State, kDstate, kStochastic, false>(p, a, target);
+}
+
 template <typename State, int kDstate>
-void launch_rounding(const Mamba2StepParams& p, const Mamba2StepArgs& a, cudaStream_t stream) {
+void launch_rounding(const Mamba2StepParams& p, const Mamba2StepArgs& a, Target target) {
   if constexpr (sizeof(State) == 2) {
-    if (p.seed != nullptr) return launch<State, kDstate, true>(p, a, stream);
+    if (p.seed != nullptr) return launch_sequences<State, kDstate, true>(p, a, target);
   }
-  launch<State, kDstate, false>(p, a, stream);
+  launch_sequences<State, kDstate, false>(p, a, target);
 }
 
 template <typename State>
-void launch_dstate(const Mamba2StepParams& p, const Mamba2StepArgs& a, cudaStream_t stream) {
+void launch_dstate(const Mamba2StepParams& p, const Mamba2StepArgs& a, Target target) {
   switch (a.dstate) {
-    case 64: return launch_rounding<State, 64>(p, a, stream);
-    case 128: return launch_rounding<State, 128>(p, a, stream);
-    case 256: return launch_rounding<State, 256>(p, a, stream);
+    case 64: return launch_rounding<State, 64>(p, a, target);
+    case 128: return launch_rounding<State, 128>(p, a, target);
+    case 256: return launch_rounding<State, 256>(p, a, target);
     default: throw std::runtime_error("mamba2_step: dstate must be 64, 128 or 256, got " + std::to_string(a.dstate));
   }
 }
@@ -82,6 +88,7 @@ void mamba2_step(const Mamba2StepArgs& a, const Mamba2StepPointers& pointers, Ta
       .norm_weight_stride = static_cast<int>(a.norm_weight_stride),
       .slots_stride = static_cast<int>(a.slots_stride),
       .nslots = static_cast<int>(a.nslots),
+      .batch = static_cast<int>(a.batch),
       .nheads = static_cast<int>(a.nheads),
       .headdim = static_cast<int>(a.headdim),
       .conv_dim = static_cast<int>(a.conv_dim),
@@ -106,11 +113,10 @@ void mamba2_step(const Mamba2StepArgs& a, const Mamba2StepPointers& pointers, Ta
       .norm_before_gate = a.norm_before_gate,
   };
   const DeviceGuard guard(target.device);
-  const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
   switch (a.state_dtype) {
-    case DType::float32: return launch_dstate<float>(p, a, stream);
-    case DType::bfloat16: return launch_dstate<__nv_bfloat16>(p, a, stream);
-    case DType::float16: return launch_dstate<__half>(p, a, stream);
+    case DType::float32: return launch_dstate<float>(p, a, target);
+    case DType::bfloat16: return launch_dstate<__nv_bfloat16>(p, a, target);
+    case DType::float16: return launch_dstate<__half>(p, a, target);
     default: throw std::runtime_error("mamba2_step: the state must be float32, bfloat16 or float16");
   }
 }

@@ -35,9 +35,10 @@ struct Mamba2StepParams {
   int64 zxbcdt_stride, y_stride, conv_slot_stride, state_slot_stride;
   int conv_channel_stride, conv_column_stride, state_head_stride, state_p_stride;
   int conv_bias_stride, A_stride, D_head_stride, D_p_stride, dt_bias_stride, norm_weight_stride, slots_stride;
-  int nslots, nheads, headdim, conv_dim, width, null_slot;
+  int nslots, batch, nheads, headdim, conv_dim, width, null_slot;
   int group_size, rows, rows_per_group;  // of the norm; of a CTA; of B and C
   int stages;                            // tiles that a warp has under way
+  int sequences;                         // of a cluster, one after the other
   Divisor by_headdim, by_rows_per_group;
   float dt_min, dt_max, eps;
   DType dtype, conv_state_dtype, conv_weight_dtype, conv_bias_dtype, D_dtype, dt_bias_dtype, norm_weight_dtype;
@@ -45,7 +46,7 @@ struct Mamba2StepParams {
 };
 
 inline constexpr int kMaxWidth = 4;
-inline constexpr int kMaxCluster = 8, kMaxWarps = 16;
+inline constexpr int kMaxCluster = 16, kMaxWarps = 16;
 
 // 16 elements of the state in a lane, 8 beside random bits or of long rows: what 64 registers have room for.
 template <typename State, int kDstate, bool kStochastic>
@@ -133,202 +134,239 @@ __device__ __forceinline__ FeatureBits load_feature(const Mamba2StepParams& p, i
           load_bits(p.norm_weight, p.norm_weight_dtype, static_cast<int64>(feature) * p.norm_weight_stride)};
 }
 
-template <typename State, int kDstate, bool kStochastic>
+// Of a row of the CTA, in shared memory. y: first the skip, then what is normalised.
+struct alignas(16) StepRow {
+  float x, y, gate, weight;
+};
+
+// kMany: clusters take p.sequences sequences, one after the other.
+template <typename State, int kDstate, bool kStochastic, bool kMany>
 __global__ void __launch_bounds__(32 * kMaxWarps, 2) mamba2_step_kernel(const __grid_constant__ Mamba2StepParams p) {
   using L = StepLayout<State, kDstate, kStochastic>;
   constexpr int kRows = L::kTile / L::kGroups;
   constexpr int kShared = 2 * kDstate;  // channels of B and C, one behind the other
   extern __shared__ float4 dynamic[];
-  __shared__ float partials[kMaxCluster * kMaxWarps];
-  __shared__ unsigned long long arrived;
+  __shared__ __align__(16) float partials[2][kMaxCluster * kMaxWarps];  // sequences take turns
+  __shared__ unsigned long long arrived[2];
   constexpr int kPieces = 32 * kRows * L::kLoads;  // of a tile, each of 16 bytes
   const int threads = blockDim.x, warps = threads / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  uint4* const stages = reinterpret_cast<uint4*>(dynamic) + warp * p.stages * kPieces + lane;
-  float* const BC = reinterpret_cast<float*>(dynamic + warps * p.stages * kPieces);
-  float* const x = BC + kShared;
-  float* const y = x + p.rows;
-  float* const gate = y + p.rows;
-  float* const weight = gate + p.rows;
-  float* const moved = weight + p.rows;                    // [kMaxWidth - 1][kShared] of B's and C's windows, moved on
-  float* const steps = moved + (kMaxWidth - 1) * kShared;  // dt and decay of each head
+  // shared memory: B and C; their windows, moved on; rows; dt and decay of each head; tiles of states on their way
+  float* const BC = reinterpret_cast<float*>(dynamic);
+  float* const moved = BC + kShared;  // [kMaxWidth - 1][kShared]
+  StepRow* const rows = reinterpret_cast<StepRow*>(moved + (kMaxWidth - 1) * kShared);
+  float2* const steps = reinterpret_cast<float2*>(rows + p.rows);
 
-  const int b = blockIdx.y, first = blockIdx.x * p.rows;  // feature of the CTA
+  // a lane asks for the slot of a sequence: were they the same the compiler would wait for them here
+  const int first_sequence = kMany ? blockIdx.y * p.sequences : blockIdx.y,
+            sequences = kMany ? min(p.sequences, p.batch - first_sequence) : 1;
+  int slots = first_sequence + lane;
+  if (p.slots != nullptr && lane < sequences) slots = p.slots[static_cast<int64>(slots) * p.slots_stride];
+
+  const int first = blockIdx.x * p.rows;  // feature of the CTA
   const int first_head = p.by_headdim.of(first);
   const int heads = p.by_headdim.of(first + p.rows - 1) - first_head + 1;
   const int d_inner = p.nheads * p.headdim, group = p.by_rows_per_group.of(first);
   const int expected = static_cast<int>(cluster_size()) * warps;  // sums of squares
-
-  int slot = p.slots == nullptr ? b : p.slots[static_cast<int64>(b) * p.slots_stride];
-
-  // what does not need the slot, all of it under way at once
-  const int64 token = static_cast<int64>(b) * p.zxbcdt_stride;
+  uint4* const stages = reinterpret_cast<uint4*>(steps) + (heads + 1) / 2 + warp * p.stages * kPieces + lane;
   const int channels = kShared + p.rows;  // of the CTA: B, C, then its rows
   const auto channel_of = [&](int c) {
     const int BC = d_inner + group * kDstate + c + (c < kDstate ? 0 : (p.conv_dim - d_inner) / 2 - kDstate);
     return c < kShared ? BC : first + c - kShared;
   };
-  int c = threadIdx.x;
-  ChannelBits bits;
-  FeatureBits feature;
-  const auto load = [&] {
-    bits = load_channel(p, token + d_inner, channel_of(c));
-    if (c >= kShared) feature = load_feature(p, token, first + c - kShared);
-  };
-  if (c < channels) load();
-  const int my_head = threads - 1 - threadIdx.x;  // of the CTA: the last threads have least to do
-  Element dt_bits, dt_bias;
-  float A;
-  if (my_head < heads) {
-    const int head = first_head + my_head;
-    dt_bits = load_bits(p.zxbcdt, p.dtype, token + d_inner + p.conv_dim + head);
-    dt_bias = load_bits(p.dt_bias, p.dt_bias_dtype, static_cast<int64>(head) * p.dt_bias_stride, p.dt_bias != nullptr);
-    A = p.A[static_cast<int64>(head) * p.A_stride];
-  }
-  const int64 seed = kStochastic ? *p.seed : 0;
   const int part = lane % L::kLanes, column = part * L::kPerLoad;
   const int tiles = p.rows / L::kTile;
-  int row, head, in_head;  // the warp's tile: its first row, of the CTA and of its head
-  const auto go_to = [&](int tile) {
-    row = tile * L::kTile;
-    head = p.by_headdim.of(first + row);
-    in_head = first + row - head * p.headdim;
-  };
-  const auto head_of = [&] {
-    return static_cast<State*>(p.state) + slot * p.state_slot_stride + static_cast<int64>(head) * p.state_head_stride;
-  };
 
-  const uint32 barrier = shared_address(&arrived);
+  const uint32 barrier = shared_address(arrived);
   if (threadIdx.x == 0) {
     init_barrier(barrier, 1);
+    init_barrier(barrier + 8, 1);
     fence_barrier_init();
-    arrive_expecting(barrier, expected * sizeof(float));
   }
   cluster_arrive();
+  bool others_ready = false;
 
-  slot = __shfl_sync(~0u, slot, 0);  // as it is uniform, the compiler would wait for it where it is loaded
-  if (slot < 0 || slot >= p.nslots || (p.slots != nullptr && slot == p.null_slot)) {
-    for (int i = threadIdx.x; i < p.rows; i += threads) {
-      store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + i, 0.f);
-    }
-    cluster_wait();
-    return;
-  }
-
-  // the windows first: they are small, and more waits for them
-  const int64 windows = slot * p.conv_slot_stride;
-  const auto place_of = [&](int c) { return windows + static_cast<int64>(channel_of(c)) * p.conv_channel_stride; };
-  WindowBits before;
-  if (c < channels) before = load_window(p, place_of(c));
+  const int64 seed = kStochastic ? *p.seed : 0;
   const auto piece_of = [&](int stage, int r, int i) { return stages + stage * kPieces + 32 * (r * L::kLoads + i); };
-  const auto copy_rows = [&](int stage, int tile) {
-    go_to(tile);
-    const State* source = head_of() + static_cast<int64>(in_head + lane / L::kLanes) * p.state_p_stride + column;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r, source += static_cast<int64>(L::kGroups) * p.state_p_stride) {
-#pragma unroll
-      for (int i = 0; i < L::kLoads; ++i) copy_async<16>(piece_of(stage, r, i), source + i * L::kStep);
-    }
+  const auto rows_of = [&](int slot, int tile) {  // the lane's part of the tile's first rows
+    const int row = first + tile * L::kTile, head = p.by_headdim.of(row);
+    return static_cast<State*>(p.state) + slot * p.state_slot_stride + static_cast<int64>(head) * p.state_head_stride +
+           static_cast<int64>(row - head * p.headdim + lane / L::kLanes) * p.state_p_stride + column;
   };
+  const auto usable = [&](int slot) {
+    return slot >= 0 && slot < p.nslots && (p.slots == nullptr || slot != p.null_slot);
+  };
+  // what is asked for next: the warp's next tile of this sequence, or its first of the next
+  int ahead = 0, ahead_tile = warp;
+  const auto copy_next = [&](int stage) {
+    while (ahead < sequences) {
+      const int slot = __shfl_sync(~0u, slots, ahead);
+      if (ahead_tile < tiles && usable(slot)) {
+        const State* source = rows_of(slot, ahead_tile);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r, source += static_cast<int64>(L::kGroups) * p.state_p_stride) {
+#pragma unroll
+          for (int i = 0; i < L::kLoads; ++i) copy_async<16>(piece_of(stage, r, i), source + i * L::kStep);
+        }
+        ahead_tile += warps;
+        break;
+      }
+      ++ahead, ahead_tile = warp;
+    }
+    commit_copies();
+  };
+
+  int stage = 0, turn = 0;
 #pragma unroll 1
-  for (int stage = 0; stage < p.stages; ++stage) {
-    if (warp + stage * warps < tiles) copy_rows(stage, warp + stage * warps);
-    commit_copies();
-  }
+  for (int sequence = 0; sequence < sequences; ++sequence) {
+    const int b = first_sequence + sequence;
+    // what does not need the slot, all of it under way at once
+    const int64 token = static_cast<int64>(b) * p.zxbcdt_stride;
+    int c = threadIdx.x;
+    ChannelBits bits;
+    FeatureBits feature;
+    const auto load = [&] {
+      bits = load_channel(p, token + d_inner, channel_of(c));
+      if (c >= kShared) feature = load_feature(p, token, first + c - kShared);
+    };
+    if (c < channels) load();
+    const int my_head = threads - 1 - threadIdx.x;  // of the CTA: the last threads have least to do
+    Element dt_bits, dt_bias;
+    float A;
+    if (my_head < heads) {
+      const int head = first_head + my_head;
+      dt_bits = load_bits(p.zxbcdt, p.dtype, token + d_inner + p.conv_dim + head);
+      dt_bias =
+          load_bits(p.dt_bias, p.dt_bias_dtype, static_cast<int64>(head) * p.dt_bias_stride, p.dt_bias != nullptr);
+      A = p.A[static_cast<int64>(head) * p.A_stride];
+    }
 
-  // windows of B and C are stored once the other CTAs have read them, those of rows at once
-  float window[kMaxWidth];
-  while (c < channels) {
-    const float value = convolve(p, bits, before, window);
-    BC[c] = value;  // and x, which lies behind
-    if (c < kShared) {
-#pragma unroll
-      for (int k = 1; k < kMaxWidth; ++k) moved[(k - 1) * kShared + c] = window[k];
-    } else {
-      store_window(p, place_of(c), window);
-      y[c - kShared] = from_bits(feature.D, p.D_dtype) * value;
-      gate[c - kShared] = silu(from_bits(feature.z, p.dtype));
-      weight[c - kShared] = from_bits(feature.weight, p.norm_weight_dtype);
+    const int slot = __shfl_sync(~0u, slots, sequence);
+    if (!usable(slot)) {
+      for (int i = threadIdx.x; i < p.rows; i += threads) {
+        store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + i, 0.f);
+      }
+      continue;
     }
-    c += threads;
-    if (c < channels) {
-      load();
-      before = load_window(p, place_of(c));
-    }
-  }
-  if (my_head < heads) {
-    const float dt =
-        step_size(from_bits(dt_bits, p.dtype) + from_bits(dt_bias, p.dt_bias_dtype), p.dt_softplus, p.dt_min, p.dt_max);
-    steps[2 * my_head] = dt;
-    steps[2 * my_head + 1] = expf(dt * A);
-  }
-  __syncthreads();
 
-  float B[L::kColumns], C[L::kColumns];
-#pragma unroll
-  for (int i = 0; i < L::kColumns; ++i) {
-    const int n = column + i / L::kPerLoad * L::kStep + i % L::kPerLoad;
-    B[i] = BC[n], C[i] = BC[kDstate + n];
-  }
-  float S[kRows][L::kColumns];
-  const auto store_rows = [&] {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int below = in_head + lane / L::kLanes + r * L::kGroups;
-      store_columns<State, L, kStochastic>(head_of() + static_cast<int64>(below) * p.state_p_stride, column, S[r],
-                                           (static_cast<int64>(slot) * p.nheads + head) * p.headdim + below, seed, 0);
+    // the windows first: they are small, and more waits for them
+    const int64 windows = slot * p.conv_slot_stride;
+    const auto place_of = [&](int c) { return windows + static_cast<int64>(channel_of(c)) * p.conv_channel_stride; };
+    WindowBits before;
+    if (c < channels) before = load_window(p, place_of(c));
+    if (turn == 0) {
+#pragma unroll 1
+      for (int s = 0; s < p.stages; ++s) copy_next(s);
     }
-  };
-  const bool has_y = part % L::kLanesPerSum == 0;  // the lane, of a row of each tile
-  const int mine = part / L::kLanesPerSum * L::kGroups + lane / L::kLanes;
-  float squares = 0.f;
-  for (int tile = warp, stage = 0; tile < tiles;) {
-    wait_for_copies(p.stages - 1);
-    go_to(tile);
-    const float dt = steps[2 * (head - first_head)], decay = steps[2 * (head - first_head) + 1];
-    float sums[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      uint4 raw[L::kLoads];
-#pragma unroll
-      for (int i = 0; i < L::kLoads; ++i) raw[i] = *piece_of(stage, r, i);
-      unpack_row<State, L>(raw, 1.f, S[r]);
-      sums[r] = advance(S[r], decay, dt * x[row + lane / L::kLanes + r * L::kGroups], B, C);
+    if (threadIdx.x == 0) arrive_expecting(barrier + 8 * (turn & 1), expected * sizeof(float));
+
+    if (my_head < heads) {
+      const float dt = step_size(from_bits(dt_bits, p.dtype) + from_bits(dt_bias, p.dt_bias_dtype), p.dt_softplus,
+                                 p.dt_min, p.dt_max);
+      steps[my_head] = make_float2(dt, expf(dt * A));
     }
-    const float sum = sum_rows<L::kLanes>(sums, part);
-    if (has_y) {
-      const float u = (y[row + mine] + sum) * (p.norm_before_gate ? 1.f : gate[row + mine]);
+    // windows of B and C are stored once the other CTAs have read them, those of rows at once
+    float window[kMaxWidth];
+    while (c < channels) {
+      if (c >= kShared) {
+        StepRow& row = rows[c - kShared];
+        row.gate = silu(from_bits(feature.z, p.dtype));
+        row.weight = from_bits(feature.weight, p.norm_weight_dtype);
+      }
+      const float value = convolve(p, bits, before, window);
+      if (c < kShared) {
+        BC[c] = value;
+#pragma unroll
+        for (int k = 1; k < kMaxWidth; ++k) moved[(k - 1) * kShared + c] = window[k];
+      } else {
+        StepRow& row = rows[c - kShared];
+        row.x = value;
+        row.y = from_bits(feature.D, p.D_dtype) * value;
+        store_window(p, place_of(c), window);
+      }
+      c += threads;
+      if (c < channels) {
+        load();
+        before = load_window(p, place_of(c));
+      }
+    }
+    __syncthreads();
+
+    float B[L::kColumns], C[L::kColumns];
+#pragma unroll
+    for (int i = 0; i < L::kColumns; ++i) {
+      const int n = column + i / L::kPerLoad * L::kStep + i % L::kPerLoad;
+      B[i] = BC[n], C[i] = BC[kDstate + n];
+    }
+    float S[kRows][L::kColumns];
+    const auto store_rows = [&](int tile) {
+      const int row = first + tile * L::kTile;
+      State* target = rows_of(slot, tile) - column;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r, target += static_cast<int64>(L::kGroups) * p.state_p_stride) {
+        store_columns<State, L, kStochastic>(
+            target, column, S[r],
+            static_cast<int64>(slot) * p.nheads * p.headdim + row + lane / L::kLanes + r * L::kGroups, seed, 0);
+      }
+    };
+    const int mine = part / L::kLanesPerSum * L::kGroups + lane / L::kLanes;  // row of a tile whose y is this lane's
+    float squares = 0.f;
+    int tile = warp;
+    while (tile < tiles) {
+      wait_for_copies(p.stages - 1);
+      const int row = tile * L::kTile, head = p.by_headdim.of(first + row) - first_head;
+      const auto [dt, decay] = steps[head];
+      float sums[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        uint4 raw[L::kLoads];
+#pragma unroll
+        for (int i = 0; i < L::kLoads; ++i) raw[i] = *piece_of(stage, r, i);
+        unpack_row<State, L>(raw, 1.f, S[r]);
+        sums[r] = advance(S[r], decay, dt * rows[row + lane / L::kLanes + r * L::kGroups].x, B, C);
+      }
+      if (sequences > 1 || tile + warps < tiles) copy_next(stage);
+      stage = stage + 1 == p.stages ? 0 : stage + 1;
+      const float sum = sum_rows<L::kLanes>(sums, part);  // in each of the row's lanes
+      const StepRow own = rows[row + mine];
+      const float u = (own.y + sum) * (p.norm_before_gate ? 1.f : own.gate);
       squares = fmaf(u, u, squares);
-      y[row + mine] = u;
+      __syncwarp();  // all of them have read it
+      rows[row + mine].y = u;
+      if (tile + warps >= tiles) break;  // the last tile's states are stored when nobody waits for this warp
+      store_rows(tile);
+      tile += warps;
     }
-    tile += warps;
-    if (tile >= tiles) break;  // the last tile's states are stored when nobody waits for this warp
-    store_rows();
-    if (tile + (p.stages - 1) * warps < tiles) copy_rows(stage, tile + (p.stages - 1) * warps);
-    commit_copies();
-    stage = stage + 1 == p.stages ? 0 : stage + 1;
-  }
-  squares = warp_sum(squares);
-  cluster_wait();  // the others have begun, and their barriers are ready
-  const uint32 place = shared_address(partials + cluster_rank() * warps + warp);
-  if (lane < cluster_size()) store_counted(address_in_cta(place, lane), squares, address_in_cta(barrier, lane));
-  if (warp < tiles) store_rows();
-  wait_for_cluster(barrier, 0);
-
-  float total = 0.f;
-  for (int i = lane; i < expected; i += 32) total += partials[i];
-  const float scale = 1.f / sqrtf(warp_sum(total) / static_cast<float>(p.group_size) + p.eps);
-  for (int row = warp * L::kTile + mine; has_y && row < p.rows; row += warps * L::kTile) {
-    const float v = y[row] * scale * weight[row];
-    store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + row, p.norm_before_gate ? v * gate[row] : v);
-  }
-  // of B's and C's channels, as many for each CTA of the group
-  const int share = p.by_rows_per_group.of(kShared * p.rows);
-  const int begin = p.by_rows_per_group.of((first - group * p.rows_per_group) * kShared);
-  for (c = begin + threadIdx.x; c < begin + share; c += threads) {
 #pragma unroll
-    for (int k = 1; k < kMaxWidth; ++k) window[k] = moved[(k - 1) * kShared + c];
-    store_window(p, place_of(c), window);
+    for (int offset = 16; offset >= L::kLanesPerSum; offset /= 2) squares += __shfl_xor_sync(~0u, squares, offset);
+    if (!others_ready) cluster_wait();  // the others have begun, and their barriers are ready
+    others_ready = true;
+    const uint32 now = barrier + 8 * (turn & 1);
+    const uint32 place = shared_address(partials[turn & 1] + cluster_rank() * warps + warp);
+    if (lane < cluster_size()) store_counted(address_in_cta(place, lane), squares, address_in_cta(now, lane));
+    if (tile < tiles) store_rows(tile);
+    wait_for_cluster(now, turn >> 1 & 1);
+
+    float total = 0.f;
+    for (int i = lane; i < expected; i += 32) total += partials[turn & 1][i];
+    const float scale = 1.f / sqrtf(warp_sum(total) / static_cast<float>(p.group_size) + p.eps);
+    for (int row = warp * L::kTile + mine; part % L::kLanesPerSum == 0 && row < p.rows; row += warps * L::kTile) {
+      const StepRow own = rows[row];
+      const float v = own.y * scale * own.weight;
+      store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + row,
+                  p.norm_before_gate ? v * own.gate : v);
+    }
+    // of B's and C's channels, as many for each CTA of the group
+    const int share = p.by_rows_per_group.of(kShared * p.rows);
+    const int begin = p.by_rows_per_group.of((first - group * p.rows_per_group) * kShared);
+    for (c = begin + threadIdx.x; c < begin + share; c += threads) {
+#pragma unroll
+      for (int k = 1; k < kMaxWidth; ++k) window[k] = moved[(k - 1) * kShared + c];
+      store_window(p, place_of(c), window);
+    }
+    ++turn;
+    if (sequence + 1 < sequences) __syncthreads();  // shared memory is free
   }
+  if (!others_ready) cluster_wait();
 }
 
 }  // namespace hybrid_ops

@@ -30,9 +30,9 @@ void norm_bwd(const NormBwdArgs& a, const NormBwdTensors& t, Target target) {
   const DeviceGuard guard(target.device);
   const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
   norm_dispatch(form, [&]<typename T, typename Stream, Gate kGate, int kVectors>() {
-    const auto kernel = norm_bwd_kernel<T, Stream, kGate, kVectors>;
+    constexpr auto kernel = norm_bwd_kernel<T, Stream, kGate, kVectors>;
     const int shared = form.warps * form.teams * a.stages * NormBwdSlot<T, Stream, kVectors>::kBytes;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "norm_bwd_kernel");
+    allow_shared_memory<kernel>(shared, target.device);
     kernel<<<norm_grid(form, a.ctas), norm_block(form), shared, stream>>>(p);
     check(cudaGetLastError(), "norm_bwd_kernel");
     const auto blocks = static_cast<unsigned>((form.hidden + kSumFeatures - 1) / kSumFeatures);

@@ -7,47 +7,45 @@ namespace hybrid_ops {
 namespace {
 
 template <typename State, int kDstate, int kRows, int kItem, bool kStochastic>
-void launch(const SsdReplayParams& p, const SsdReplayArgs& a, cudaStream_t stream) {
+void launch(const SsdReplayParams& p, const SsdReplayArgs& a, Target target) {
   using L = ReplayLayout<State, kDstate, kRows, kItem>;
   const int shared = sizeof(unsigned) * replay_shared<L>(p.tokens, a.warps);
   const dim3 grid(p.nheads / p.heads, a.batch);
-  const auto kernel = ssd_replay_kernel<State, kDstate, kRows, kItem, kStochastic>;
-  if (shared > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "ssd_replay_kernel");
-  }
-  kernel<<<grid, 32 * a.warps, shared, stream>>>(p);
+  constexpr auto kernel = ssd_replay_kernel<State, kDstate, kRows, kItem, kStochastic>;
+  allow_shared_memory<kernel>(shared, target.device);
+  kernel<<<grid, 32 * a.warps, shared, reinterpret_cast<cudaStream_t>(target.stream)>>>(p);
   check(cudaGetLastError(), "ssd_replay_kernel");
 }
 
 template <typename State, int kDstate, int kRows, int kItem>
-void launch_rounding(const SsdReplayParams& p, const SsdReplayArgs& a, cudaStream_t stream) {
+void launch_rounding(const SsdReplayParams& p, const SsdReplayArgs& a, Target target) {
   if constexpr (sizeof(State) == 2) {
-    if (p.seed != nullptr) return launch<State, kDstate, kRows, kItem, true>(p, a, stream);
+    if (p.seed != nullptr) return launch<State, kDstate, kRows, kItem, true>(p, a, target);
   }
-  launch<State, kDstate, kRows, kItem, false>(p, a, stream);
+  launch<State, kDstate, kRows, kItem, false>(p, a, target);
 }
 
 // Those for which _csrc/ssd_replay.py chooses.
 template <typename State, int kDstate>
-void launch_rows(const SsdReplayParams& p, const SsdReplayArgs& a, cudaStream_t stream) {
+void launch_rows(const SsdReplayParams& p, const SsdReplayArgs& a, Target target) {
   constexpr int kRow = sizeof(State) * kDstate;  // bytes
   constexpr int kFew = kRow == 1024 || kRow == 128 ? 4 : 8;
   if (a.rows == kFew) {
-    if (a.dtype == DType::float32) return launch_rounding<State, kDstate, kFew, 4>(p, a, stream);
-    return launch_rounding<State, kDstate, kFew, 2>(p, a, stream);
+    if (a.dtype == DType::float32) return launch_rounding<State, kDstate, kFew, 4>(p, a, target);
+    return launch_rounding<State, kDstate, kFew, 2>(p, a, target);
   }
   if constexpr (kDstate == 128) {
-    if (a.rows == 16 && a.dtype != DType::float32) return launch_rounding<State, kDstate, 16, 2>(p, a, stream);
+    if (a.rows == 16 && a.dtype != DType::float32) return launch_rounding<State, kDstate, 16, 2>(p, a, target);
   }
   throw std::runtime_error("ssd_replay: no such tile: rows " + std::to_string(a.rows));
 }
 
 template <typename State>
-void launch_dstate(const SsdReplayParams& p, const SsdReplayArgs& a, cudaStream_t stream) {
+void launch_dstate(const SsdReplayParams& p, const SsdReplayArgs& a, Target target) {
   switch (a.dstate) {
-    case 64: return launch_rows<State, 64>(p, a, stream);
-    case 128: return launch_rows<State, 128>(p, a, stream);
-    case 256: return launch_rows<State, 256>(p, a, stream);
+    case 64: return launch_rows<State, 64>(p, a, target);
+    case 128: return launch_rows<State, 128>(p, a, target);
+    case 256: return launch_rows<State, 256>(p, a, target);
     default: throw std::runtime_error("ssd_replay: dstate must be 64, 128 or 256, got " + std::to_string(a.dstate));
   }
 }
@@ -125,11 +123,10 @@ void ssd_replay(const SsdReplayArgs& a, const SsdReplayPointers& pointers, Targe
       .dt_softplus = a.dt_softplus,
   };
   const DeviceGuard guard(target.device);
-  const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
   switch (a.state_dtype) {
-    case DType::float32: return launch_dstate<float>(p, a, stream);
-    case DType::bfloat16: return launch_dstate<__nv_bfloat16>(p, a, stream);
-    case DType::float16: return launch_dstate<__half>(p, a, stream);
+    case DType::float32: return launch_dstate<float>(p, a, target);
+    case DType::bfloat16: return launch_dstate<__nv_bfloat16>(p, a, target);
+    case DType::float16: return launch_dstate<__half>(p, a, target);
     default: throw std::runtime_error("ssd_replay: state must have 32 or 16 bits");
   }
 }

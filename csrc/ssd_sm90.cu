@@ -3,7 +3,6 @@
 #include <cuda.h>
 
 #include <algorithm>
-#include <atomic>
 
 #include "common/api.h"
 #include "common/launch.cuh"
@@ -36,21 +35,10 @@ TensorMap tensor_map(std::uintptr_t data, const std::array<std::int64_t, 4>& siz
   return map;
 }
 
-// Lets a kernel have its shared memory; found out once for each device.
-template <typename Config>
-void allow_shared_memory(int device) {
-  static std::atomic<std::uint64_t> allowed = 0;
-  const std::uint64_t bit = std::uint64_t{1} << (device % 64);
-  if (allowed & bit) return;
-  check(cudaFuncSetAttribute(ssd_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes),
-        "cudaFuncSetAttribute");
-  allowed |= bit;
-}
-
 template <typename Config>
 void launch(const SsdParams& p, int num_sms, int device, cudaStream_t stream) {
   const int units = p.slots * (Config::kStatesOnly ? p.parts : 1) * p.nheads;
-  allow_shared_memory<Config>(device);
+  allow_shared_memory<ssd_kernel<Config>>(Config::kSharedBytes, device);
   ssd_kernel<Config><<<std::min(units, num_sms), Config::kThreads, Config::kSharedBytes, stream>>>(p);
   check(cudaGetLastError(), "ssd_kernel");
 }

@@ -135,7 +135,8 @@ struct Mamba2StepArgs {
   int null_slot;
   float dt_min, dt_max, eps;
   bool dt_softplus, norm_before_gate;
-  int cluster, warps, stages;  // CTAs of a group of the norm; of a CTA; tiles that a warp has under way
+  int cluster, warps, stages, sequences;  // CTAs of a group of the norm; of a CTA; tiles that a warp has under way; of
+                                          // a cluster, one after the other
 };
 
 // The pointers of Mamba2StepParams, in its order.

@@ -4,7 +4,9 @@
 #include <cuda_runtime.h>
 
 #include <array>
+#include <atomic>
 #include <cstdint>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -44,6 +46,25 @@ class DeviceGuard {
   int previous_ = 0;
   bool changed_ = false;
 };
+
+// Lets a kernel have an attribute of `value` or more, as how much dynamic shared memory it may have. The runtime is
+// asked only where that is more than before on this device.
+template <auto kKernel, cudaFuncAttribute kAttribute>
+void raise_attribute(int value, int device) {
+  static std::array<std::atomic<int>, 64> reached{};  // by device
+  static std::mutex mutex;
+  std::atomic<int>& mine = reached.at(device);
+  if (mine >= value) return;
+  const std::scoped_lock lock(mutex);
+  if (mine >= value) return;
+  check(cudaFuncSetAttribute(kKernel, kAttribute, value), "cudaFuncSetAttribute");
+  mine = value;
+}
+
+template <auto kKernel>
+void allow_shared_memory(int bytes, int device) {
+  raise_attribute<kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize>(bytes, device);
+}
 
 // Whether four neighbours of a row of tokens always lie in one aligned piece of memory; strides of elements, last of
 // neighbours.
