@@ -6,7 +6,7 @@
 namespace hybrid_ops {
 namespace {
 
-template <typename State, int kDstate, bool kStochastic, bool kMany>
+template <typename State, int kDstate, bool kStochastic, bool kUsual, bool kMany>
 void launch(Mamba2StepParams p, const Mamba2StepArgs& a, Target target) {
   using L = StepLayout<State, kDstate, kStochastic>;
   p.rows = p.group_size / a.cluster;
@@ -17,7 +17,7 @@ void launch(Mamba2StepParams p, const Mamba2StepArgs& a, Target target) {
   cluster.val.clusterDim = {static_cast<unsigned>(a.cluster), 1, 1};
   const int shared = a.warps * a.stages * L::kTile * kDstate * static_cast<int>(sizeof(State)) +
                      (kMaxWidth * 2 * kDstate + 4 * p.rows + 2 * (heads + heads % 2)) * static_cast<int>(sizeof(float));
-  constexpr auto kernel = mamba2_step_kernel<State, kDstate, kStochastic, kMany>;
+  constexpr auto kernel = mamba2_step_kernel<State, kDstate, kStochastic, kUsual, kMany>;
   allow_shared_memory<kernel>(shared, target.device);
   if (a.cluster > 8) raise_attribute<kernel, cudaFuncAttributeNonPortableClusterSizeAllowed>(1, target.device);
   const cudaLaunchConfig_t config{
@@ -33,8 +33,11 @@ void launch(Mamba2StepParams p, const Mamba2StepArgs& a, Target target) {
 
 template <typename State, int kDstate, bool kStochastic>
 void launch_sequences(const Mamba2StepParams& p, const Mamba2StepArgs& a, Target target) {
-  if (a.sequences > 1) return launch<State, kDstate, kStochastic, true>(p, a, target);
-  launch<State, kDstate, kStochastic, false>(p, a, target);
+  const bool usual = a.usual && is_usual(p), many = a.sequences > 1;
+  if (usual && many) return launch<State, kDstate, kStochastic, true, true>(p, a, target);
+  if (usual) return launch<State, kDstate, kStochastic, true, false>(p, a, target);
+  if (many) return launch<State, kDstate, kStochastic, false, true>(p, a, target);
+  launch<State, kDstate, kStochastic, false, false>(p, a, target);
 }
 
 template <typename State, int kDstate>

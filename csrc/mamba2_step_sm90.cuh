@@ -46,7 +46,7 @@ struct Mamba2StepParams {
 };
 
 inline constexpr int kMaxWidth = 4;
-inline constexpr int kMaxCluster = 16, kMaxWarps = 16;
+inline constexpr int kMaxCluster = 16, kMaxWarps = 16, kMaxSequences = 32;
 
 // 16 elements of the state in a lane, 8 beside random bits or of long rows: what 64 registers have room for.
 template <typename State, int kDstate, bool kStochastic>
@@ -134,14 +134,32 @@ __device__ __forceinline__ FeatureBits load_feature(const Mamba2StepParams& p, i
           load_bits(p.norm_weight, p.norm_weight_dtype, static_cast<int64>(feature) * p.norm_weight_stride)};
 }
 
+// Tensors of bfloat16 and a convolution of width 4, which is what the models have.
+__host__ __device__ __forceinline__ bool is_usual(const Mamba2StepParams& p) {
+  return p.dtype == DType::bfloat16 && p.conv_state_dtype == DType::bfloat16 &&
+         p.conv_weight_dtype == DType::bfloat16 && p.conv_bias_dtype == DType::bfloat16 &&
+         p.norm_weight_dtype == DType::bfloat16 && p.width == kMaxWidth;
+}
+
+__device__ __forceinline__ Mamba2StepParams as_usual(Mamba2StepParams p) {
+  p.dtype = p.conv_state_dtype = p.conv_weight_dtype = p.conv_bias_dtype = p.norm_weight_dtype = DType::bfloat16;
+  p.width = kMaxWidth;
+  p.weight_aligned = true;
+  return p;
+}
+
 // Of a row of the CTA, in shared memory. y: first the skip, then what is normalised.
 struct alignas(16) StepRow {
   float x, y, gate, weight;
 };
 
-// kMany: clusters take p.sequences sequences, one after the other.
-template <typename State, int kDstate, bool kStochastic, bool kMany>
-__global__ void __launch_bounds__(32 * kMaxWarps, 2) mamba2_step_kernel(const __grid_constant__ Mamba2StepParams p) {
+// kUsual: the dtypes and the width below are those of `is_usual`, and cost no instructions: where sequences are few the
+// latency of a step is for a large part the time to issue them. kMany: clusters take p.sequences sequences, one after
+// the other.
+template <typename State, int kDstate, bool kStochastic, bool kUsual, bool kMany>
+__global__ void __launch_bounds__(32 * kMaxWarps, 2)
+    mamba2_step_kernel(const __grid_constant__ Mamba2StepParams given) {
+  const Mamba2StepParams p = kUsual ? as_usual(given) : given;
   using L = StepLayout<State, kDstate, kStochastic>;
   constexpr int kRows = L::kTile / L::kGroups;
   constexpr int kShared = 2 * kDstate;  // channels of B and C, one behind the other
@@ -156,11 +174,17 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) mamba2_step_kernel(const __
   StepRow* const rows = reinterpret_cast<StepRow*>(moved + (kMaxWidth - 1) * kShared);
   float2* const steps = reinterpret_cast<float2*>(rows + p.rows);
 
-  // a lane asks for the slot of a sequence: were they the same the compiler would wait for them here
-  const int first_sequence = kMany ? blockIdx.y * p.sequences : blockIdx.y,
-            sequences = kMany ? min(p.sequences, p.batch - first_sequence) : 1;
-  int slots = first_sequence + lane;
-  if (p.slots != nullptr && lane < sequences) slots = p.slots[static_cast<int64>(slots) * p.slots_stride];
+  // The slots come as a copy, which is waited for alone: loads into registers share their counters, and the first of
+  // them would be waited for together with the last.
+  __shared__ int slots[kMaxWarps][kMany ? kMaxSequences : 1];
+  const int first_sequence = kMany ? blockIdx.y * p.sequences : blockIdx.y;
+  const int sequences = kMany ? min(p.sequences, p.batch - first_sequence) : 1;
+  if (p.slots != nullptr && lane < sequences) {
+    copy_async<4>(&slots[warp][lane], p.slots + static_cast<int64>(first_sequence + lane) * p.slots_stride);
+  }
+  const auto slot_of = [&](int sequence) {
+    return p.slots == nullptr ? first_sequence + sequence : slots[warp][sequence];
+  };
 
   const int first = blockIdx.x * p.rows;  // feature of the CTA
   const int first_head = p.by_headdim.of(first);
@@ -199,7 +223,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) mamba2_step_kernel(const __
   int ahead = 0, ahead_tile = warp;
   const auto copy_next = [&](int stage) {
     while (ahead < sequences) {
-      const int slot = __shfl_sync(~0u, slots, ahead);
+      const int slot = slot_of(ahead);
       if (ahead_tile < tiles && usable(slot)) {
         const State* source = rows_of(slot, ahead_tile);
 #pragma unroll
@@ -222,6 +246,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) mamba2_step_kernel(const __
     // what does not need the slot, all of it under way at once
     const int64 token = static_cast<int64>(b) * p.zxbcdt_stride;
     int c = threadIdx.x;
+    if constexpr (kMany) asm volatile("" : "+r"(c));  // or addresses of all that has a channel stay in registers
     ChannelBits bits;
     FeatureBits feature;
     const auto load = [&] {
@@ -240,7 +265,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) mamba2_step_kernel(const __
       A = p.A[static_cast<int64>(head) * p.A_stride];
     }
 
-    const int slot = __shfl_sync(~0u, slots, sequence);
+    if (sequence == 0) {
+      wait_for_copies();
+      __syncwarp();
+    }
+    const int slot = slot_of(sequence);
     if (!usable(slot)) {
       for (int i = threadIdx.x; i < p.rows; i += threads) {
         store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + i, 0.f);
