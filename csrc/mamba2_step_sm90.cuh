@@ -207,7 +207,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     fence_barrier_init();
   }
   cluster_arrive();
-  bool others_ready = false;
 
   const int64 seed = kStochastic ? *p.seed : 0;
   const auto piece_of = [&](int stage, int r, int i) { return stages + stage * kPieces + 32 * (r * L::kLoads + i); };
@@ -269,7 +268,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
       wait_for_copies();
       __syncwarp();
     }
-    const int slot = slot_of(sequence);
+    const int slot = __shfl_sync(~0u, slot_of(sequence), 0);  // in a uniform register
     if (!usable(slot)) {
       for (int i = threadIdx.x; i < p.rows; i += threads) {
         store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + i, 0.f);
@@ -319,6 +318,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
       }
     }
     __syncthreads();
+    if (turn == 0) cluster_wait();  // the others have begun, and their barriers are ready
 
     float B[L::kColumns], C[L::kColumns];
 #pragma unroll
@@ -367,35 +367,48 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     }
 #pragma unroll
     for (int offset = 16; offset >= L::kLanesPerSum; offset /= 2) squares += __shfl_xor_sync(~0u, squares, offset);
-    if (!others_ready) cluster_wait();  // the others have begun, and their barriers are ready
-    others_ready = true;
     const uint32 now = barrier + 8 * (turn & 1);
     const uint32 place = shared_address(partials[turn & 1] + cluster_rank() * warps + warp);
     if (lane < cluster_size()) store_counted(address_in_cta(place, lane), squares, address_in_cta(now, lane));
     if (tile < tiles) store_rows(tile);
-    wait_for_cluster(now, turn >> 1 & 1);
+    // what comes after the wait is ready before it: a row of y, and of B's and C's channels, which the CTAs of the
+    // group share, a window
+    const bool has_y = part % L::kLanesPerSum == 0;
+    int row = warp * L::kTile + mine;
+    StepRow own;
+    if (has_y && row < p.rows) own = rows[row];
+    const int share = p.by_rows_per_group.of(kShared * p.rows);
+    const int begin = p.by_rows_per_group.of((first - group * p.rows_per_group) * kShared);
+    c = begin + threadIdx.x;
+    const auto load_moved = [&] {
+#pragma unroll
+      for (int k = 1; k < kMaxWidth; ++k) window[k] = moved[(k - 1) * kShared + c];
+    };
+    if (c < begin + share) load_moved();
+    wait(now, turn >> 1 & 1);
 
     float total = 0.f;
-    for (int i = lane; i < expected; i += 32) total += partials[turn & 1][i];
-    const float scale = 1.f / sqrtf(warp_sum(total) / static_cast<float>(p.group_size) + p.eps);
-    for (int row = warp * L::kTile + mine; part % L::kLanesPerSum == 0 && row < p.rows; row += warps * L::kTile) {
-      const StepRow own = rows[row];
+#pragma unroll
+    for (int i = 0; i < kMaxCluster * kMaxWarps; i += 32) {
+      if (i + lane < expected) total += partials[turn & 1][i + lane];
+    }
+    const float scale = rsqrtf(warp_sum(total) / static_cast<float>(p.group_size) + p.eps);
+    while (has_y && row < p.rows) {
       const float v = own.y * scale * own.weight;
       store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + row,
                   p.norm_before_gate ? v * own.gate : v);
+      row += warps * L::kTile;
+      if (row < p.rows) own = rows[row];
     }
-    // of B's and C's channels, as many for each CTA of the group
-    const int share = p.by_rows_per_group.of(kShared * p.rows);
-    const int begin = p.by_rows_per_group.of((first - group * p.rows_per_group) * kShared);
-    for (c = begin + threadIdx.x; c < begin + share; c += threads) {
-#pragma unroll
-      for (int k = 1; k < kMaxWidth; ++k) window[k] = moved[(k - 1) * kShared + c];
+    while (c < begin + share) {
       store_window(p, place_of(c), window);
+      c += threads;
+      if (c < begin + share) load_moved();
     }
     ++turn;
     if (sequence + 1 < sequences) __syncthreads();  // shared memory is free
   }
-  if (!others_ready) cluster_wait();
+  if (turn == 0) cluster_wait();
 }
 
 }  // namespace hybrid_ops

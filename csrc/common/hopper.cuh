@@ -72,21 +72,11 @@ __device__ __forceinline__ uint32 address_in_cta(uint32 address, uint32 rank) {
   return there;
 }
 
-// Four bytes to a CTA of the cluster, whose `barrier` counts them; no fence, nobody waits.
+// Four bytes to a CTA of the cluster, whose `barrier` counts them, as those of TMA; no fence, nobody waits.
 __device__ __forceinline__ void store_counted(uint32 destination, float value, uint32 barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(destination),
                "r"(__float_as_uint(value)), "r"(barrier)
                : "memory");
-}
-
-// As `wait`, where other CTAs of the cluster wrote.
-__device__ __forceinline__ void wait_for_cluster(uint32 barrier, uint32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "WAIT:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
 }
 
 // ---------------------------------------------------------------------------------------------------------- TMA
