@@ -6,22 +6,20 @@
 namespace hybrid_ops {
 namespace {
 
-template <typename State, int kDstate, bool kStochastic, bool kUsual, bool kMany>
+template <typename State, int kDstate, bool kStochastic, bool kUsual>
 void launch(Mamba2StepParams p, const Mamba2StepArgs& a, Target target) {
   using L = StepLayout<State, kDstate, kStochastic>;
   p.rows = p.group_size / a.cluster;
   p.stages = a.stages;
-  p.sequences = a.sequences;
   const int heads = (p.rows + p.headdim - 1) / p.headdim;
   cudaLaunchAttribute cluster{.id = cudaLaunchAttributeClusterDimension};
   cluster.val.clusterDim = {static_cast<unsigned>(a.cluster), 1, 1};
   const int shared = a.warps * a.stages * L::kTile * kDstate * static_cast<int>(sizeof(State)) +
                      (kMaxWidth * 2 * kDstate + 4 * p.rows + 2 * (heads + heads % 2)) * static_cast<int>(sizeof(float));
-  constexpr auto kernel = mamba2_step_kernel<State, kDstate, kStochastic, kUsual, kMany>;
+  constexpr auto kernel = mamba2_step_kernel<State, kDstate, kStochastic, kUsual>;
   allow_shared_memory<kernel>(shared, target.device);
-  if (a.cluster > 8) raise_attribute<kernel, cudaFuncAttributeNonPortableClusterSizeAllowed>(1, target.device);
   const cudaLaunchConfig_t config{
-      .gridDim = dim3(p.nheads * p.headdim / p.rows, static_cast<unsigned>((a.batch + a.sequences - 1) / a.sequences)),
+      .gridDim = dim3(p.nheads * p.headdim / p.rows, static_cast<unsigned>(a.batch)),
       .blockDim = dim3(32 * a.warps),
       .dynamicSmemBytes = static_cast<unsigned>(shared),
       .stream = reinterpret_cast<cudaStream_t>(target.stream),
@@ -32,20 +30,17 @@ void launch(Mamba2StepParams p, const Mamba2StepArgs& a, Target target) {
 }
 
 template <typename State, int kDstate, bool kStochastic>
-void launch_sequences(const Mamba2StepParams& p, const Mamba2StepArgs& a, Target target) {
-  const bool usual = a.usual && is_usual(p), many = a.sequences > 1;
-  if (usual && many) return launch<State, kDstate, kStochastic, true, true>(p, a, target);
-  if (usual) return launch<State, kDstate, kStochastic, true, false>(p, a, target);
-  if (many) return launch<State, kDstate, kStochastic, false, true>(p, a, target);
-  launch<State, kDstate, kStochastic, false, false>(p, a, target);
+void launch_dtypes(const Mamba2StepParams& p, const Mamba2StepArgs& a, Target target) {
+  if (is_usual(p)) return launch<State, kDstate, kStochastic, true>(p, a, target);
+  launch<State, kDstate, kStochastic, false>(p, a, target);
 }
 
 template <typename State, int kDstate>
 void launch_rounding(const Mamba2StepParams& p, const Mamba2StepArgs& a, Target target) {
   if constexpr (sizeof(State) == 2) {
-    if (p.seed != nullptr) return launch_sequences<State, kDstate, true>(p, a, target);
+    if (p.seed != nullptr) return launch_dtypes<State, kDstate, true>(p, a, target);
   }
-  launch_sequences<State, kDstate, false>(p, a, target);
+  launch_dtypes<State, kDstate, false>(p, a, target);
 }
 
 template <typename State>
@@ -91,7 +86,6 @@ void mamba2_step(const Mamba2StepArgs& a, const Mamba2StepPointers& pointers, Ta
       .norm_weight_stride = static_cast<int>(a.norm_weight_stride),
       .slots_stride = static_cast<int>(a.slots_stride),
       .nslots = static_cast<int>(a.nslots),
-      .batch = static_cast<int>(a.batch),
       .nheads = static_cast<int>(a.nheads),
       .headdim = static_cast<int>(a.headdim),
       .conv_dim = static_cast<int>(a.conv_dim),

@@ -35,10 +35,9 @@ struct Mamba2StepParams {
   int64 zxbcdt_stride, y_stride, conv_slot_stride, state_slot_stride;
   int conv_channel_stride, conv_column_stride, state_head_stride, state_p_stride;
   int conv_bias_stride, A_stride, D_head_stride, D_p_stride, dt_bias_stride, norm_weight_stride, slots_stride;
-  int nslots, batch, nheads, headdim, conv_dim, width, null_slot;
+  int nslots, nheads, headdim, conv_dim, width, null_slot;
   int group_size, rows, rows_per_group;  // of the norm; of a CTA; of B and C
   int stages;                            // tiles that a warp has under way
-  int sequences;                         // of a cluster, one after the other
   Divisor by_headdim, by_rows_per_group;
   float dt_min, dt_max, eps;
   DType dtype, conv_state_dtype, conv_weight_dtype, conv_bias_dtype, D_dtype, dt_bias_dtype, norm_weight_dtype;
@@ -46,7 +45,7 @@ struct Mamba2StepParams {
 };
 
 inline constexpr int kMaxWidth = 4;
-inline constexpr int kMaxCluster = 16, kMaxWarps = 16, kMaxSequences = 32;
+inline constexpr int kMaxCluster = 8, kMaxWarps = 16;
 
 // 16 elements of the state in a lane, 8 beside random bits or of long rows: what 64 registers have room for.
 template <typename State, int kDstate, bool kStochastic>
@@ -154,9 +153,8 @@ struct alignas(16) StepRow {
 };
 
 // kUsual: the dtypes and the width below are those of `is_usual`, and cost no instructions: where sequences are few the
-// latency of a step is for a large part the time to issue them. kMany: clusters take p.sequences sequences, one after
-// the other.
-template <typename State, int kDstate, bool kStochastic, bool kUsual, bool kMany>
+// latency of a step is for a large part the time to issue them.
+template <typename State, int kDstate, bool kStochastic, bool kUsual>
 __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     mamba2_step_kernel(const __grid_constant__ Mamba2StepParams given) {
   const Mamba2StepParams p = kUsual ? as_usual(given) : given;
@@ -164,8 +162,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
   constexpr int kRows = L::kTile / L::kGroups;
   constexpr int kShared = 2 * kDstate;  // channels of B and C, one behind the other
   extern __shared__ float4 dynamic[];
-  __shared__ __align__(16) float partials[2][kMaxCluster * kMaxWarps];  // sequences take turns
-  __shared__ unsigned long long arrived[2];
+  __shared__ float partials[kMaxCluster * kMaxWarps];
+  __shared__ unsigned long long arrived;
   constexpr int kPieces = 32 * kRows * L::kLoads;  // of a tile, each of 16 bytes
   const int threads = blockDim.x, warps = threads / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   // shared memory: B and C; their windows, moved on; rows; dt and decay of each head; tiles of states on their way
@@ -174,17 +172,13 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
   StepRow* const rows = reinterpret_cast<StepRow*>(moved + (kMaxWidth - 1) * kShared);
   float2* const steps = reinterpret_cast<float2*>(rows + p.rows);
 
-  // The slots come as a copy, which is waited for alone: loads into registers share their counters, and the first of
+  // The slot comes as a copy, which is waited for alone: loads into registers share their counters, and the first of
   // them would be waited for together with the last.
-  __shared__ int slots[kMaxWarps][kMany ? kMaxSequences : 1];
-  const int first_sequence = kMany ? blockIdx.y * p.sequences : blockIdx.y;
-  const int sequences = kMany ? min(p.sequences, p.batch - first_sequence) : 1;
-  if (p.slots != nullptr && lane < sequences) {
-    copy_async<4>(&slots[warp][lane], p.slots + static_cast<int64>(first_sequence + lane) * p.slots_stride);
+  __shared__ int slots[kMaxWarps];
+  const int b = blockIdx.y;  // the sequence
+  if (p.slots != nullptr && lane == 0) {
+    copy_async<4>(&slots[warp], p.slots + static_cast<int64>(b) * p.slots_stride);
   }
-  const auto slot_of = [&](int sequence) {
-    return p.slots == nullptr ? first_sequence + sequence : slots[warp][sequence];
-  };
 
   const int first = blockIdx.x * p.rows;  // feature of the CTA
   const int first_head = p.by_headdim.of(first);
@@ -200,215 +194,187 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
   const int part = lane % L::kLanes, column = part * L::kPerLoad;
   const int tiles = p.rows / L::kTile;
 
-  const uint32 barrier = shared_address(arrived);
+  const uint32 barrier = shared_address(&arrived);
   if (threadIdx.x == 0) {
     init_barrier(barrier, 1);
-    init_barrier(barrier + 8, 1);
     fence_barrier_init();
   }
   cluster_arrive();
 
   const int64 seed = kStochastic ? *p.seed : 0;
   const auto piece_of = [&](int stage, int r, int i) { return stages + stage * kPieces + 32 * (r * L::kLoads + i); };
-  const auto rows_of = [&](int slot, int tile) {  // the lane's part of the tile's first rows
+  // what does not need the slot, all of it under way at once
+  const int64 token = static_cast<int64>(b) * p.zxbcdt_stride;
+  int c = threadIdx.x;
+  ChannelBits bits;
+  FeatureBits feature;
+  const auto load = [&] {
+    bits = load_channel(p, token + d_inner, channel_of(c));
+    if (c >= kShared) feature = load_feature(p, token, first + c - kShared);
+  };
+  if (c < channels) load();
+  const int my_head = threads - 1 - threadIdx.x;  // of the CTA: the last threads have least to do
+  Element dt_bits, dt_bias;
+  float A;
+  if (my_head < heads) {
+    const int head = first_head + my_head;
+    dt_bits = load_bits(p.zxbcdt, p.dtype, token + d_inner + p.conv_dim + head);
+    dt_bias = load_bits(p.dt_bias, p.dt_bias_dtype, static_cast<int64>(head) * p.dt_bias_stride, p.dt_bias != nullptr);
+    A = p.A[static_cast<int64>(head) * p.A_stride];
+  }
+
+  wait_for_copies();
+  __syncwarp();
+  const int slot = __shfl_sync(~0u, p.slots == nullptr ? b : slots[warp], 0);         // in a uniform register
+  if (slot < 0 || slot >= p.nslots || (p.slots != nullptr && slot == p.null_slot)) {  // in all CTAs of the cluster
+    for (int i = threadIdx.x; i < p.rows; i += threads) {
+      store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + i, 0.f);
+    }
+    cluster_wait();
+    return;
+  }
+  const auto rows_of = [&](int tile) {  // the lane's part of the tile's first rows
     const int row = first + tile * L::kTile, head = p.by_headdim.of(row);
     return static_cast<State*>(p.state) + slot * p.state_slot_stride + static_cast<int64>(head) * p.state_head_stride +
            static_cast<int64>(row - head * p.headdim + lane / L::kLanes) * p.state_p_stride + column;
   };
-  const auto usable = [&](int slot) {
-    return slot >= 0 && slot < p.nslots && (p.slots == nullptr || slot != p.null_slot);
-  };
-  // what is asked for next: the warp's next tile of this sequence, or its first of the next
-  int ahead = 0, ahead_tile = warp;
-  const auto copy_next = [&](int stage) {
-    while (ahead < sequences) {
-      const int slot = slot_of(ahead);
-      if (ahead_tile < tiles && usable(slot)) {
-        const State* source = rows_of(slot, ahead_tile);
+  const auto copy_tile = [&](int tile, int stage) {
+    if (tile < tiles) {
+      const State* source = rows_of(tile);
 #pragma unroll
-        for (int r = 0; r < kRows; ++r, source += static_cast<int64>(L::kGroups) * p.state_p_stride) {
+      for (int r = 0; r < kRows; ++r, source += static_cast<int64>(L::kGroups) * p.state_p_stride) {
 #pragma unroll
-          for (int i = 0; i < L::kLoads; ++i) copy_async<16>(piece_of(stage, r, i), source + i * L::kStep);
-        }
-        ahead_tile += warps;
-        break;
+        for (int i = 0; i < L::kLoads; ++i) copy_async<16>(piece_of(stage, r, i), source + i * L::kStep);
       }
-      ++ahead, ahead_tile = warp;
     }
     commit_copies();
   };
 
-  int stage = 0, turn = 0;
+  // the windows first: they are small, and more waits for them
+  const int64 windows = slot * p.conv_slot_stride;
+  const auto place_of = [&](int c) { return windows + static_cast<int64>(channel_of(c)) * p.conv_channel_stride; };
+  WindowBits before;
+  if (c < channels) before = load_window(p, place_of(c));
 #pragma unroll 1
-  for (int sequence = 0; sequence < sequences; ++sequence) {
-    const int b = first_sequence + sequence;
-    // what does not need the slot, all of it under way at once
-    const int64 token = static_cast<int64>(b) * p.zxbcdt_stride;
-    int c = threadIdx.x;
-    if constexpr (kMany) asm volatile("" : "+r"(c));  // or addresses of all that has a channel stay in registers
-    ChannelBits bits;
-    FeatureBits feature;
-    const auto load = [&] {
-      bits = load_channel(p, token + d_inner, channel_of(c));
-      if (c >= kShared) feature = load_feature(p, token, first + c - kShared);
-    };
-    if (c < channels) load();
-    const int my_head = threads - 1 - threadIdx.x;  // of the CTA: the last threads have least to do
-    Element dt_bits, dt_bias;
-    float A;
-    if (my_head < heads) {
-      const int head = first_head + my_head;
-      dt_bits = load_bits(p.zxbcdt, p.dtype, token + d_inner + p.conv_dim + head);
-      dt_bias =
-          load_bits(p.dt_bias, p.dt_bias_dtype, static_cast<int64>(head) * p.dt_bias_stride, p.dt_bias != nullptr);
-      A = p.A[static_cast<int64>(head) * p.A_stride];
-    }
+  for (int s = 0; s < p.stages; ++s) copy_tile(warp + s * warps, s);
+  if (threadIdx.x == 0) arrive_expecting(barrier, expected * sizeof(float));
 
-    if (sequence == 0) {
-      wait_for_copies();
-      __syncwarp();
-    }
-    const int slot = __shfl_sync(~0u, slot_of(sequence), 0);  // in a uniform register
-    if (!usable(slot)) {
-      for (int i = threadIdx.x; i < p.rows; i += threads) {
-        store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + i, 0.f);
-      }
-      continue;
-    }
-
-    // the windows first: they are small, and more waits for them
-    const int64 windows = slot * p.conv_slot_stride;
-    const auto place_of = [&](int c) { return windows + static_cast<int64>(channel_of(c)) * p.conv_channel_stride; };
-    WindowBits before;
-    if (c < channels) before = load_window(p, place_of(c));
-    if (turn == 0) {
-#pragma unroll 1
-      for (int s = 0; s < p.stages; ++s) copy_next(s);
-    }
-    if (threadIdx.x == 0) arrive_expecting(barrier + 8 * (turn & 1), expected * sizeof(float));
-
-    if (my_head < heads) {
-      const float dt = step_size(from_bits(dt_bits, p.dtype) + from_bits(dt_bias, p.dt_bias_dtype), p.dt_softplus,
-                                 p.dt_min, p.dt_max);
-      steps[my_head] = make_float2(dt, expf(dt * A));
-    }
-    // windows of B and C are stored once the other CTAs have read them, those of rows at once
-    float window[kMaxWidth];
-    while (c < channels) {
-      if (c >= kShared) {
-        StepRow& row = rows[c - kShared];
-        row.gate = silu(from_bits(feature.z, p.dtype));
-        row.weight = from_bits(feature.weight, p.norm_weight_dtype);
-      }
-      const float value = convolve(p, bits, before, window);
-      if (c < kShared) {
-        BC[c] = value;
-#pragma unroll
-        for (int k = 1; k < kMaxWidth; ++k) moved[(k - 1) * kShared + c] = window[k];
-      } else {
-        StepRow& row = rows[c - kShared];
-        row.x = value;
-        row.y = from_bits(feature.D, p.D_dtype) * value;
-        store_window(p, place_of(c), window);
-      }
-      c += threads;
-      if (c < channels) {
-        load();
-        before = load_window(p, place_of(c));
-      }
-    }
-    __syncthreads();
-    if (turn == 0) cluster_wait();  // the others have begun, and their barriers are ready
-
-    float B[L::kColumns], C[L::kColumns];
-#pragma unroll
-    for (int i = 0; i < L::kColumns; ++i) {
-      const int n = column + i / L::kPerLoad * L::kStep + i % L::kPerLoad;
-      B[i] = BC[n], C[i] = BC[kDstate + n];
-    }
-    float S[kRows][L::kColumns];
-    const auto store_rows = [&](int tile) {
-      const int row = first + tile * L::kTile;
-      State* target = rows_of(slot, tile) - column;
-#pragma unroll
-      for (int r = 0; r < kRows; ++r, target += static_cast<int64>(L::kGroups) * p.state_p_stride) {
-        store_columns<State, L, kStochastic>(
-            target, column, S[r],
-            static_cast<int64>(slot) * p.nheads * p.headdim + row + lane / L::kLanes + r * L::kGroups, seed, 0);
-      }
-    };
-    const int mine = part / L::kLanesPerSum * L::kGroups + lane / L::kLanes;  // row of a tile whose y is this lane's
-    float squares = 0.f;
-    int tile = warp;
-    while (tile < tiles) {
-      wait_for_copies(p.stages - 1);
-      const int row = tile * L::kTile, head = p.by_headdim.of(first + row) - first_head;
-      const auto [dt, decay] = steps[head];
-      float sums[kRows];
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        uint4 raw[L::kLoads];
-#pragma unroll
-        for (int i = 0; i < L::kLoads; ++i) raw[i] = *piece_of(stage, r, i);
-        unpack_row<State, L>(raw, 1.f, S[r]);
-        sums[r] = advance(S[r], decay, dt * rows[row + lane / L::kLanes + r * L::kGroups].x, B, C);
-      }
-      if (sequences > 1 || tile + warps < tiles) copy_next(stage);
-      stage = stage + 1 == p.stages ? 0 : stage + 1;
-      const float sum = sum_rows<L::kLanes>(sums, part);  // in each of the row's lanes
-      const StepRow own = rows[row + mine];
-      const float u = (own.y + sum) * (p.norm_before_gate ? 1.f : own.gate);
-      squares = fmaf(u, u, squares);
-      __syncwarp();  // all of them have read it
-      rows[row + mine].y = u;
-      if (tile + warps >= tiles) break;  // the last tile's states are stored when nobody waits for this warp
-      store_rows(tile);
-      tile += warps;
-    }
-#pragma unroll
-    for (int offset = 16; offset >= L::kLanesPerSum; offset /= 2) squares += __shfl_xor_sync(~0u, squares, offset);
-    const uint32 now = barrier + 8 * (turn & 1);
-    const uint32 place = shared_address(partials[turn & 1] + cluster_rank() * warps + warp);
-    if (lane < cluster_size()) store_counted(address_in_cta(place, lane), squares, address_in_cta(now, lane));
-    if (tile < tiles) store_rows(tile);
-    // what comes after the wait is ready before it: a row of y, and of B's and C's channels, which the CTAs of the
-    // group share, a window
-    const bool has_y = part % L::kLanesPerSum == 0;
-    int row = warp * L::kTile + mine;
-    StepRow own;
-    if (has_y && row < p.rows) own = rows[row];
-    const int share = p.by_rows_per_group.of(kShared * p.rows);
-    const int begin = p.by_rows_per_group.of((first - group * p.rows_per_group) * kShared);
-    c = begin + threadIdx.x;
-    const auto load_moved = [&] {
-#pragma unroll
-      for (int k = 1; k < kMaxWidth; ++k) window[k] = moved[(k - 1) * kShared + c];
-    };
-    if (c < begin + share) load_moved();
-    wait(now, turn >> 1 & 1);
-
-    float total = 0.f;
-#pragma unroll
-    for (int i = 0; i < kMaxCluster * kMaxWarps; i += 32) {
-      if (i + lane < expected) total += partials[turn & 1][i + lane];
-    }
-    const float scale = rsqrtf(warp_sum(total) / static_cast<float>(p.group_size) + p.eps);
-    while (has_y && row < p.rows) {
-      const float v = own.y * scale * own.weight;
-      store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + row,
-                  p.norm_before_gate ? v * own.gate : v);
-      row += warps * L::kTile;
-      if (row < p.rows) own = rows[row];
-    }
-    while (c < begin + share) {
-      store_window(p, place_of(c), window);
-      c += threads;
-      if (c < begin + share) load_moved();
-    }
-    ++turn;
-    if (sequence + 1 < sequences) __syncthreads();  // shared memory is free
+  if (my_head < heads) {
+    const float dt =
+        step_size(from_bits(dt_bits, p.dtype) + from_bits(dt_bias, p.dt_bias_dtype), p.dt_softplus, p.dt_min, p.dt_max);
+    steps[my_head] = make_float2(dt, expf(dt * A));
   }
-  if (turn == 0) cluster_wait();
+  // windows of B and C are stored once the other CTAs have read them, those of rows at once
+  float window[kMaxWidth];
+  while (c < channels) {
+    if (c >= kShared) {
+      StepRow& row = rows[c - kShared];
+      row.gate = silu(from_bits(feature.z, p.dtype));
+      row.weight = from_bits(feature.weight, p.norm_weight_dtype);
+    }
+    const float value = convolve(p, bits, before, window);
+    if (c < kShared) {
+      BC[c] = value;
+#pragma unroll
+      for (int k = 1; k < kMaxWidth; ++k) moved[(k - 1) * kShared + c] = window[k];
+    } else {
+      StepRow& row = rows[c - kShared];
+      row.x = value;
+      row.y = from_bits(feature.D, p.D_dtype) * value;
+      store_window(p, place_of(c), window);
+    }
+    c += threads;
+    if (c < channels) {
+      load();
+      before = load_window(p, place_of(c));
+    }
+  }
+  __syncthreads();
+  cluster_wait();  // the others have begun, and their barriers are ready
+
+  float B[L::kColumns], C[L::kColumns];
+#pragma unroll
+  for (int i = 0; i < L::kColumns; ++i) {
+    const int n = column + i / L::kPerLoad * L::kStep + i % L::kPerLoad;
+    B[i] = BC[n], C[i] = BC[kDstate + n];
+  }
+  float S[kRows][L::kColumns];
+  const auto store_rows = [&](int tile) {
+    const int row = first + tile * L::kTile;
+    State* target = rows_of(tile) - column;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r, target += static_cast<int64>(L::kGroups) * p.state_p_stride) {
+      store_columns<State, L, kStochastic>(
+          target, column, S[r],
+          static_cast<int64>(slot) * p.nheads * p.headdim + row + lane / L::kLanes + r * L::kGroups, seed, 0);
+    }
+  };
+  const int mine = part / L::kLanesPerSum * L::kGroups + lane / L::kLanes;  // row of a tile whose y is this lane's
+  float squares = 0.f;
+  int tile = warp, stage = 0;
+  while (tile < tiles) {
+    wait_for_copies(p.stages - 1);
+    const int row = tile * L::kTile, head = p.by_headdim.of(first + row) - first_head;
+    const auto [dt, decay] = steps[head];
+    float sums[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      uint4 raw[L::kLoads];
+#pragma unroll
+      for (int i = 0; i < L::kLoads; ++i) raw[i] = *piece_of(stage, r, i);
+      unpack_row<State, L>(raw, 1.f, S[r]);
+      sums[r] = advance(S[r], decay, dt * rows[row + lane / L::kLanes + r * L::kGroups].x, B, C);
+    }
+    if (tile + warps < tiles) copy_tile(tile + p.stages * warps, stage);
+    stage = stage + 1 == p.stages ? 0 : stage + 1;
+    const float sum = sum_rows<L::kLanes>(sums, part);  // in each of the row's lanes
+    const StepRow own = rows[row + mine];
+    const float u = (own.y + sum) * (p.norm_before_gate ? 1.f : own.gate);
+    squares = fmaf(u, u, squares);
+    __syncwarp();  // all of them have read it
+    rows[row + mine].y = u;
+    if (tile + warps >= tiles) break;  // the last tile's states are stored when nobody waits for this warp
+    store_rows(tile);
+    tile += warps;
+  }
+#pragma unroll
+  for (int offset = 16; offset >= L::kLanesPerSum; offset /= 2) squares += __shfl_xor_sync(~0u, squares, offset);
+  const uint32 place = shared_address(partials + cluster_rank() * warps + warp);
+  if (lane < cluster_size()) store_counted(address_in_cta(place, lane), squares, address_in_cta(barrier, lane));
+  if (tile < tiles) store_rows(tile);
+  // what comes after the wait is ready before it: a row of y, and of B's and C's channels, which the CTAs of the
+  // group share, a window
+  const bool has_y = part % L::kLanesPerSum == 0;
+  int row = warp * L::kTile + mine;
+  StepRow own;
+  if (has_y && row < p.rows) own = rows[row];
+  const int share = p.by_rows_per_group.of(kShared * p.rows);
+  const int begin = p.by_rows_per_group.of((first - group * p.rows_per_group) * kShared);
+  c = begin + threadIdx.x;
+  const auto load_moved = [&] {
+#pragma unroll
+    for (int k = 1; k < kMaxWidth; ++k) window[k] = moved[(k - 1) * kShared + c];
+  };
+  if (c < begin + share) load_moved();
+  wait(barrier, 0);
+
+  float total = 0.f;
+#pragma unroll
+  for (int i = 0; i < kMaxCluster * kMaxWarps; i += 32) {
+    if (i + lane < expected) total += partials[i + lane];
+  }
+  const float scale = rsqrtf(warp_sum(total) / static_cast<float>(p.group_size) + p.eps);
+  while (has_y && row < p.rows) {
+    const float v = own.y * scale * own.weight;
+    store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + row, p.norm_before_gate ? v * own.gate : v);
+    row += warps * L::kTile;
+    if (row < p.rows) own = rows[row];
+  }
+  while (c < begin + share) {
+    store_window(p, place_of(c), window);
+    c += threads;
+    if (c < begin + share) load_moved();
+  }
 }
 
 }  // namespace hybrid_ops

@@ -135,9 +135,7 @@ struct Mamba2StepArgs {
   int null_slot;
   float dt_min, dt_max, eps;
   bool dt_softplus, norm_before_gate;
-  bool usual;
-  int cluster, warps, stages, sequences;  // CTAs of a group of the norm; of a CTA; tiles that a warp has under way; of
-                                          // a cluster, one after the other
+  int cluster, warps, stages;  // CTAs of a group of the norm; of a CTA; tiles that a warp has under way
 };
 
 // The pointers of Mamba2StepParams, in its order.

@@ -19,13 +19,12 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 // Until all of this thread's have arrived.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Until at most `pending` of this thread's groups, 0 to 3, are under way.
+// Until at most `pending` of this thread's groups, 0 or 1, are under way.
 __device__ __forceinline__ void wait_for_copies(int pending) {
-  switch (pending) {
-    case 0: asm volatile("cp.async.wait_group 0;" ::: "memory"); break;
-    case 1: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
-    case 2: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
-    default: asm volatile("cp.async.wait_group 3;" ::: "memory");
+  if (pending == 0) {
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+  } else {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
   }
 }
 

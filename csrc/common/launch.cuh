@@ -47,23 +47,18 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// Lets a kernel have an attribute of `value` or more, as how much dynamic shared memory it may have. The runtime is
-// asked only where that is more than before on this device.
-template <auto kKernel, cudaFuncAttribute kAttribute>
-void raise_attribute(int value, int device) {
-  static std::array<std::atomic<int>, 64> reached{};  // by device
-  static std::mutex mutex;
-  std::atomic<int>& mine = reached.at(device);
-  if (mine >= value) return;
-  const std::scoped_lock lock(mutex);
-  if (mine >= value) return;
-  check(cudaFuncSetAttribute(kKernel, kAttribute, value), "cudaFuncSetAttribute");
-  mine = value;
-}
-
+// Lets a kernel have so much dynamic shared memory; the runtime is asked only where that is more than before on this
+// device.
 template <auto kKernel>
 void allow_shared_memory(int bytes, int device) {
-  raise_attribute<kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize>(bytes, device);
+  static std::array<std::atomic<int>, 64> allowed{};  // by device
+  static std::mutex mutex;
+  std::atomic<int>& most = allowed.at(device);
+  if (most >= bytes) return;
+  const std::scoped_lock lock(mutex);
+  if (most >= bytes) return;
+  check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
+  most = bytes;
 }
 
 // Whether four neighbours of a row of tokens always lie in one aligned piece of memory; strides of elements, last of

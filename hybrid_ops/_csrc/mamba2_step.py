@@ -19,8 +19,6 @@ class Config(NamedTuple):
     cluster: int  # CTAs that share a group of the norm, each with consecutive features
     warps: int  # of a CTA
     stages: int  # tiles that a warp has under way
-    sequences: int = 1  # of a cluster, one after the other
-    usual: bool = True  # whether a kernel whose dtypes are fixed is taken, where it can be
 
 
 def tile(dstate: int, itemsize: int, stochastic: bool) -> int:
