@@ -39,7 +39,9 @@ def test_beside_vllm_scan():
     inputs |= dict(dt_bias=randn(NHEADS), initial_states=randn(len(lengths), *STATE))
     arguments = {}
     for name, value in inputs.items():
-        dtype = torch.float32 if name in ("A", "D", "dt", "dt_bias") else torch.bfloat16
+        # theirs reads initial states in the dtype of those it returns
+        exact = name in ("A", "D", "dt", "dt_bias", "initial_states")
+        dtype = torch.float32 if exact else torch.bfloat16
         arguments[name] = value
         if isinstance(value, torch.Tensor):
             arguments[name] = value.to("cuda", dtype if value.is_floating_point() else value.dtype)
