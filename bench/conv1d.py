@@ -30,7 +30,7 @@ def cases(on_gpu: bool) -> Iterator[Case]:
     yield conv1d_bwd("super", 8192, 1)
     yield conv1d_bwd("super", 65536, 1)
     yield conv1d_bwd("nano3", 2048, 8)
-    for batch in (1, 64, 256):
+    for batch in (1, 128, 512):
         yield conv1d_update("super", batch)
 
 
