@@ -12,19 +12,6 @@ namespace {
 
 static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
 
-Rows rows(std::uintptr_t data, const std::array<std::int64_t, 3>& strides) {
-  return {reinterpret_cast<const bf16*>(data), {strides[0], strides[1], strides[2]}};
-}
-
-// Whether TMA takes a (batch, seqlen, rows, ..) tensor: all of its rows begin at multiples of 16 bytes.
-bool in_boxes(std::uintptr_t data, const std::array<std::int64_t, 3>& sizes,
-              const std::array<std::int64_t, 3>& strides) {
-  for (int i = 0; i < 3; ++i) {
-    if (sizes[i] > 1 && strides[i] % 8 != 0) return false;
-  }
-  return data % 16 == 0;
-}
-
 // A (batch, seqlen, rows, columns) tensor in bfloat16, in boxes of 64 tokens by 64 columns of one row.
 TensorMap tensor_map(std::uintptr_t data, const std::array<std::int64_t, 4>& sizes,
                      const std::array<std::int64_t, 3>& strides) {
@@ -81,19 +68,10 @@ void ssd_fwd(const SsdArgs& a, const SsdTensors& t, Target target) {
     return States{reinterpret_cast<void*>(data), dtype, stride, reinterpret_cast<const int*>(slots)};
   };
   SsdParams p{};
-  p.x = rows(t.x, a.x_strides);
-  p.B = rows(t.B, a.B_strides);
-  p.C = rows(t.C, a.C_strides);
-  p.z = rows(t.z, a.z_strides);
-  const std::array heads{a.batch, a.seqlen, a.nheads}, groups{a.batch, a.seqlen, a.ngroups};
-  p.by_words = !in_boxes(t.x, heads, a.x_strides) || !in_boxes(t.B, groups, a.B_strides) ||
-               !in_boxes(t.C, groups, a.C_strides) || !in_boxes(t.z, heads, a.z_strides);
-  if (!p.by_words) {
-    p.x_map = tensor_map(t.x, {a.batch, a.seqlen, a.nheads, a.headdim}, a.x_strides);
-    p.B_map = tensor_map(t.B, {a.batch, a.seqlen, a.ngroups, a.dstate}, a.B_strides);
-    p.C_map = tensor_map(t.C, {a.batch, a.seqlen, a.ngroups, a.dstate}, a.C_strides);
-    if (t.z != 0) p.z_map = tensor_map(t.z, {a.batch, a.seqlen, a.nheads, a.headdim}, a.z_strides);
-  }
+  p.x_map = tensor_map(t.x, {a.batch, a.seqlen, a.nheads, a.headdim}, a.x_strides);
+  p.B_map = tensor_map(t.B, {a.batch, a.seqlen, a.ngroups, a.dstate}, a.B_strides);
+  p.C_map = tensor_map(t.C, {a.batch, a.seqlen, a.ngroups, a.dstate}, a.C_strides);
+  if (t.z != 0) p.z_map = tensor_map(t.z, {a.batch, a.seqlen, a.nheads, a.headdim}, a.z_strides);
   p.y_map = tensor_map(t.y, {a.batch, a.seqlen, a.nheads, a.headdim}, a.y_strides);
   p.dt = floats(t.dt, a.dt_dtype);
   p.dt_bias = floats(t.dt_bias, a.dt_bias_dtype);

@@ -11,7 +11,7 @@
 // C and M are register operands, so that shared memory, which is busiest, holds less of what products read.
 //
 // Warpgroups of a CTA, which hand chunks on through mbarriers:
-//     0    warp 0 copies B, C, x, z into a ring of stages, with TMA if it takes their rows; warps 1, 2 make a, b and the weights from dt;
+//     0    warp 0 copies B, C, x, z with TMA into a ring of stages; warps 1, 2 make a, b and the weights from dt;
 //          warp 3 stores y
 //     1..  walkers: S of 64 features and 128 columns each: a head, or a part of one whose headdim or dstate is larger
 //     ..   one or two readers: Y
@@ -160,7 +160,7 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
 
   const auto prepare = [&](uint32 iteration) {
     const int s = iteration % Config::kStages;
-    shared.wait_for_inputs(iteration, p.by_words);
+    shared.wait_for_inputs(iteration);
     load_scaled_x(x, shared.x(s, tile), shared.per_token(s, kWeight), warp, lane);
     a_last = load_shared(shared.per_token(s, kA) + place_of(kChunk - 1) * 4);
   };
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < Config::kStages; ++s) {
-      init_barrier(shared.loaded(s), p.by_words ? 32 : 1);
+      init_barrier(shared.loaded(s), 1);
       init_barrier(shared.full(s), 1);
       init_barrier(shared.empty(s), 4 * Config::kWalkers + (Config::kStatesOnly ? 0 : 4));
     }
@@ -264,11 +264,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
   if (warpgroup == 0) {
     give_registers<Config::kProducerRegisters>();
     if (warp == 0) {
-      if (p.by_words) {
-        copy_chunks_by_words<Config>(p, shared);
-      } else if (threadIdx.x == 0) {
-        copy_chunks<Config>(p, shared);
-      }
+      if (threadIdx.x == 0) copy_chunks<Config>(p, shared);
     } else if (warp <= 2) {
       make_decays<Config>(p, shared, warp - 1);
     } else if constexpr (!Config::kStatesOnly) {

@@ -259,21 +259,6 @@ def test_cuda_configuration(monkeypatch):
     assert explained.config == dict(segment_chunks=16, parts=1)
 
 
-def test_rows_of_the_cuda_kernel():
-    """Rows of x, B, C and z may begin at any multiple of 4 bytes, as in a shard's projection; those of y may not."""
-    wide = torch.zeros(1, 70, 2 * 64 + 2 * 128 + 2, dtype=torch.bfloat16)
-
-    def refusal(beside, y=None):
-        x, B, C = wide[..., beside : beside + 384].split([128, 128, 128], -1)
-        x, B, C = x.unflatten(-1, (2, 64)), B[:, :, None], C[:, :, None]
-        y = torch.empty(1, 70, 2, 64, dtype=torch.bfloat16) if y is None else y
-        return csrc.refusal(x, torch.ones(2), B, C, x, None, (), y, None, (), 0)
-
-    assert refusal(2) is None
-    assert "in x that begin at multiples of 4 bytes" in refusal(1)
-    assert "in y that begin at multiples of 16 bytes" in refusal(2, wide[..., 2:130].unflatten(-1, (2, 64)))
-
-
 @contextlib.contextmanager
 def configured(chosen):
     """Within it the CUDA kernel has this configuration, and nothing remembered is used."""

@@ -14,17 +14,6 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   }
 }
 
-// Two neighbours of 16 bits each, or zeros where they are not present.
-__device__ __forceinline__ void copy_word(unsigned target, const void* global, bool present) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(global), "r"(present ? 4 : 0)
-               : "memory");
-}
-
-// This thread arrives at a barrier, by its address in shared memory, once all it has asked for is there.
-__device__ __forceinline__ void arrive_with_copies(unsigned barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until all of this thread's have arrived.

@@ -1,7 +1,6 @@
 // What enters a chunk of the SSD scan, by warps of warpgroup 0: x, B, C, z, and what is made of dt.
 #pragma once
 
-#include "common/async_copies.cuh"
 #include "common/ssd_problem.cuh"
 
 namespace hybrid_ops {
@@ -28,41 +27,6 @@ __device__ __forceinline__ void copy_chunks(const SsdParams& p, const SharedMemo
             load_box(shared.z(s, tile), p.z_map, loaded, 64 * tile, unit.head, token, unit.row);
           }
         }
-      });
-}
-
-// The same by a warp, two elements a lane, for rows that begin at any multiple of 4 bytes.
-template <typename Config>
-__device__ __forceinline__ void copy_chunks_by_words(const SsdParams& p, const SharedMemory<Config>& shared) {
-  const int lane = threadIdx.x % 32;
-  const auto copy_tile = [&](uint32 tile, const Rows& rows, const Unit& unit, int token, int row, int first, int width) {
-    const int column = first + 2 * lane;
-    const bf16* source =
-        rows.data + unit.row * rows.strides[0] + token * rows.strides[1] + row * rows.strides[2] + column;
-#pragma unroll 2
-    for (int i = 0; i < kChunk; ++i, source += rows.strides[1]) {
-      const bool present = column < width && token + i >= 0 && token + i < p.seqlen;
-      copy_word(swizzled(tile, i, lane / 4) + lane % 4 * 4, present ? source : rows.data, present);
-    }
-  };
-  for_each_chunk<Config>(
-      p, [](const Unit&, uint32) {},
-      [&](const Unit& unit, int c, uint32 iteration) {
-        const int s = iteration % Config::kStages;
-        const int token = unit.first + c * kChunk, group = unit.head / p.heads_per_group;
-        wait(shared.empty(s), (iteration / Config::kStages + 1) & 1);
-#pragma unroll 1
-        for (int i = 0; i < Config::kGroupLoads; ++i) {
-          const Rows& rows = i < Config::kGroupTiles ? p.B : p.C;
-          const int column = i % Config::kGroupTiles * 64;
-          copy_tile(shared.stage(s) + i * Config::kTileBytes, rows, unit, token, group, column, p.dstate);
-        }
-#pragma unroll 1
-        for (int tile = 0; tile < Config::kTiles; ++tile) {
-          copy_tile(shared.x(s, tile), p.x, unit, token, unit.head, 64 * tile, p.headdim);
-          if constexpr (Config::kGated) copy_tile(shared.z(s, tile), p.z, unit, token, unit.head, 64 * tile, p.headdim);
-        }
-        arrive_with_copies(shared.loaded(s));
       });
 }
 

@@ -110,7 +110,7 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
         const int buffer = iteration % Config::kBuffers;
         uint32 c[kSteps][4], m[4][4], x[Config::kFeatures / 16][4];
         float cb[32], y[Config::kFeatures / 2];  // C B^T [64, 64]; Y [64, P]
-        shared.wait_for_inputs(iteration, p.by_words);
+        shared.wait_for_inputs(iteration);
         load_C<Config>(c, stage + Config::kC, warp, lane);
         wgmma_fence();
 #pragma unroll

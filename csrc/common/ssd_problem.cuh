@@ -25,16 +25,8 @@ struct States {
   const int* slots;
 };
 
-// A tensor (batch, seqlen, nheads | ngroups, headdim | dstate) in bfloat16 whose last stride is 1.
-struct Rows {
-  const bf16* data;
-  int64 strides[3];
-};
-
 struct SsdParams {
   TensorMap x_map, B_map, C_map, z_map, y_map;  // (batch, seqlen, nheads | ngroups, headdim | dstate)
-  Rows x, B, C, z;  // once more
-  bool by_words;    // whether a warp copies them word by word, for TMA does not take rows as these are
   Floats dt, dt_bias, D;
   const float* A;
   int64 dt_strides[3];  // batch, token, head
@@ -144,12 +136,11 @@ struct SharedMemory {
   __device__ __forceinline__ uint32 y_full(int reader) const { return state_empty(Config::kBuffers) + 8 * reader; }
   __device__ __forceinline__ uint32 y_empty(int reader) const { return y_full(Config::kReaders) + 8 * reader; }
 
-  // Until chunk `iteration` lies in its stage; what a warp wrote there would not be seen by products without the fence.
-  __device__ __forceinline__ void wait_for_inputs(uint32 iteration, bool by_words) const {
+  // Until chunk `iteration` lies in its stage.
+  __device__ __forceinline__ void wait_for_inputs(uint32 iteration) const {
     const int s = iteration % Config::kStages, parity = (iteration / Config::kStages) & 1;
     wait(loaded(s), parity);
     wait(full(s), parity);
-    if (by_words) fence_async_proxy();
   }
 };
 

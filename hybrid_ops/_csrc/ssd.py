@@ -84,11 +84,9 @@ def refusal(
         return "the CUDA kernel keeps states in float32"
     if x.numel() == 0 or x.shape[1] >= 2**31 - CHUNK:
         return f"the CUDA kernel has between 1 and 2^31 - {CHUNK} tokens, not {x.shape[1]}"
-    for name, t in (("x", x), ("B", B), ("C", C), ("z", z)):
-        if t is not None and not _rows(t, 4):
-            return f"the CUDA kernel needs rows of neighbours in {name} that begin at multiples of 4 bytes"
-    if not _rows(y, 16):
-        return "the CUDA kernel needs rows of neighbours in y that begin at multiples of 16 bytes"
+    for name, t in (("x", x), ("B", B), ("C", C), ("z", z), ("y", y)):
+        if t is not None and not _boxes(t):
+            return f"the CUDA kernel needs rows of {name} that begin at multiples of 16 bytes"
     if not A.is_contiguous() or any(t is not None and not t.is_contiguous() for t in small):
         return "the CUDA kernel needs contiguous A and indices"
     states = [t for t in (initial, *kept) if t is not None]
@@ -99,10 +97,10 @@ def refusal(
     return None
 
 
-def _rows(t: Tensor, alignment: int) -> bool:
-    """Whether all of its rows are neighbours in memory and begin at multiples of `alignment` bytes."""
-    strides = [t.stride(i) * t.element_size() for i in range(3) if t.shape[i] > 1]
-    return t.stride(3) == 1 and all(n % alignment == 0 for n in (t.data_ptr(), *strides))
+def _boxes(t: Tensor) -> bool:
+    """Whether TMA takes it: unit stride, and 16 bytes under its address and every other stride that is ever taken."""
+    strides = [t.stride(i) for i in range(3) if t.shape[i] > 1]
+    return t.stride(3) == 1 and t.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
 
 
 @_checks.remembered
