@@ -99,6 +99,13 @@ __device__ __forceinline__ void load_box(uint32 destination, const TensorMap& ma
       : "memory");
 }
 
+// A box into the L2 cache.
+__device__ __forceinline__ void prefetch_box(const TensorMap& map, int i0, int i1, int i2, int i3) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(i0), "r"(i1),
+               "r"(i2), "r"(i3)
+               : "memory");
+}
+
 // A box from shared memory to a 4-D tensor; what lies outside of it is not written.
 __device__ __forceinline__ void store_box(const TensorMap& map, uint32 source, int i0, int i1, int i2, int i3) {
   asm volatile(

@@ -5,6 +5,25 @@
 
 namespace hybrid_ops {
 
+// What a chunk needs, into the L2 cache: two stages are too few for the latency of memory. Of B and C, which the heads
+// of a group share, by one of them.
+template <typename Config>
+__device__ __forceinline__ void prefetch_chunk(const SsdParams& p, const Unit& unit, int c) {
+  const int token = unit.first + c * kChunk, group = unit.head / p.heads_per_group;
+  if (unit.head == group * p.heads_per_group) {
+#pragma unroll 1
+    for (int i = 0; i < Config::kGroupLoads; ++i) {
+      const TensorMap& map = i < Config::kGroupTiles ? p.B_map : p.C_map;
+      prefetch_box(map, i % Config::kGroupTiles * 64, group, token, unit.row);
+    }
+  }
+#pragma unroll 1
+  for (int tile = 0; tile < Config::kTiles; ++tile) {
+    prefetch_box(p.x_map, 64 * tile, unit.head, token, unit.row);
+    if constexpr (Config::kGated) prefetch_box(p.z_map, 64 * tile, unit.head, token, unit.row);
+  }
+}
+
 template <typename Config>
 __device__ __forceinline__ void copy_chunks(const SsdParams& p, const SharedMemory<Config>& shared) {
   for_each_chunk<Config>(
@@ -26,6 +45,9 @@ __device__ __forceinline__ void copy_chunks(const SsdParams& p, const SharedMemo
           if constexpr (Config::kGated) {
             load_box(shared.z(s, tile), p.z_map, loaded, 64 * tile, unit.head, token, unit.row);
           }
+        }
+        if constexpr (Config::kAhead > 0) {
+          if (c + Config::kAhead < unit.chunks) prefetch_chunk<Config>(p, unit, c + Config::kAhead);
         }
       });
 }

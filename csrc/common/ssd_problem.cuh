@@ -99,6 +99,7 @@ struct SsdConfig {
   static constexpr int kLimit = 232448 - 1024;  // a CTA's shared memory, less what aligning it takes
   static constexpr int kStages = (kLimit - kTail) / kStage > 4 ? 4 : (kLimit - kTail) / kStage;
   static_assert(kStages >= 2);
+  static constexpr int kAhead = kStages == 2 ? 6 : 0;  // chunks, of what comes into the L2 cache before
   static constexpr int kSharedBytes = kStages * kStage + kTail + 1024;
 };
 
