@@ -49,6 +49,19 @@ __device__ __forceinline__ float before_sequence(const Conv1dParams& p, int sequ
   return load_parameter<T>(p.initial_states, p.states_fp32, offset);
 }
 
+// One token of channels 2 j and 2 j + 1, from input(k, c) of the c-th of them to their place in `words`.
+template <typename T, int kWidth, bool kSilu, typename Input>
+__device__ __forceinline__ void conv1d_step(const float (&w)[2][kWidth], const float (&b)[2], Input input, int j,
+                                            unsigned* words) {
+  float result[2];
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const float sum = window_sum<T, kWidth>(b[c], [&](int k) { return w[c][k]; }, [&](int k) { return input(k, c); });
+    result[c] = kSilu ? sum * sigmoid<T>(sum) : sum;
+  }
+  set_pair<T>(words, j, result[0], result[1]);
+}
+
 inline constexpr int kTileBytes = 64;     // of a thread
 inline constexpr int kTileThreads = 256;  // of a CTA: (vectors, groups of tokens), whole warps to a group
 
@@ -76,16 +89,6 @@ __global__ void __launch_bounds__(kTileThreads, 3) conv1d_kernel(const __grid_co
   for (int i = 0; i < kTokens; ++i) load_words_if(i < count, x + i * x_stride, raw[kHistory + i]);
   Parameters<T, kWidth, kChannels> parameters;
   parameters.load(p, channel);
-  // input(k, c) of a pair's channel c, and where their results go
-  const auto compute = [&](const float (&w)[2][kWidth], const float (&b)[2], auto input, unsigned* words, int j) {
-    float result[2];
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const float sum = window_sum<T, kWidth>(b[c], [&](int k) { return w[c][k]; }, [&](int k) { return input(k, c); });
-      result[c] = kSilu ? sum * sigmoid<T>(sum) : sum;
-    }
-    set_pair<T>(words, j, result[0], result[1]);
-  };
 
   __syncwarp();  // what is loaded is under way while the sequence is looked for
   Sequence sequence = kPacked ? find_sequence(p.cu_seqlens, p.nseq, p.seqlen, first) : Sequence{row, 0, p.seqlen};
@@ -100,7 +103,8 @@ __global__ void __launch_bounds__(kTileThreads, 3) conv1d_kernel(const __grid_co
       parameters.pair(p, channel, j, w, b);
 #pragma unroll
       for (int t = kTokens - 1; t >= 0; --t) {
-        compute(w, b, [&](int k, int c) { return element<T>(raw[t + k], 2 * j + c); }, raw[t + kHistory], j);
+        const auto input = [&](int k, int c) { return element<T>(raw[t + k], 2 * j + c); };
+        conv1d_step<T, kWidth, kSilu>(w, b, input, j, raw[t + kHistory]);
       }
       __syncwarp();  // keeps the compiler from unpacking the next pair's inputs already, for which it has no registers
     }
@@ -129,7 +133,8 @@ __global__ void __launch_bounds__(kTileThreads, 3) conv1d_kernel(const __grid_co
         for (int j = 0; j < kPart / 2; ++j) {
           float w[2][kWidth], b[2];
           parameters.pair(p, channel + part, j, w, b);
-          compute(w, b, [&](int k, int c) { return window[k][2 * j + c]; }, result, j);
+          const auto input = [&](int k, int c) { return window[k][2 * j + c]; };
+          conv1d_step<T, kWidth, kSilu>(w, b, input, j, result);
         }
       }
       store_words_if(true, y + part, result);
