@@ -91,10 +91,8 @@ def alignment(*tensors: Tensor) -> int:
     return bits & -bits
 
 
-def _aligned(parameter: Tensor | None) -> Tensor | None:
+def _aligned(parameter: Tensor) -> Tensor:
     """The parameter as the kernels read it, in vectors."""
-    if parameter is None:
-        return None
     parameter = parameter.contiguous()
     return parameter.clone() if parameter.data_ptr() % 16 else parameter
 
@@ -115,14 +113,16 @@ def conv1d(
 ) -> None:
     """Fill y; start from `history` and fill `state`, a row per sequence or a pool with slots."""
     small = (cu_seqlens, read_slots, write_slots)
-    small = tuple(None if t is None else t.contiguous() for t in small)
-    tensors = (x, _aligned(weight), _aligned(bias), history, y, state, *small)
+    cu_seqlens, read_slots, write_slots = (None if t is None else t.contiguous() for t in small)
+    bias = None if bias is None else _aligned(bias)
+    tensors = (x, _aligned(weight), bias, history, y, state, cu_seqlens, read_slots, write_slots)
     make_launch(*tensors, silu, null_slot, chosen)(tensors)
 
 
 def is_dense(weight: Tensor, bias: Tensor | None, *small: Tensor | None) -> bool:
     """Whether `conv1d` would copy none of them."""
-    return all(_aligned(t) is t for t in (weight, bias)) and all(t is None or t.is_contiguous() for t in small)
+    parameters = (weight, bias)
+    return all(t is None or _aligned(t) is t for t in parameters) and all(t is None or t.is_contiguous() for t in small)
 
 
 @_checks.remembered
@@ -195,7 +195,7 @@ def conv1d_bwd(
         dy,
         x,
         _aligned(weight),
-        _aligned(bias),
+        None if bias is None else _aligned(bias),
         history,
         dfinal,
         dx,
