@@ -14,13 +14,15 @@ struct Sequence {
 };
 
 // What holds `token` of a packed row. A whole warp asks for the same token: its lanes test 32 boundaries at once, so 31
-// sequences take one look at memory and 1023 two. Boundaries may be anything: what comes out lies within the row.
+// sequences take one look at memory and 1023 two. Boundaries may be anything: what comes out lies within the row and
+// holds the token.
 __device__ __forceinline__ Sequence find_sequence(const int* cu_seqlens, int nseq, int seqlen, int token) {
   int low = 0, high = nseq + 1;  // boundaries 0..low-1 are <= token, those from high on are not
   while (low < high) {
     const int count = high - low, step = (count + 31) / 32;
     const int probe = low + min((static_cast<int>(threadIdx.x % 32) + 1) * step, count) - 1;
-    const int passed = __popc(__ballot_sync(~0u, __ldg(cu_seqlens + probe) <= token));
+    const unsigned behind = __ballot_sync(~0u, __ldg(cu_seqlens + probe) > token);
+    const int passed = __clz(__brev(behind));  // the probes up to the first that is not <= token; 32 where all are
     high = low + min((passed + 1) * step, count) - 1;
     low += min(passed * step, count);
   }
