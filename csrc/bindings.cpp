@@ -60,7 +60,7 @@ PYBIND11_MODULE(_cuda, m) {
       .def(py::init([](std::array<int, 4> dtypes, std::array<std::int64_t, 7> sizes,
                        std::array<std::int64_t, 2> x_strides, std::array<std::int64_t, 2> y_strides,
                        std::array<std::int64_t, 3> initial_strides, std::array<std::int64_t, 3> final_strides,
-                       int null_slot, bool silu, int tokens_per_thread) {
+                       int null_slot, bool silu, std::array<int, 2> config) {
              const auto [batch, seqlen, dim, width, nseq, nslots, state_len] = sizes;
              return Conv1dArgs{
                  .dtype = DType(dtypes[0]),
@@ -80,11 +80,12 @@ PYBIND11_MODULE(_cuda, m) {
                  .final_strides = final_strides,
                  .null_slot = null_slot,
                  .silu = silu,
-                 .tokens_per_thread = tokens_per_thread,
+                 .channels = config[0],
+                 .columns = config[1],
              };
            }),
            py::arg("dtypes"), py::arg("sizes"), py::arg("x_strides"), py::arg("y_strides"), py::arg("initial_strides"),
-           py::arg("final_strides"), py::arg("null_slot"), py::arg("silu"), py::arg("tokens_per_thread"))
+           py::arg("final_strides"), py::arg("null_slot"), py::arg("silu"), py::arg("config"))
       .def(
           "__call__",
           [](const Conv1dArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
@@ -401,7 +402,7 @@ PYBIND11_MODULE(_cuda, m) {
       "conv1d_bwd",
       [](std::array<std::uintptr_t, 12> pointers, std::array<int, 4> dtypes, std::array<std::int64_t, 5> sizes,
          std::array<std::array<std::int64_t, 2>, 3> strides, std::array<std::array<std::int64_t, 3>, 3> state_strides,
-         bool silu, int tokens_per_thread, int device, std::uintptr_t stream) {
+         bool silu, int ctas, int device, std::uintptr_t stream) {
         const auto [dy, x, weight, bias, initial_states, dfinal_states, dx, dweight, dbias, dinitial_states, partials,
                     cu_seqlens] = pointers;
         const auto [batch, seqlen, dim, width, nseq] = sizes;
@@ -434,14 +435,14 @@ PYBIND11_MODULE(_cuda, m) {
             .dfinal_strides = state_strides[1],
             .dinitial_strides = state_strides[2],
             .silu = silu,
-            .tokens_per_thread = tokens_per_thread,
+            .ctas = ctas,
         };
         conv1d_bwd(args, {device, stream});
       },
       "Fill dx, dweight, and dbias and dinitial_states where given; the groups hold what Conv1dBwdArgs in api.h names, "
       "in its order.",
       py::arg("pointers"), py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("state_strides"),
-      py::arg("silu"), py::arg("tokens_per_thread"), py::arg("device"), py::arg("stream"));
+      py::arg("silu"), py::arg("ctas"), py::arg("device"), py::arg("stream"));
 
   m.def("cutlass_version", &cutlass_version, "Version of the CUTLASS headers that the extension was built with.");
   m.def("scale_offset_128x4", &scale_offset_128x4,

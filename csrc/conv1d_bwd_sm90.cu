@@ -4,13 +4,6 @@
 #include "common/conv1d_dispatch.cuh"
 
 namespace hybrid_ops {
-namespace {
-
-constexpr int kLoads = 4;  // in flight per thread, of x and of dy
-template <typename T>
-constexpr int kMinBlocks = sizeof(T) == 2 ? 4 : 3;  // on a multiprocessor: BWD_THREADS_PER_SM of _csrc/conv1d.py
-
-}  // namespace
 
 void conv1d_bwd(const Conv1dBwdArgs& a, Target target) {
   const Conv1dBwdParams p{
@@ -39,20 +32,20 @@ void conv1d_bwd(const Conv1dBwdArgs& a, Target target) {
       .seqlen = static_cast<int>(a.seqlen),
       .dim = static_cast<int>(a.dim),
       .nseq = static_cast<int>(a.nseq),
-      .runs = static_cast<unsigned>((a.seqlen + a.tokens_per_thread - 1) / a.tokens_per_thread),
-      .tokens_per_thread = a.tokens_per_thread,
+      .ctas = static_cast<unsigned>(a.ctas),
       .weight_fp32 = a.weight_dtype == DType::float32,
       .bias_fp32 = a.bias_dtype == DType::float32,
       .states_fp32 = a.states_dtype == DType::float32,
   };
   if (p.dim == 0) return;
-  const unsigned blocks = conv1d_blocks(static_cast<int64>(p.runs) * p.batch * (p.dim / kPerVector));
+  const int channels = kBwdColumns * (a.dtype == DType::float32 ? 2 : 4);  // of a CTA
+  const dim3 grid = conv1d_grid((p.dim + channels - 1) / channels, static_cast<int64>(p.ctas) * p.batch);
   const unsigned state_blocks = p.dinitial_states == nullptr ? 0 : conv1d_blocks(static_cast<int64>(p.nseq) * p.dim);
   const DeviceGuard guard(target.device);
   const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
   const auto run = [&]<typename T, int kWidth, bool kSilu, bool kPacked>() {
-    if (blocks > 0) {
-      conv1d_bwd_kernel<T, kWidth, kSilu, kPacked, kLoads, kMinBlocks<T>><<<blocks, kConvThreads, 0, stream>>>(p);
+    if (grid.y > 0) {
+      conv1d_bwd_kernel<T, kWidth, kSilu, kPacked><<<grid, dim3(kBwdColumns, kBwdGroups), 0, stream>>>(p);
       check(cudaGetLastError(), "conv1d_bwd_kernel");
     }
     const dim3 sums((p.dim + kSumChannels - 1) / kSumChannels, kWidth + (p.dbias != nullptr));

@@ -4,10 +4,11 @@
 //   dx[t] = sum_k weight[k] ds[t + (kWidth - 1) - k],  dweight[k] = sum_t ds[t] u[t - (kWidth - 1) + k],  dbias = sum
 //   ds
 //
-// The stream of the forward, with a second window: a thread owns four channels and walks a run of tokens with the last
-// kWidth - 1 inputs and the last kWidth - 1 ds in registers. So it writes dx kWidth - 1 tokens late, and computes ds of
-// as many tokens of the next run once more. x and dy are read once, s is computed anew, and the sums of a run stay in
-// registers; they are written once, and a second kernel adds the runs in their order: the same bits every time.
+// The stream of the forward, both ways: a thread has 16 tokens of x and dy of 8 bytes of channels, all loads before
+// anything else, and goes from the last token to the first with the ds of the kWidth - 1 behind. So it owns the first
+// 17 - kWidth tokens, whose dx takes the registers of dy, and computes the ds of the others for them alone. Then it
+// goes on a whole grid of tiles further, and keeps the sums of weight and bias. Those are written once by a CTA, and a
+// second kernel adds the CTAs in their order: the same bits every time.
 #pragma once
 
 #include "common/conv1d.cuh"
@@ -25,7 +26,7 @@ struct Conv1dBwdParams {
   void* dweight;               // as weight
   void* dbias;                 // as bias
   void* dinitial_states;       // as initial_states, or null
-  void* partials;              // (width + 1, batch * runs, dim) float32: sums of each run, the bias behind the weights
+  void* partials;              // (width + 1, batch * ctas, dim) float32: sums of each CTA, the bias behind the weights
   const int* cu_seqlens;       // (nseq + 1,) or null: then every batch row is a sequence
   int64 dy_batch_stride, x_batch_stride, dx_batch_stride;
   unsigned dy_token_stride, x_token_stride, dx_token_stride;
@@ -33,8 +34,7 @@ struct Conv1dBwdParams {
   int64 dfinal_strides[3];
   int64 dinitial_strides[3];
   int batch, seqlen, dim, nseq;
-  unsigned runs;  // of tokens_per_thread each, in a batch row
-  int tokens_per_thread;
+  unsigned ctas;  // that share the tiles of a batch row
   bool weight_fp32, bias_fp32, states_fp32;
 };
 
@@ -54,168 +54,184 @@ __device__ __forceinline__ float through_activation(float dy, float sum) {
   return fmaf(scaled, sizeof(T) == 2 ? fmaf(-sum, gate, sum) : sum * sigmoid<T>(-sum), scaled);
 }
 
-template <typename T, int kWidth, bool kSilu, bool kPacked, int kLoads, int kMinBlocks>
-__global__ void __launch_bounds__(kConvThreads, kMinBlocks)
-    conv1d_bwd_kernel(const __grid_constant__ Conv1dBwdParams p) {
-  constexpr int kChannels = kPerVector;
+// The dx of one token of a channel: it has `later`, the ds of the tokens behind, the next one first, and its own ds
+// goes in front of them and, where the token is the thread's own, to the sums of channel c.
+template <typename T, int kWidth, bool kSilu, int kChannels, typename Input>
+__device__ __forceinline__ float bwd_step(const float (&w)[kWidth], float bias, float dy, Input input, bool is_own,
+                                          int c, float (&later)[kWidth - 1], float (&sums)[kWidth + 1][kChannels]) {
   constexpr int kHistory = kWidth - 1;
-
-  // thread -> (batch row, run of tokens, vector of channels), channels fastest
-  const unsigned thread = blockIdx.x * kConvThreads + threadIdx.x, vectors = p.dim / kChannels;
-  const unsigned row_and_run = thread / vectors;
-  const int channel = static_cast<int>(thread % vectors) * kChannels;
-  const int row = static_cast<int>(row_and_run / p.runs);
-  if (row >= p.batch) return;
-  const int first = static_cast<int>(row_and_run % p.runs) * p.tokens_per_thread;
-  const int last = min(first + p.tokens_per_thread, p.seqlen);
-  const int64 x_stride = p.x_token_stride, dy_stride = p.dy_token_stride, dx_stride = p.dx_token_stride;
-  const T* x = static_cast<const T*>(p.x) + row * p.x_batch_stride + first * x_stride + channel;
-  const T* dy = static_cast<const T*>(p.dy) + row * p.dy_batch_stride + first * dy_stride + channel;
-  T* dx = static_cast<T*>(p.dx) + row * p.dx_batch_stride + (first - kHistory) * dx_stride + channel;  // late
-
-  float weight[kWidth][kChannels], bias[kChannels];
-  load_parameters<T, kWidth>(p.weight, p.weight_fp32, p.bias, p.bias_fp32, channel, weight, bias);
-  float dweight[kWidth][kChannels] = {}, dbias[kChannels] = {};
-
-  // inputs[k] and dsums[k] belong to the token kHistory - k before the one at x. Of tokens before the run dsums is
-  // anything, for they lead to no dx that is written here.
-  float inputs[kHistory][kChannels], dsums[kHistory][kChannels];
-  auto start_windows = [&](const Sequence& sequence, int token) {
+  const float sum = window_sum<T, kWidth>(bias, [&](int k) { return w[k]; }, input);
+  const float dsum = through_activation<T, kSilu>(dy, sum);
+  float dx = w[kHistory] * dsum;
 #pragma unroll
-    for (int k = 0; k < kHistory; ++k) {
-      const int back = kHistory - k;
-      if (token - back >= sequence.begin && (!kPacked || sequence.index >= 0)) {
-        unpack<T>(load_vector(x - back * x_stride), inputs[k]);
-      } else {
-        const int column = kHistory - (sequence.begin - (token - back));
+  for (int k = kHistory - 1; k >= 0; --k) dx = fmaf(w[k], later[kHistory - 1 - k], dx);
+  if (is_own) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) sums[k][c] = fmaf(dsum, input(k), sums[k][c]);
+    sums[kWidth][c] += dsum;
+  }
+#pragma unroll
+  for (int k = kHistory - 1; k > 0; --k) later[k] = later[k - 1];
+  later[0] = dsum;
+  return dx;
+}
+
+inline constexpr int kBwdTokens = 16;   // of a thread's tile
+inline constexpr int kBwdColumns = 64;  // threads of a CTA beside each other
+inline constexpr int kBwdGroups = 2;    // of tokens
+
+template <typename T, int kWidth, bool kSilu, bool kPacked>
+__global__ void __launch_bounds__(kBwdColumns* kBwdGroups, sizeof(T) == 2 ? 3 : 4)
+    conv1d_bwd_kernel(const __grid_constant__ Conv1dBwdParams p) {
+  constexpr int kHistory = kWidth - 1;
+  constexpr int kTokens = kBwdTokens, kOwn = kTokens - kHistory;
+  constexpr int kChannels = 8 / sizeof(T);
+
+  // lanes behind the last vector do its work once more: a warp stays whole
+  const int channel = min((blockIdx.x * kBwdColumns + threadIdx.x) * kChannels, p.dim - kChannels);
+  const unsigned cta = blockIdx.z * gridDim.y + blockIdx.y;  // of all batch rows
+  const int row = p.batch > 1 ? static_cast<int>(cta / p.ctas) : 0;
+  if (cta >= p.ctas * p.batch) return;
+  const int64 x_stride = p.x_token_stride, dy_stride = p.dy_token_stride, dx_stride = p.dx_token_stride;
+
+  Parameters<T, kWidth, kChannels> parameters;
+  float sums[kWidth + 1][kChannels] = {};  // of the weights, then of the bias
+  unsigned start = ((cta - row * p.ctas) * kBwdGroups + threadIdx.y) * kOwn;
+#pragma unroll 1
+  for (bool is_first = true; start < static_cast<unsigned>(p.seqlen); is_first = false) {
+    const int first = static_cast<int>(start), count = min(kTokens, p.seqlen - first);
+    start += p.ctas * kBwdGroups * kOwn;
+    const T* x = static_cast<const T*>(p.x) + row * p.x_batch_stride + first * x_stride + channel;
+    const T* dy = static_cast<const T*>(p.dy) + row * p.dy_batch_stride + first * dy_stride + channel;
+
+    unsigned inputs[kHistory + kTokens][2] = {}, grads[kTokens][2] = {};  // x from the history on; dy, then dx
+#pragma unroll
+    for (int i = 0; i < kHistory; ++i) load_words_if(first > 0, x + (i - kHistory) * x_stride, inputs[i]);
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      load_words_if(i < count, x + i * x_stride, inputs[kHistory + i]);
+      load_words_if(i < count, dy + i * dy_stride, grads[i]);
+    }
+    if (is_first) parameters.load(p, channel);
+
+    __syncwarp();  // what is loaded is under way while the sequence is looked for
+    const Sequence at_first =
+        kPacked ? find_sequence(p.cu_seqlens, p.nseq, p.seqlen, first) : Sequence{row, 0, p.seqlen};
+    const bool within =
+        kPacked ? at_first.index >= 0 && at_first.begin <= first - kHistory && first + kTokens <= at_first.end
+                : (first > 0 || p.initial_states == nullptr) && (count == kTokens || p.dfinal_states == nullptr);
+    T* dx = static_cast<T*>(p.dx) + row * p.dx_batch_stride + first * dx_stride + channel;
+    if (within) {
+#pragma unroll
+      for (int j = 0; j < kChannels / 2; ++j) {
+        float w[2][kWidth], b[2], later[2][kHistory] = {};
+        parameters.pair(p, channel, j, w, b);
+#pragma unroll
+        for (int t = kTokens - 1; t >= 0; --t) {
+          float result[2];
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const auto input = [&](int k) { return element<T>(inputs[t + k], 2 * j + c); };
+            result[c] = bwd_step<T, kWidth, kSilu>(w[c], b[c], element<T>(grads[t], 2 * j + c), input, t < kOwn,
+                                                   2 * j + c, later[c], sums);
+          }
+          set_pair<T>(grads[t], j, result[0], result[1]);
+        }
+        __syncwarp();  // as in the forward: one pair's inputs unpacked at a time
+      }
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) store_words_if(i < count, dx + i * dx_stride, grads[i]);
+      continue;
+    }
+    // where a sequence starts, ends or is none: token by token, the inputs once more out of L1
+    Sequence sequence{-1, p.seqlen, p.seqlen};
+    float later[kChannels][kHistory];
+#pragma unroll 1
+    for (int i = count - 1; i >= 0; --i) {
+      const int token = first + i;
+      if (token < sequence.begin) {  // the last token of the tile, or of a sequence
+        sequence = kPacked ? find_sequence(p.cu_seqlens, p.nseq, p.seqlen, token) : at_first;
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) {
-          inputs[k][c] = load_state<T>(p, p.initial_states, p.initial_strides, sequence.index, channel + c, column);
+#pragma unroll
+          for (int k = 0; k < kHistory; ++k) later[c][k] = 0.f;
         }
       }
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c) dsums[k][c] = 0.f;
-    }
-  };
-  // one token: its sums belong to this run where it does, its dx to the place of an earlier one
-  auto step = [&](const float (&input)[kChannels], const float (&dout)[kChannels], bool is_own, T* place, bool writes) {
-    float result[kChannels];
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      const float sum = window_sum<T, kWidth>(
-          bias[c], [&](int k) { return weight[k][c]; }, [&](int k) { return k < kHistory ? inputs[k][c] : input[c]; });
-      const float dsum = through_activation<T, kSilu>(dout[c], sum);
-      if (is_own) {
-#pragma unroll
-        for (int k = 0; k < kHistory; ++k) dweight[k][c] = fmaf(dsum, inputs[k][c], dweight[k][c]);
-        dweight[kHistory][c] = fmaf(dsum, input[c], dweight[kHistory][c]);
-        dbias[c] += dsum;
-      }
-#pragma unroll
-      for (int k = 0; k + 1 < kHistory; ++k) inputs[k][c] = inputs[k + 1][c];
-      inputs[kHistory - 1][c] = input[c];
-      result[c] = weight[0][c] * dsum;
-#pragma unroll
-      for (int k = 1; k < kWidth; ++k) result[c] = fmaf(weight[k][c], dsums[kHistory - k][c], result[c]);
-#pragma unroll
-      for (int k = 0; k + 1 < kHistory; ++k) dsums[k][c] = dsums[k + 1][c];
-      dsums[kHistory - 1][c] = dsum;
-    }
-    store_vector_if(writes, place, pack<T>(result));
-  };
-  // behind a sequence's last token ds is zero, and its last kHistory inputs are its final state
-  auto finish_sequence = [&](const Sequence& sequence, int token) {
-#pragma unroll
-    for (int i = 0; i < kHistory; ++i) {
-      float result[kChannels];
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c) {
-        result[c] = load_state<T>(p, p.dfinal_states, p.dfinal_strides, sequence.index, channel + c, i);
-#pragma unroll
-        for (int k = i + 1; k < kWidth; ++k) result[c] = fmaf(weight[k][c], dsums[kHistory + i - k][c], result[c]);
-      }
-      const int written = token - kHistory + i;
-      store_vector_if(written >= max(first, sequence.begin) && written < last, dx + i * dx_stride, pack<T>(result));
-    }
-  };
-
-  int token = first;
-  Sequence sequence = kPacked ? find_sequence(p.cu_seqlens, p.nseq, p.seqlen, token) : Sequence{row, 0, p.seqlen};
-  start_windows(sequence, token);
-  while (true) {
-    if (token == sequence.end) {
-      finish_sequence(sequence, token);
-      if (token >= last) break;
-      sequence = find_sequence(p.cu_seqlens, p.nseq, p.seqlen, token);
-      start_windows(sequence, token);
-    }
-    if (token >= last + kHistory) break;
-    const int end = min(last, sequence.end), written_from = max(first, sequence.begin) + kHistory;
-    if (token + kLoads <= end && (!kPacked || sequence.index >= 0)) {
-      // the next kLoads tokens are under way all the time: each one's registers take the one kLoads behind it
-      Vector<T> x_ahead[kLoads], dy_ahead[kLoads];
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        x_ahead[i] = load_vector(x + i * x_stride);
-        dy_ahead[i] = load_vector(dy + i * dy_stride);
-      }
-      do {
-        const bool goes_on = token + 2 * kLoads <= end;
-        x += kLoads * x_stride;
-        dy += kLoads * dy_stride;
-#pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-          float input[kChannels], dout[kChannels];
-          unpack<T>(x_ahead[i], input);
-          unpack<T>(dy_ahead[i], dout);
-          if (goes_on) {
-            x_ahead[i] = load_vector(x + i * x_stride);
-            dy_ahead[i] = load_vector(dy + i * dy_stride);
-          }
-          step(input, dout, true, dx + i * dx_stride, token + i >= written_from);
-        }
-        token += kLoads;
-        dx += kLoads * dx_stride;
-      } while (token + kLoads <= end);
-    } else {
-      float input[kChannels] = {}, dout[kChannels] = {};
+      unsigned grad[2] = {};
       if (!kPacked || sequence.index >= 0) {  // what belongs to no sequence may be NaN
-        unpack<T>(load_vector(x), input);
-        unpack<T>(load_vector(dy), dout);
+        const auto before = [&](int c, int distance) {
+          return load_state<T>(p, p.initial_states, p.initial_strides, sequence.index, channel + c,
+                               kHistory - distance);
+        };
+        float window[kWidth][kChannels];
+        load_words_if(true, dy + i * dy_stride, grad);
+        load_window<T, kWidth, kChannels>(x + i * x_stride, x_stride, token, sequence, before, window);
+        // the last kHistory inputs of a sequence are its final state
+        const int column = kHistory - (sequence.end - token);
+#pragma unroll
+        for (int j = 0; j < kChannels / 2; ++j) {
+          float w[2][kWidth], b[2], result[2];
+          parameters.pair(p, channel, j, w, b);
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const auto input = [&](int k) { return window[k][2 * j + c]; };
+            result[c] = bwd_step<T, kWidth, kSilu>(w[c], b[c], element<T>(grad, 2 * j + c), input, i < kOwn, 2 * j + c,
+                                                   later[2 * j + c], sums);
+            if (column >= 0) {
+              result[c] +=
+                  load_state<T>(p, p.dfinal_states, p.dfinal_strides, sequence.index, channel + 2 * j + c, column);
+            }
+          }
+          set_pair<T>(grad, j, result[0], result[1]);
+        }
       }
-      step(input, dout, token < last, dx, token >= written_from);
-      ++token;
-      x += x_stride;
-      dy += dy_stride;
-      dx += dx_stride;
+      store_words_if(i < kOwn, dx + i * dx_stride, grad);
     }
   }
 
-  float4* partials = static_cast<float4*>(p.partials) + thread;
-  const int64 stride = static_cast<int64>(p.batch) * p.runs * vectors;
+  // the first group adds the sums of the others in their order
+  __shared__ float2 shared[kBwdGroups][kWidth + 1][kChannels / 2][kBwdColumns];
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) {
-    partials[k * stride] = make_float4(dweight[k][0], dweight[k][1], dweight[k][2], dweight[k][3]);
+  for (int k = 0; k <= kWidth; ++k) {
+#pragma unroll
+    for (int j = 0; j < kChannels / 2; ++j) {
+      shared[threadIdx.y][k][j][threadIdx.x] = make_float2(sums[k][2 * j], sums[k][2 * j + 1]);
+    }
   }
-  partials[kWidth * stride] = make_float4(dbias[0], dbias[1], dbias[2], dbias[3]);
+  __syncthreads();
+  if (threadIdx.y > 0) return;
+  float* partials = static_cast<float*>(p.partials) + static_cast<int64>(cta) * p.dim + channel;
+#pragma unroll
+  for (int k = 0; k <= kWidth; ++k, partials += static_cast<int64>(p.batch) * p.ctas * p.dim) {
+#pragma unroll
+    for (int j = 0; j < kChannels / 2; ++j) {
+      float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+      for (int group = 0; group < kBwdGroups; ++group) {
+        const float2 part = shared[group][k][j][threadIdx.x];
+        sum.x += part.x, sum.y += part.y;
+      }
+      reinterpret_cast<float2*>(partials)[j] = sum;
+    }
+  }
 }
 
 inline constexpr int kSumChannels = 32;
 inline constexpr int kSumRows = 8;
 
-// dweight and dbias: the sums of all runs. Warp w of a block adds runs w, w + kSumRows, .. and then the warps are
+// dweight and dbias: the sums of all CTAs. Warp w of a block adds rows w, w + kSumRows, .. and then the warps are
 // added.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kSumChannels* kSumRows)
     conv1d_bwd_sum_kernel(const __grid_constant__ Conv1dBwdParams p) {
   const int channel = blockIdx.x * kSumChannels + threadIdx.x, k = blockIdx.y;
-  const int num_runs = p.batch * p.runs;
+  const int num_rows = p.batch * p.ctas;
   float sum = 0.f;
   if (channel < p.dim) {
-    const float* partials = static_cast<const float*>(p.partials) + static_cast<int64>(k) * num_runs * p.dim + channel;
+    const float* partials = static_cast<const float*>(p.partials) + static_cast<int64>(k) * num_rows * p.dim + channel;
 #pragma unroll 4
-    for (int run = threadIdx.y; run < num_runs; run += kSumRows) {
-      sum += partials[static_cast<int64>(run) * p.dim];
+    for (int row = threadIdx.y; row < num_rows; row += kSumRows) {
+      sum += partials[static_cast<int64>(row) * p.dim];
     }
   }
   __shared__ float sums[kSumRows][kSumChannels];

@@ -4,15 +4,10 @@
 #include "common/conv1d_dispatch.cuh"
 
 namespace hybrid_ops {
-namespace {
-
-constexpr int kLoads = 4;  // in flight per thread
-template <typename T>
-constexpr int kMinBlocks = sizeof(T) == 2 ? 7 : 5;  // on a multiprocessor: THREADS_PER_SM of _csrc/conv1d.py
-
-}  // namespace
 
 void conv1d_fwd(const Conv1dArgs& a, const Conv1dTensors& t, Target target) {
+  const int itemsize = a.dtype == DType::float32 ? 4 : 2;
+  const int groups = kTileThreads / a.columns, tokens = groups * kTileBytes / (a.channels * itemsize);
   const Conv1dParams p{
       .x = reinterpret_cast<const void*>(t.x),
       .weight = reinterpret_cast<const void*>(t.weight),
@@ -36,19 +31,24 @@ void conv1d_fwd(const Conv1dArgs& a, const Conv1dTensors& t, Target target) {
       .nslots = static_cast<int>(a.nslots),
       .null_slot = a.null_slot,
       .state_len = static_cast<int>(a.state_len),
-      .runs = static_cast<unsigned>((a.seqlen + a.tokens_per_thread - 1) / a.tokens_per_thread),
-      .tokens_per_thread = a.tokens_per_thread,
+      .tiles = static_cast<unsigned>((a.seqlen + tokens - 1) / tokens),
       .weight_fp32 = a.weight_dtype == DType::float32,
       .bias_fp32 = a.bias_dtype == DType::float32,
       .states_fp32 = a.states_dtype == DType::float32,
   };
-  const unsigned blocks = conv1d_blocks(static_cast<int64>(p.runs) * p.batch * (p.dim / kPerVector));
+  const int vectors = p.dim / a.channels;
+  const dim3 grid = conv1d_grid((vectors + a.columns - 1) / a.columns, static_cast<int64>(p.tiles) * p.batch);
   const unsigned state_blocks = p.final_states == nullptr ? 0 : conv1d_blocks(static_cast<int64>(p.nseq) * p.dim);
   const DeviceGuard guard(target.device);
   const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
   const auto run = [&]<typename T, int kWidth, bool kSilu, bool kPacked>() {
-    if (blocks > 0) {
-      conv1d_kernel<T, kWidth, kSilu, kPacked, kLoads, kMinBlocks<T>><<<blocks, kConvThreads, 0, stream>>>(p);
+    if (grid.x > 0 && grid.y > 0) {
+      const dim3 threads(a.columns, groups);
+      if (a.channels * sizeof(T) == 16) {
+        conv1d_kernel<T, kWidth, kSilu, kPacked, 16 / sizeof(T)><<<grid, threads, 0, stream>>>(p);
+      } else {  // 16 bits
+        conv1d_kernel<T, kWidth, kSilu, kPacked, 4><<<grid, threads, 0, stream>>>(p);
+      }
       check(cudaGetLastError(), "conv1d_kernel");
     }
     if (state_blocks > 0) {

@@ -1,12 +1,11 @@
 // Causal depthwise conv1d, channel-last: y[t] = act(bias + sum_k weight[k] * x[t - (kWidth - 1) + k]) per channel.
 //
-// A pure stream. A thread owns four channels and walks a run of tokens with the last kWidth - 1 inputs in registers, so
-// each input is read once (and kWidth - 1 more per run), with no shared memory and no barriers. Neighbouring threads
-// own neighbouring channels: every access of a warp is 256 contiguous bytes (512 in float32). Eight channels a thread
-// would need twice the registers, and too few warps would be there to keep loads in flight.
+// A pure stream: a thread has a tile of 64 bytes, some tokens of the channels of a vector. All of its loads are under
+// way before anything is done with them, all of its stores come last, and nothing in between is checked where tile and
+// history lie within one sequence: so memory sees what it sees of a copy. The kWidth - 1 tokens before the tile are
+// read once more, out of L1, for they belong to the thread beside it in the CTA, which is some groups of tokens high.
 //
-// What binds it beside memory are issue slots: a value has about 28 of them at the speed of a copy. So whatever does
-// not change from token to token is decided outside the loop, and kLoads tokens within a sequence go unchecked.
+// Results take the registers of inputs: pair of channels by pair, from the last token to the first.
 #pragma once
 
 #include "common/conv1d.cuh"
@@ -29,8 +28,7 @@ struct Conv1dParams {
   int64 final_strides[3];
   int batch, seqlen, dim, nseq;
   int nslots, null_slot, state_len;
-  unsigned runs;  // of tokens_per_thread each, in a batch row
-  int tokens_per_thread;
+  unsigned tiles;  // of a CTA's tokens, in a batch row
   bool weight_fp32, bias_fp32, states_fp32;
 };
 
@@ -51,94 +49,96 @@ __device__ __forceinline__ float before_sequence(const Conv1dParams& p, int sequ
   return load_parameter<T>(p.initial_states, p.states_fp32, offset);
 }
 
-template <typename T, int kWidth, bool kSilu, bool kPacked, int kLoads, int kMinBlocks>
-__global__ void __launch_bounds__(kConvThreads, kMinBlocks) conv1d_kernel(const __grid_constant__ Conv1dParams p) {
-  constexpr int kChannels = kPerVector;
-  constexpr int kHistory = kWidth - 1;
+// One token of channels 2 j and 2 j + 1, from input(k, c) of the c-th of them to their place in `words`.
+template <typename T, int kWidth, bool kSilu, typename Input>
+__device__ __forceinline__ void conv1d_step(const float (&w)[2][kWidth], const float (&b)[2], Input input, int j,
+                                            unsigned* words) {
+  float result[2];
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const float sum = window_sum<T, kWidth>(b[c], [&](int k) { return w[c][k]; }, [&](int k) { return input(k, c); });
+    result[c] = kSilu ? sum * sigmoid<T>(sum) : sum;
+  }
+  set_pair<T>(words, j, result[0], result[1]);
+}
 
-  // thread -> (batch row, run of tokens, vector of channels), channels fastest
-  const unsigned thread = blockIdx.x * kConvThreads + threadIdx.x, vectors = p.dim / kChannels;
-  const unsigned row_and_run = thread / vectors;
-  const int channel = static_cast<int>(thread % vectors) * kChannels;
-  const int row = static_cast<int>(row_and_run / p.runs);
-  if (row >= p.batch) return;
-  const int first = static_cast<int>(row_and_run % p.runs) * p.tokens_per_thread;
-  const int last = min(first + p.tokens_per_thread, p.seqlen);
+inline constexpr int kTileBytes = 64;     // of a thread
+inline constexpr int kTileThreads = 256;  // of a CTA: (vectors, groups of tokens), whole warps to a group
+
+template <typename T, int kWidth, bool kSilu, bool kPacked, int kChannels>
+__global__ void __launch_bounds__(kTileThreads, 3) conv1d_kernel(const __grid_constant__ Conv1dParams p) {
+  constexpr int kHistory = kWidth - 1;
+  constexpr int kTokens = kTileBytes / (kChannels * sizeof(T));
+  constexpr int kWords = kChannels * sizeof(T) / 4;
+  static_assert(kTokens >= kHistory);
+
+  // lanes behind the last vector do its work once more: a warp stays whole
+  const int channel = min((blockIdx.x * blockDim.x + threadIdx.x) * kChannels, p.dim - kChannels);
+  const unsigned tile = blockIdx.z * gridDim.y + blockIdx.y;
+  const int row = p.batch > 1 ? static_cast<int>(tile / p.tiles) : 0;
+  const unsigned start = ((tile - row * p.tiles) * blockDim.y + threadIdx.y) * kTokens;
+  if (row >= p.batch || start >= static_cast<unsigned>(p.seqlen)) return;
+  const int first = static_cast<int>(start), count = min(kTokens, p.seqlen - first);
   const int64 x_stride = p.x_token_stride, y_stride = p.y_token_stride;
   const T* x = static_cast<const T*>(p.x) + row * p.x_batch_stride + first * x_stride + channel;
+
+  unsigned raw[kHistory + kTokens][kWords] = {};  // the history, then the tile
+#pragma unroll
+  for (int i = 0; i < kHistory; ++i) load_words_if(first > 0, x + (i - kHistory) * x_stride, raw[i]);
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) load_words_if(i < count, x + i * x_stride, raw[kHistory + i]);
+  Parameters<T, kWidth, kChannels> parameters;
+  parameters.load(p, channel);
+
+  __syncwarp();  // what is loaded is under way while the sequence is looked for
+  Sequence sequence = kPacked ? find_sequence(p.cu_seqlens, p.nseq, p.seqlen, first) : Sequence{row, 0, p.seqlen};
+  const bool within = kPacked
+                          ? sequence.index >= 0 && sequence.begin <= first - kHistory && first + count <= sequence.end
+                          : first > 0 || p.initial_states == nullptr;
   T* y = static_cast<T*>(p.y) + row * p.y_batch_stride + first * y_stride + channel;
-
-  float weight[kWidth][kChannels], bias[kChannels];
-  load_parameters<T, kWidth>(p.weight, p.weight_fp32, p.bias, p.bias_fp32, channel, weight, bias);
-
-  // window[k] is the input kHistory - k before the token at x, of its sequence or of an initial state
-  float window[kHistory][kChannels];
-  auto start_window = [&](const Sequence& sequence, int token) {
+  if (within) {
 #pragma unroll
-    for (int k = 0; k < kHistory; ++k) {
-      const int back = kHistory - k;
-      if (token - back >= sequence.begin) {
-        unpack<T>(load_vector(x - back * x_stride), window[k]);
-      } else {
+    for (int j = 0; j < kChannels / 2; ++j) {
+      float w[2][kWidth], b[2];
+      parameters.pair(p, channel, j, w, b);
 #pragma unroll
-        for (int c = 0; c < kChannels; ++c) {
-          window[k][c] = before_sequence<T>(p, sequence.index, channel + c, sequence.begin - (token - back));
+      for (int t = kTokens - 1; t >= 0; --t) {
+        const auto input = [&](int k, int c) { return element<T>(raw[t + k], 2 * j + c); };
+        conv1d_step<T, kWidth, kSilu>(w, b, input, j, raw[t + kHistory]);
+      }
+      __syncwarp();  // keeps the compiler from unpacking the next pair's inputs already, for which it has no registers
+    }
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) store_words_if(i < count, y + i * y_stride, raw[kHistory + i]);
+    return;
+  }
+  // where a sequence starts, ends or is none: token by token and 8 bytes by 8, inputs and parameters once more out of
+  // L1, so that it takes fewer registers than what is above
+  constexpr int kPart = 8 / sizeof(T);
+#pragma unroll 1
+  for (int token = first; token < first + count; ++token, x += x_stride, y += y_stride) {
+    if (kPacked && token >= sequence.end) sequence = find_sequence(p.cu_seqlens, p.nseq, p.seqlen, token);
+#pragma unroll 1
+    for (int part = 0; part < kChannels; part += kPart) {
+      unsigned result[2] = {};
+      if (!kPacked || sequence.index >= 0) {
+        Parameters<T, kWidth, kPart> parameters;
+        parameters.load(p, channel + part);
+        const auto before = [&](int c, int distance) {
+          return before_sequence<T>(p, sequence.index, channel + part + c, distance);
+        };
+        float window[kWidth][kPart];
+        load_window<T, kWidth, kPart>(x + part, x_stride, token, sequence, before, window);
+#pragma unroll
+        for (int j = 0; j < kPart / 2; ++j) {
+          float w[2][kWidth], b[2];
+          parameters.pair(p, channel + part, j, w, b);
+          const auto input = [&](int k, int c) { return window[k][2 * j + c]; };
+          conv1d_step<T, kWidth, kSilu>(w, b, input, j, result);
         }
       }
+      store_words_if(true, y + part, result);
     }
-  };
-  auto step = [&](const float (&input)[kChannels], T* place) {
-    float result[kChannels];
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      const float sum = window_sum<T, kWidth>(
-          bias[c], [&](int k) { return weight[k][c]; }, [&](int k) { return k < kHistory ? window[k][c] : input[c]; });
-      result[c] = kSilu ? sum * sigmoid<T>(sum) : sum;
-#pragma unroll
-      for (int k = 0; k + 1 < kHistory; ++k) window[k][c] = window[k + 1][c];
-      window[kHistory - 1][c] = input[c];
-    }
-    store_vector(place, pack<T>(result));
-  };
-
-  int token = first;
-  Sequence sequence = kPacked ? find_sequence(p.cu_seqlens, p.nseq, p.seqlen, token) : Sequence{row, 0, p.seqlen};
-  start_window(sequence, token);
-  while (token < last) {
-    if (kPacked && token == sequence.end) {
-      sequence = find_sequence(p.cu_seqlens, p.nseq, p.seqlen, token);
-      start_window(sequence, token);
-    }
-    const int end = min(last, sequence.end);
-    if (kPacked && sequence.index < 0) {
-      store_vector(y, Vector<T>{});
-    } else if (token + kLoads <= end) {
-      // the next kLoads tokens are under way all the time: each one's registers take the one kLoads behind it
-      Vector<T> ahead[kLoads];
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) ahead[i] = load_vector(x + i * x_stride);
-      do {
-        const bool goes_on = token + 2 * kLoads <= end;
-        x += kLoads * x_stride;
-#pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-          float input[kChannels];
-          unpack<T>(ahead[i], input);
-          if (goes_on) ahead[i] = load_vector(x + i * x_stride);
-          step(input, y + i * y_stride);
-        }
-        token += kLoads;
-        y += kLoads * y_stride;
-      } while (token + kLoads <= end);
-      continue;
-    } else {
-      float input[kChannels];
-      unpack<T>(load_vector(x), input);
-      step(input, y);
-    }
-    ++token;
-    x += x_stride;
-    y += y_stride;
   }
 }
 

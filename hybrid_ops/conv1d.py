@@ -225,8 +225,7 @@ def _choose(
     )
     chosen, reason = _device.choose(impl, torch.device(device), refusal)
     if chosen == "cuda":
-        sms = _device.num_sms(torch.device(device).index or 0) if torch.cuda.is_available() else 132
-        return Choice(chosen, _csrc_conv1d.config(1, seqlen, dim, sms, x.element_size())._asdict(), reason)
+        return Choice(chosen, _csrc_conv1d.config(dim, x.element_size(), alignment=16)._asdict(), reason)
     if chosen != "triton":
         return Choice(chosen, {}, reason)
     from .triton_kernels import conv1d as kernels

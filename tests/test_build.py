@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import hybrid_ops
 
@@ -32,9 +33,11 @@ def setup():
 
 KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles all of them
     "conv1d_sm90.cuh": [
-        "hybrid_ops::conv1d_kernel<__nv_bfloat16, 4, true, false, 4, 7>",
-        "hybrid_ops::conv1d_kernel<__half, 3, true, true, 4, 7>",
-        "hybrid_ops::conv1d_kernel<float, 2, false, false, 4, 5>",
+        "hybrid_ops::conv1d_kernel<__nv_bfloat16, 4, true, false, 8>",
+        "hybrid_ops::conv1d_kernel<__nv_bfloat16, 4, true, true, 8>",
+        "hybrid_ops::conv1d_kernel<__half, 4, false, true, 8>",
+        "hybrid_ops::conv1d_kernel<__half, 3, true, true, 4>",
+        "hybrid_ops::conv1d_kernel<float, 2, false, false, 4>",
         "hybrid_ops::conv1d_final_states_kernel<__nv_bfloat16>",
     ],
     "conv1d_update_sm90.cuh": [
@@ -83,9 +86,9 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::norm_dweight_kernel<__nv_bfloat16>",
     ],
     "conv1d_bwd_sm90.cuh": [
-        "hybrid_ops::conv1d_bwd_kernel<__nv_bfloat16, 4, true, false, 4, 4>",
-        "hybrid_ops::conv1d_bwd_kernel<__half, 4, true, true, 4, 4>",
-        "hybrid_ops::conv1d_bwd_kernel<float, 4, false, true, 4, 3>",
+        "hybrid_ops::conv1d_bwd_kernel<__nv_bfloat16, 4, true, false>",
+        "hybrid_ops::conv1d_bwd_kernel<__half, 4, true, true>",
+        "hybrid_ops::conv1d_bwd_kernel<float, 4, false, true>",
         "hybrid_ops::conv1d_bwd_sum_kernel<__nv_bfloat16, 4>",
         "hybrid_ops::conv1d_bwd_states_kernel<__half, 3, true>",
     ],
@@ -281,7 +284,7 @@ def test_extension_imports_without_a_gpu(extension):
 
 
 def test_extension_says_what_went_wrong_without_a_gpu(extension):
-    arguments = "(0,) * 4, (1, 8, 8, 4, 1, 1, 3), (0, 0), (0, 0), (0,) * 3, (0,) * 3, -1, True, 4"
+    arguments = "(0,) * 4, (1, 8, 8, 4, 1, 1, 3), (0, 0), (0, 0), (0,) * 3, (0,) * 3, -1, True, (8, 64)"
     with pytest.raises(subprocess.CalledProcessError) as failure:
         call_extension(extension, f"c.Conv1d({arguments})((None,) * 9, 0, 0)")
     assert re.search(r"RuntimeError: cuda\w+: (CUDA driver|no CUDA)", failure.value.stderr), failure.value.stderr
@@ -327,16 +330,35 @@ def test_the_launcher_knows_the_extensions_dtypes(extension):
 
 
 def test_config_is_a_pure_function_of_the_problem():
-    from hybrid_ops._csrc.conv1d import bwd_config, config
+    from hybrid_ops._csrc.conv1d import BwdConfig, Config, bwd_config, config
 
-    assert config(1, 8192, 10240, 132, 2).tokens_per_thread == 180
-    assert config(1, 8192, 10240, 132, 4).tokens_per_thread == 252
-    assert bwd_config(1, 8192, 10240, 132, 2).tokens_per_thread == 316
-    assert bwd_config(1, 1, 8, 132, 2).tokens_per_thread == 16
-    assert config(32, 2048, 8192, 132, 2).tokens_per_thread == 412  # 5 runs in 3 generations
-    assert config(1, 1, 8, 132, 2).tokens_per_thread == 4
-    assert config(0, 0, 0, 132, 2).tokens_per_thread == 4
+    assert config(10240, 2, alignment=16) == config(6144, 2, alignment=16) == Config(channels=8, columns=64)
+    assert config(1280, 2, alignment=16) == Config(channels=8, columns=32)  # 160 vectors
+    assert config(10240, 2, alignment=8) == Config(channels=4, columns=64)
+    assert config(12, 2, alignment=16) == Config(channels=4, columns=32)
+    assert config(10240, 4, alignment=16) == Config(channels=4, columns=64)
+    assert config(0, 2, alignment=16) == Config(channels=8, columns=64)
     assert hybrid_ops.explain("causal_conv1d", impl="torch").config == {}
+
+    assert bwd_config(1, 8192, 10240, 4, 132, 2) == BwdConfig(ctas=29)  # 11 tiles a thread, 3 generations
+    assert bwd_config(8, 2048, 6144, 4, 132, 2) == BwdConfig(ctas=8)  # 10 tiles, 4 generations
+    assert bwd_config(1, 512, 10240, 4, 132, 2) == BwdConfig(ctas=7)  # 3 tiles, one generation
+    assert bwd_config(1, 1, 8, 2, 132, 4) == BwdConfig(ctas=1)
+    assert bwd_config(0, 0, 0, 4, 132, 2) == BwdConfig(ctas=0)
+
+
+def test_rows_by_their_alignment():
+    from hybrid_ops._csrc.conv1d import alignment, refusal
+
+    x, weight = torch.zeros(2, 6, 64, dtype=torch.bfloat16), torch.zeros(16, 4)
+    expected = {0: 16, 8: 16, 4: 8, 2: 4, 1: 2}
+    slices = {offset: x[..., offset : offset + 16] for offset in expected}
+    assert {offset: alignment(s) for offset, s in slices.items()} == expected
+    assert alignment(slices[8], slices[4]) == 8
+    assert alignment(x[:1, :1, 4:20], x[:, :1]) == 8  # strides of sizes that are 1 do not count
+    refused = {offset for offset, s in slices.items() if refusal(s, weight, None, s, None, None) is not None}
+    assert refused == {2, 1}
+    assert "rows that start at multiples of 8 bytes" in refusal(slices[2], weight, None, x, None, None)
 
 
 def test_config_of_ssd_update():

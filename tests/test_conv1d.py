@@ -85,7 +85,7 @@ def test_conv1d_pool_cuda_gpu(case):
 @pytest.mark.gpu
 @pytest.mark.parametrize("seqlen", [1, 17, 5000])
 def test_conv1d_cuda_same_bits_gpu(seqlen):
-    """However long the runs that the launcher chooses: packed and by itself, a sequence has the same bits."""
+    """Wherever tiles begin: packed and by itself, a sequence has the same bits."""
     for_cuda(PLAIN)
     torch.manual_seed(0)
     x, weight = torch.randn(1, 3 * seqlen, 64).to("cuda", torch.bfloat16), torch.randn(64, 4).to("cuda")
@@ -94,6 +94,43 @@ def test_conv1d_cuda_same_bits_gpu(seqlen):
     for piece in (slice(0, seqlen), slice(seqlen, 3 * seqlen)):
         alone = hybrid_ops.causal_conv1d(x[:, piece], weight, activation="silu", impl="cuda")
         assert torch.equal(packed[:, piece], alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("nseq", [31, 32, 1024, 5000])
+def test_conv1d_cuda_of_many_sequences_gpu(nseq):
+    """Boundaries are found 32 at a time; empty sequences, and a tail that belongs to none."""
+    for_cuda(PLAIN)
+    torch.manual_seed(0)
+    seqlen = 2 * nseq + 7
+    x, weight = torch.randn(1, seqlen, 16), torch.randn(16, 4)
+    bounds = torch.randint(0, seqlen - 3, (nseq + 1,)).sort()[0].int()
+    x[:, : bounds[0]] = x[:, bounds[-1] :] = float("nan")
+    x, weight, bounds = (t.to("cuda") for t in (x, weight, bounds))
+    dy, results = torch.randn_like(x), []
+    for impl in ("cuda", "torch"):
+        y = hybrid_ops.causal_conv1d(x, weight, cu_seqlens=bounds, impl=impl)
+        dx, dweight = torch.full_like(x, float("nan")), torch.full_like(weight, float("nan"))
+        gradients = (dx, dweight, None, None)
+        torch.ops.hybrid_ops.conv1d_bwd(dy, None, x, weight, None, None, None, bounds, *gradients, False, impl)
+        results.append((y, dx, dweight))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_conv1d_cuda_of_many_rows_gpu():
+    """More tiles than a grid has in one dimension."""
+    for_cuda(PLAIN)
+    x = torch.randn(70001, 5, 8, device="cuda")
+    weight = torch.randn(8, 4, device="cuda")
+    results = []
+    for impl in ("cuda", "torch"):
+        leaves = [t.detach().requires_grad_() for t in (x, weight)]
+        y = hybrid_ops.causal_conv1d(*leaves, impl=impl)
+        results.append((y, *torch.autograd.grad(y, leaves, x)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-2)  # sums of 350 000 products of about 1
 
 
 @pytest.mark.gpu

@@ -24,7 +24,7 @@ struct Conv1dArgs {
   std::array<std::int64_t, 3> initial_strides, final_strides;  // slot, channel, column
   int null_slot;
   bool silu;
-  int tokens_per_thread;
+  int channels, columns;  // of a thread; threads of a CTA beside each other
 };
 
 struct Conv1dTensors {
@@ -39,7 +39,7 @@ struct Conv1dBwdArgs {
   std::array<std::int64_t, 2> dy_strides, x_strides, dx_strides;                  // batch, token
   std::array<std::int64_t, 3> initial_strides, dfinal_strides, dinitial_strides;  // sequence, channel, column
   bool silu;
-  int tokens_per_thread;
+  int ctas;  // that share a batch row's tiles
 };
 
 // What an SSD scan is made of, but for the addresses: made once for all calls of a kind.

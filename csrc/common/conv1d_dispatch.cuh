@@ -13,6 +13,13 @@ inline unsigned conv1d_blocks(int64 threads) {
   return static_cast<unsigned>((threads + kConvThreads - 1) / kConvThreads);
 }
 
+// CTAs (channels, tiles): y and z together count the tiles, and the last of them may be none.
+inline dim3 conv1d_grid(int64 columns, int64 tiles) {
+  if (tiles >= 1LL << 31) throw std::runtime_error("conv1d: the grid would exceed 2^31 tiles");
+  const unsigned z = static_cast<unsigned>((tiles + 65534) / 65535);
+  return dim3(static_cast<unsigned>(columns), z == 0 ? 0 : static_cast<unsigned>((tiles + z - 1) / z), z);
+}
+
 // run.operator()<T, kWidth, kSilu, kPacked>()
 template <typename T, int kWidth, typename Run>
 void conv1d_with_form(bool silu, bool packed, const Run& run) {

@@ -99,29 +99,63 @@ __device__ __forceinline__ uint4 load_once(const uint4* pointer) {
   return raw;
 }
 
+// Elements one behind the other in registers, a whole number of 32-bit words. Element i, which is known at compile
+// time:
 template <typename T>
-__device__ __forceinline__ Vector<T> load_vector(const T* pointer) {
-  return load_once(reinterpret_cast<const Vector<T>*>(pointer));
+__device__ __forceinline__ float element(const unsigned* words, int i);
+template <>
+__device__ __forceinline__ float element<float>(const unsigned* words, int i) {
+  return __uint_as_float(words[i]);
+}
+template <>
+__device__ __forceinline__ float element<__nv_bfloat16>(const unsigned* words, int i) {
+  return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
+}
+template <>
+__device__ __forceinline__ float element<__half>(const unsigned* words, int i) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(words[i / 2] >> 16 * (i % 2))));
 }
 
-// As a predicated instruction: a branch would keep what lies before it from overlapping with what lies behind.
+// Elements 2 j and 2 j + 1.
 template <typename T>
-__device__ __forceinline__ void store_vector_if(bool condition, T* pointer, const Vector<T>& raw) {
-  if constexpr (sizeof(T) == 2) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.v2.u32 [%1], {%2, %3};}" ::"r"(unsigned(condition)),
-                 "l"(pointer), "r"(raw.x), "r"(raw.y)
-                 : "memory");
-  } else {
-    asm volatile(
-        "{.reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.v4.u32 [%1], {%2, %3, %4, %5};}" ::"r"(unsigned(condition)),
-        "l"(pointer), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w)
-        : "memory");
-  }
+__device__ __forceinline__ void set_pair(unsigned* words, int j, float first, float second);
+template <>
+__device__ __forceinline__ void set_pair<float>(unsigned* words, int j, float first, float second) {
+  words[2 * j] = __float_as_uint(first), words[2 * j + 1] = __float_as_uint(second);
+}
+template <>
+__device__ __forceinline__ void set_pair<__nv_bfloat16>(unsigned* words, int j, float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  words[j] = reinterpret_cast<const unsigned&>(pair);
+}
+template <>
+__device__ __forceinline__ void set_pair<__half>(unsigned* words, int j, float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  words[j] = reinterpret_cast<const unsigned&>(pair);
 }
 
-template <typename T>
-__device__ __forceinline__ void store_vector(T* pointer, const Vector<T>& raw) {
-  *reinterpret_cast<Vector<T>*>(pointer) = raw;
+// 8 bytes or 16, by way of L1, for a neighbour that reads them too; words that are not loaded stay as they are.
+// Predicated instructions: a branch would keep what lies before it from overlapping with what lies behind. Not by the
+// read-only path: the compiler would move such a load behind a search that it is to overlap with.
+__device__ __forceinline__ void load_words_if(bool condition, const void* pointer, unsigned (&words)[2]) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.v2.u32 {%0, %1}, [%2];}"
+               : "+r"(words[0]), "+r"(words[1])
+               : "l"(pointer), "r"(unsigned(condition)));
+}
+__device__ __forceinline__ void load_words_if(bool condition, const void* pointer, unsigned (&words)[4]) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];}"
+               : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
+               : "l"(pointer), "r"(unsigned(condition)));
+}
+__device__ __forceinline__ void store_words_if(bool condition, void* pointer, const unsigned (&words)[2]) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p st.global.v2.u32 [%0], {%1, %2};}" ::"l"(pointer),
+               "r"(words[0]), "r"(words[1]), "r"(unsigned(condition))
+               : "memory");
+}
+__device__ __forceinline__ void store_words_if(bool condition, void* pointer, const unsigned (&words)[4]) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.u32 [%0], {%1, %2, %3, %4};}" ::"l"(pointer),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(unsigned(condition))
+               : "memory");
 }
 
 }  // namespace hybrid_ops

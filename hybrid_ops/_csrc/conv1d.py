@@ -1,5 +1,6 @@
 """Launcher of csrc/conv1d_sm90.cu, and what that kernel does not take."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,38 +12,41 @@ from . import DTYPES
 
 
 class Config(NamedTuple):
-    tokens_per_thread: int
+    channels: int  # of a thread, a vector of 8 or 16 bytes; it has 64 bytes of tokens
+    columns: int  # threads of a CTA beside each other; its other threads have other tokens
 
 
-_VECTOR = 4  # channels of a thread
-_STEP = 4  # tokens that a thread has under way: kLoads
-# by bytes of an element, what a multiprocessor holds at once: kMinBlocks blocks of kConvThreads
-_THREADS_PER_SM = {2: 7 * 128, 4: 5 * 128}
-_BWD_THREADS_PER_SM = {2: 4 * 128, 4: 3 * 128}
+class BwdConfig(NamedTuple):
+    ctas: int  # that share the tokens of a batch row
 
 
-def config(rows: int, seqlen: int, dim: int, num_sms: int, itemsize: int) -> Config:
-    """A run of n tokens reads width - 1 tokens of the run before it once more."""
-    return _config(rows, seqlen, dim, _THREADS_PER_SM[itemsize] * num_sms, shortest=_STEP)
+_VECTOR = 4  # channels that rows are to be whole numbers of
+_BWD_COLUMNS, _BWD_GROUPS, _BWD_TOKENS = 64, 2, 16  # kBwdColumns, kBwdGroups, kBwdTokens
+_BWD_CTAS_PER_SM = {2: 3, 4: 4}  # by bytes of an element
+_MOST_TILES = 12  # of a thread of the backward
 
 
-def bwd_config(rows: int, seqlen: int, dim: int, num_sms: int, itemsize: int) -> Config:
-    """Each run reads width - 1 tokens before and behind it once more, and leaves sums that are to be added."""
-    return _config(rows, seqlen, dim, _BWD_THREADS_PER_SM[itemsize] * num_sms, shortest=4 * _STEP)
+def config(dim: int, itemsize: int, alignment: int) -> Config:
+    """Vectors of 16 bytes where rows start at multiples of `alignment` >= 16, and CTAs whose threads all have one."""
+    channels = 16 // itemsize if alignment >= 16 and dim * itemsize % 16 == 0 else _VECTOR
+    return Config(channels, columns=32 if dim // channels % 64 else 64)
 
 
-def _config(rows: int, seqlen: int, dim: int, threads: int, shortest: int) -> Config:
-    """Runs so long that all are on the GPU at once, and begin and end together, for it holds so many `threads`.
+@functools.lru_cache(maxsize=1024)
+def bwd_config(rows: int, seqlen: int, dim: int, width: int, num_sms: int, itemsize: int) -> BwdConfig:
+    """CTAs come in generations of as many as the GPU holds, and the last should be full.
 
-    Where that would leave more than an eighth of it idle, as few generations as do not, up to four.
+    So a thread has that number of tiles, up to 12, with which the generations take the fewest tiles one after the
+    other, where the start of a CTA, and its sums in memory, count as half a tile.
     """
-    columns = max(1, rows * dim // _VECTOR)
-    for generations in range(1, 5):
-        runs = generations * threads // columns
-        if 8 * runs * columns >= 7 * generations * threads:
-            break
-    tokens = -(-seqlen // max(1, runs))
-    return Config(tokens_per_thread=max(shortest, -(-tokens // _STEP) * _STEP))
+    tiles = -(-seqlen // (_BWD_GROUPS * (_BWD_TOKENS + 1 - width)))
+    columns = rows * -(-dim * itemsize // (8 * _BWD_COLUMNS))
+
+    def time(tiles_per_thread: int) -> float:
+        generations = -(-columns * -(-tiles // tiles_per_thread) // (num_sms * _BWD_CTAS_PER_SM[itemsize]))
+        return generations * (tiles_per_thread + 0.5)
+
+    return BwdConfig(ctas=-(-tiles // min(range(1, _MOST_TILES + 1), key=time)))
 
 
 def refusal(
@@ -74,13 +78,23 @@ def refusal(
 
 def _in_vectors(x: Tensor) -> bool:
     """Whether each token's channels are a whole number of the vectors that a thread reads at once."""
-    strides = [x.stride(i) for i in (0, 1) if x.shape[i] > 1]
-    return x.data_ptr() % (_VECTOR * x.element_size()) == 0 and all(stride % _VECTOR == 0 for stride in strides)
+    return alignment(x) >= _VECTOR * x.element_size()
 
 
-def _weight_in_vectors(weight: Tensor) -> Tensor:
-    weight = weight.contiguous()
-    return weight.clone() if weight.data_ptr() % 16 else weight
+def alignment(*tensors: Tensor) -> int:
+    """The largest number of bytes up to 16, a power of two, at whose multiples all tokens' rows start."""
+    bits = 16
+    for t in tensors:
+        bits |= t.data_ptr()
+        for i in (0, 1):
+            bits |= t.stride(i) * t.element_size() if t.shape[i] > 1 else 0
+    return bits & -bits
+
+
+def _aligned(parameter: Tensor) -> Tensor:
+    """The parameter as the kernels read it, in vectors."""
+    parameter = parameter.contiguous()
+    return parameter.clone() if parameter.data_ptr() % 16 else parameter
 
 
 def conv1d(
@@ -95,17 +109,20 @@ def conv1d(
     cu_seqlens: Tensor | None,
     silu: bool,
     null_slot: int,
+    chosen: Config | None = None,
 ) -> None:
     """Fill y; start from `history` and fill `state`, a row per sequence or a pool with slots."""
-    small = (bias, cu_seqlens, read_slots, write_slots)
-    bias, cu_seqlens, read_slots, write_slots = (None if t is None else t.contiguous() for t in small)
-    tensors = (x, _weight_in_vectors(weight), bias, history, y, state, cu_seqlens, read_slots, write_slots)
-    make_launch(*tensors, silu, null_slot)(tensors)
+    small = (cu_seqlens, read_slots, write_slots)
+    cu_seqlens, read_slots, write_slots = (None if t is None else t.contiguous() for t in small)
+    bias = None if bias is None else _aligned(bias)
+    tensors = (x, _aligned(weight), bias, history, y, state, cu_seqlens, read_slots, write_slots)
+    make_launch(*tensors, silu, null_slot, chosen)(tensors)
 
 
-def is_dense(weight: Tensor, *small: Tensor | None) -> bool:
+def is_dense(weight: Tensor, bias: Tensor | None, *small: Tensor | None) -> bool:
     """Whether `conv1d` would copy none of them."""
-    return _weight_in_vectors(weight) is weight and all(t is None or t.is_contiguous() for t in small)
+    parameters = (weight, bias)
+    return all(t is None or _aligned(t) is t for t in parameters) and all(t is None or t.is_contiguous() for t in small)
 
 
 @_checks.remembered
@@ -121,6 +138,7 @@ def make_launch(
     write_slots: Tensor | None,
     silu: bool,
     null_slot: int,
+    chosen: Config | None = None,
 ) -> Callable[[tuple[Tensor | None, ...]], None]:
     """What runs the kernel on such tensors, given in a tuple and in this order."""
     extension = _device.cuda_extension()
@@ -138,7 +156,7 @@ def make_launch(
         final_strides=(0, 0, 0) if state is None else state.stride(),
         null_slot=null_slot,
         silu=silu,
-        tokens_per_thread=config(batch, seqlen, dim, _device.num_sms(index), x.element_size()).tokens_per_thread,
+        config=chosen or config(dim, x.element_size(), alignment(x, y)),
     )
     return lambda tensors: launch(tensors, index, torch._C._cuda_getCurrentRawStream(index))
 
@@ -156,6 +174,7 @@ def conv1d_bwd(
     dbias: Tensor | None,
     dhistory: Tensor | None,
     silu: bool,
+    chosen: BwdConfig | None = None,
 ) -> None:
     """Fill the gradients, of which dweight and dbias are contiguous and each has the dtype of what it belongs to.
 
@@ -170,14 +189,13 @@ def conv1d_bwd(
         dy = dy.contiguous()
     nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     some_states = history if history is not None else dfinal
-    tokens = bwd_config(batch, seqlen, dim, _device.num_sms(index), x.element_size()).tokens_per_thread
-    partials = x.new_empty((width + 1) * batch * -(-seqlen // tokens) * dim, dtype=torch.float32)
-    bias, cu_seqlens = (None if t is None else t.contiguous() for t in (bias, cu_seqlens))
+    chosen = chosen or bwd_config(batch, seqlen, dim, width, _device.num_sms(index), x.element_size())
+    partials = x.new_empty((width + 1) * batch * chosen.ctas * dim, dtype=torch.float32)
     tensors = (
         dy,
         x,
-        _weight_in_vectors(weight),
-        bias,
+        _aligned(weight),
+        None if bias is None else _aligned(bias),
         history,
         dfinal,
         dx,
@@ -185,7 +203,7 @@ def conv1d_bwd(
         dbias,
         dhistory,
         partials,
-        cu_seqlens,
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
     )
     extension.conv1d_bwd(
         tuple(0 if t is None else t.data_ptr() for t in tensors),
@@ -194,7 +212,7 @@ def conv1d_bwd(
         tuple(t.stride()[:2] for t in (dy, x, dx)),
         tuple((0, 0, 0) if t is None else t.stride() for t in (history, dfinal, dhistory)),
         silu,
-        tokens,
+        chosen.ctas,
         index,
         torch._C._cuda_getCurrentRawStream(index),
     )
