@@ -71,7 +71,8 @@ __device__ __forceinline__ void load_state(const SsdParams& p, const Unit& unit,
   States states = p.initial;
   int64 slot = static_cast<int64>(unit.slot) * p.parts;
   bool found = true;
-  if (unit.segment > 0) {
+  if (p.segment_chunks > 0 && unit.chunks > 0) {
+    // also what enters the first segment: the pool may have the sequence's last state already, from another CTA
     states = segment_states(p);
   } else {
     found = states.data != nullptr && find_slot(p, states.slots, unit.sequence, slot);

@@ -336,6 +336,33 @@ def test_same_bits_cuda(chosen, dstate):
     assert not differ
 
 
+@pytest.mark.gpu
+def test_segments_in_place_cuda():
+    """A pool gets a sequence's last state in the slot of its first, which another CTA may not have read by then."""
+    torch.manual_seed(0)
+    lengths, nheads = (192, 64, 320, 128) * 4, 32
+    x = torch.randn(1, sum(lengths), nheads, 64, device="cuda", dtype=torch.bfloat16)
+    B, C = (torch.randn(1, sum(lengths), 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    dt, A = torch.rand(1, sum(lengths), nheads, device="cuda") / 64, -torch.rand(nheads, device="cuda")
+    first = torch.randn(2 * len(lengths), nheads, 64, 128, device="cuda")
+    slots = torch.arange(len(lengths), device="cuda", dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], device="cuda", dtype=torch.int32)
+    load, beside = torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()
+
+    def run(write_slots):
+        pool = first.clone()
+        options = dict(ssm_state=pool, read_slots=slots, write_slots=write_slots, cu_seqlens=cu_seqlens, impl="cuda")
+        return hybrid_ops.ssd_chunk_scan(x, dt, A, B, C, **options), pool[write_slots.long()]
+
+    with configured((1, 1)):
+        expected = run(slots + len(lengths))
+        for _ in range(50):
+            with torch.cuda.stream(beside):  # so that some CTAs begin late
+                load @ load
+            for got, value in zip(run(slots), expected, strict=True):
+                assert torch.equal(got, value)
+
+
 # --- what only a GPU can show
 
 
