@@ -4,7 +4,7 @@
 //   dx[t] = sum_k weight[k] ds[t + (kWidth - 1) - k],  dweight[k] = sum_t ds[t] u[t - (kWidth - 1) + k],  dbias = sum
 //   ds
 //
-// The stream of the forward, both ways: a thread has 16 tokens of x and dy (12 of a packed row) of 8 bytes of channels,
+// The stream of the forward, both ways: a thread has 16 tokens of x and dy (13 of a packed row) of 8 bytes of channels,
 // all loads before anything else, and goes from the last token to the first with the ds of the kWidth - 1 behind. So it
 // owns all but the last kWidth - 1 tokens, whose dx takes the registers of dy, and computes the ds of those for them.
 // Then it goes on a whole grid of tiles further, and keeps the sums of weight and bias. Those are written once by a
@@ -119,7 +119,7 @@ __device__ __forceinline__ void bwd_tile(const Conv1dBwdParams& p, const Paramet
 }
 
 inline constexpr int kBwdTokens = 16;        // of a thread's tile
-inline constexpr int kPackedBwdTokens = 12;  // where the masks need registers
+inline constexpr int kPackedBwdTokens = 13;  // where the masks need registers
 inline constexpr int kBwdColumns = 64;       // threads of a CTA beside each other
 inline constexpr int kBwdGroups = 2;         // of tokens
 

@@ -345,7 +345,7 @@ def test_config_is_a_pure_function_of_the_problem():
     assert bwd_config(8, 2048, 6144, 4, 132, 2) == BwdConfig(ctas=16)  # 5 tiles, 8 generations
     assert bwd_config(1, 2048, 10240, 4, 132, 2) == BwdConfig(ctas=9)  # 9 tiles, one generation
     assert bwd_config(1, 512, 10240, 4, 132, 2) == BwdConfig(ctas=7)  # 3 tiles, one generation
-    assert bwd_config(1, 8192, 10240, 4, 132, 2, packed=True) == BwdConfig(ctas=76)  # 6 smaller tiles, 8 generations
+    assert bwd_config(1, 8192, 10240, 4, 132, 2, packed=True) == BwdConfig(ctas=69)  # 6 smaller tiles, 7 generations
     assert bwd_config(1, 1, 8, 2, 132, 4) == BwdConfig(ctas=1)
     assert bwd_config(0, 0, 0, 4, 132, 2) == BwdConfig(ctas=0)
 

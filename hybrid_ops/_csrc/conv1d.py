@@ -22,7 +22,7 @@ class BwdConfig(NamedTuple):
 
 _VECTOR = 4  # channels that rows are to be whole numbers of
 _BWD_COLUMNS, _BWD_GROUPS = 64, 2  # kBwdColumns, kBwdGroups
-_BWD_TOKENS, _PACKED_BWD_TOKENS = 16, 12  # kBwdTokens, kPackedBwdTokens
+_BWD_TOKENS, _PACKED_BWD_TOKENS = 16, 13  # kBwdTokens, kPackedBwdTokens
 _BWD_CTAS_PER_SM = {2: 3, 4: 4}  # by bytes of an element
 _MOST_TILES, _MOST_TILES_AT_ONCE = 6, 12  # of a thread of the backward; of one where all CTAs are there at once
 
