@@ -4,11 +4,11 @@
 //   dx[t] = sum_k weight[k] ds[t + (kWidth - 1) - k],  dweight[k] = sum_t ds[t] u[t - (kWidth - 1) + k],  dbias = sum
 //   ds
 //
-// The stream of the forward, both ways: a thread has 16 tokens of x and dy of 8 bytes of channels, all loads before
-// anything else, and goes from the last token to the first with the ds of the kWidth - 1 behind. So it owns the first
-// 17 - kWidth tokens, whose dx takes the registers of dy, and computes the ds of the others for them alone. Then it
-// goes on a whole grid of tiles further, and keeps the sums of weight and bias. Those are written once by a CTA, and a
-// second kernel adds the CTAs in their order: the same bits every time.
+// The stream of the forward, both ways: a thread has 16 tokens of x and dy (13 of a packed row) of 8 bytes of channels,
+// all loads before anything else, and goes from the last token to the first with the ds of the kWidth - 1 behind. So it
+// owns all but the last kWidth - 1 tokens, whose dx takes the registers of dy, and computes the ds of those for them.
+// Then it goes on a whole grid of tiles further, and keeps the sums of weight and bias. Those are written once by a
+// CTA, and a second kernel adds the CTAs in their order: the same bits every time.
 #pragma once
 
 #include "common/conv1d.cuh"
@@ -55,19 +55,25 @@ __device__ __forceinline__ float through_activation(float dy, float sum) {
 }
 
 // The dx of one token of a channel: it has `later`, the ds of the tokens behind, the next one first, and its own ds
-// goes in front of them and, where the token is the thread's own, to the sums of channel c.
-template <typename T, int kWidth, bool kSilu, int kChannels, typename Input>
-__device__ __forceinline__ float bwd_step(const float (&w)[kWidth], float bias, float dy, Input input, bool is_own,
-                                          int c, float (&later)[kWidth - 1], float (&sums)[kWidth + 1][kChannels]) {
+// goes in front of them and, where the token is the thread's own, to the sums of channel c. Of the inputs it has those
+// that are seen(k), and of the tokens `distance` behind those that have it in sight.
+template <typename T, int kWidth, bool kSilu, int kChannels, typename Input, typename Seen, typename InSight>
+__device__ __forceinline__ float bwd_step(const float (&w)[kWidth], float bias, float dy, Input input, Seen seen,
+                                          InSight in_sight, bool is_own, int c, float (&later)[kWidth - 1],
+                                          float (&sums)[kWidth + 1][kChannels]) {
   constexpr int kHistory = kWidth - 1;
-  const float sum = window_sum<T, kWidth>(bias, [&](int k) { return w[k]; }, input);
+  const float sum = window_sum<T, kWidth>(bias, [&](int k) { return w[k]; }, input, seen);
   const float dsum = through_activation<T, kSilu>(dy, sum);
   float dx = w[kHistory] * dsum;
 #pragma unroll
-  for (int k = kHistory - 1; k >= 0; --k) dx = fmaf(w[k], later[kHistory - 1 - k], dx);
+  for (int distance = 1; distance <= kHistory; ++distance) {
+    if (in_sight(distance)) dx = fmaf(w[kHistory - distance], later[distance - 1], dx);
+  }
   if (is_own) {
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) sums[k][c] = fmaf(dsum, input(k), sums[k][c]);
+    for (int k = 0; k < kWidth; ++k) {
+      if (seen(k)) sums[k][c] = fmaf(dsum, input(k), sums[k][c]);
+    }
     sums[kWidth][c] += dsum;
   }
 #pragma unroll
@@ -76,21 +82,58 @@ __device__ __forceinline__ float bwd_step(const float (&w)[kWidth], float bias, 
   return dx;
 }
 
-inline constexpr int kBwdTokens = 16;   // of a thread's tile
-inline constexpr int kBwdColumns = 64;  // threads of a CTA beside each other
-inline constexpr int kBwdGroups = 2;    // of tokens
+// The dx of a tile in the place of its dy; `inputs` is x from the history on. The first tokens are the thread's own.
+// kMasked: where starts are among them.
+template <typename T, int kWidth, bool kSilu, bool kMasked, int kChannels, int kTokens>
+__device__ __forceinline__ void bwd_tile(const Conv1dBwdParams& p, const Parameters<T, kWidth, kChannels>& parameters,
+                                         const Starts<kWidth - 1 + kTokens>& starts,
+                                         unsigned (&inputs)[kWidth - 1 + kTokens][2], unsigned (&grads)[kTokens][2],
+                                         float (&sums)[kWidth + 1][kChannels]) {
+  constexpr int kHistory = kWidth - 1, kOwn = kTokens - kHistory;
+#pragma unroll
+  for (int t = 0; kMasked && t < kTokens; ++t) {  // what belongs to no sequence may be NaN
+    clear_words_if(starts.is_none(t + kHistory), inputs[t + kHistory], 2);
+    clear_words_if(starts.is_none(t + kHistory), grads[t], 2);
+  }
+#pragma unroll
+  for (int j = 0; j < kChannels / 2; ++j) {
+    float w[2][kWidth], b[2], later[2][kHistory] = {};
+    parameters.pair(p, j, w, b);
+#pragma unroll
+    for (int t = kTokens - 1; t >= 0; --t) {
+      float result[2];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const auto input = [&](int k) { return element<T>(inputs[t + k], 2 * j + c); };
+        const auto seen = [&](int k) { return !kMasked || starts.is_joined(t + kHistory, kHistory - k); };
+        const auto in_sight = [&](int distance) {
+          return !kMasked || t + distance >= kTokens || starts.is_joined(t + distance + kHistory, distance);
+        };
+        result[c] = bwd_step<T, kWidth, kSilu>(w[c], b[c], element<T>(grads[t], 2 * j + c), input, seen, in_sight,
+                                               t < kOwn, 2 * j + c, later[c], sums);
+      }
+      set_pair<T>(grads[t], j, result[0], result[1]);
+    }
+    __syncwarp();  // as in the forward: one pair's inputs unpacked at a time
+  }
+}
+
+inline constexpr int kBwdTokens = 16;        // of a thread's tile
+inline constexpr int kPackedBwdTokens = 13;  // where the masks need registers
+inline constexpr int kBwdColumns = 64;       // threads of a CTA beside each other
+inline constexpr int kBwdGroups = 2;         // of tokens
 
 template <typename T, int kWidth, bool kSilu, bool kPacked>
 __global__ void __launch_bounds__(kBwdColumns* kBwdGroups, sizeof(T) == 2 ? 3 : 4)
     conv1d_bwd_kernel(const __grid_constant__ Conv1dBwdParams p) {
   constexpr int kHistory = kWidth - 1;
-  constexpr int kTokens = kBwdTokens, kOwn = kTokens - kHistory;
+  constexpr int kTokens = kPacked ? kPackedBwdTokens : kBwdTokens, kOwn = kTokens - kHistory;
   constexpr int kChannels = 8 / sizeof(T);
 
   // lanes behind the last vector do its work once more: a warp stays whole
   const int channel = min((blockIdx.x * kBwdColumns + threadIdx.x) * kChannels, p.dim - kChannels);
   const unsigned cta = blockIdx.z * gridDim.y + blockIdx.y;  // of all batch rows
-  const int row = p.batch > 1 ? static_cast<int>(cta / p.ctas) : 0;
+  const int row = !kPacked && p.batch > 1 ? static_cast<int>(cta / p.ctas) : 0;
   if (cta >= p.ctas * p.batch) return;
   const int64 x_stride = p.x_token_stride, dy_stride = p.dy_token_stride, dx_stride = p.dx_token_stride;
 
@@ -117,33 +160,27 @@ __global__ void __launch_bounds__(kBwdColumns* kBwdGroups, sizeof(T) == 2 ? 3 : 
     __syncwarp();  // what is loaded is under way while the sequence is looked for
     const Sequence at_first =
         kPacked ? find_sequence(p.cu_seqlens, p.nseq, p.seqlen, first) : Sequence{row, 0, p.seqlen};
-    const bool within =
-        kPacked ? at_first.index >= 0 && at_first.begin <= first - kHistory && first + kTokens <= at_first.end
-                : (first > 0 || p.initial_states == nullptr) && (count == kTokens || p.dfinal_states == nullptr);
     T* dx = static_cast<T*>(p.dx) + row * p.dx_batch_stride + first * dx_stride + channel;
-    if (within) {
-#pragma unroll
-      for (int j = 0; j < kChannels / 2; ++j) {
-        float w[2][kWidth], b[2], later[2][kHistory] = {};
-        parameters.pair(p, channel, j, w, b);
-#pragma unroll
-        for (int t = kTokens - 1; t >= 0; --t) {
-          float result[2];
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const auto input = [&](int k) { return element<T>(inputs[t + k], 2 * j + c); };
-            result[c] = bwd_step<T, kWidth, kSilu>(w[c], b[c], element<T>(grads[t], 2 * j + c), input, t < kOwn,
-                                                   2 * j + c, later[c], sums);
-          }
-          set_pair<T>(grads[t], j, result[0], result[1]);
-        }
-        __syncwarp();  // as in the forward: one pair's inputs unpacked at a time
-      }
+    const auto store_tile = [&] {
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) store_words_if(i < count, dx + i * dx_stride, grads[i]);
+    };
+    Starts<kHistory + kTokens> starts;
+    if (kPacked ? __all_sync(~0u, holds(at_first, first - kHistory, first + kTokens))  // a vote takes fewer registers
+                : (first > 0 || p.initial_states == nullptr) && (count == kTokens || p.dfinal_states == nullptr)) {
+      bwd_tile<T, kWidth, kSilu, false>(p, parameters, starts, inputs, grads, sums);
+      store_tile();
       continue;
     }
-    // where a sequence starts, ends or is none: token by token, the inputs once more out of L1
+    if constexpr (kPacked) {
+      starts.find(p.cu_seqlens, p.nseq, at_first, first - kHistory);
+      if ((p.initial_states == nullptr && p.dfinal_states == nullptr) || !starts.any()) {
+        bwd_tile<T, kWidth, kSilu, true>(p, parameters, starts, inputs, grads, sums);
+        store_tile();
+        continue;
+      }
+    }
+    // where a state is seen or has a gradient: token by token, the inputs once more out of L1
     Sequence sequence{-1, p.seqlen, p.seqlen};
     float later[kChannels][kHistory];
 #pragma unroll 1
@@ -171,12 +208,12 @@ __global__ void __launch_bounds__(kBwdColumns* kBwdGroups, sizeof(T) == 2 ? 3 : 
 #pragma unroll
         for (int j = 0; j < kChannels / 2; ++j) {
           float w[2][kWidth], b[2], result[2];
-          parameters.pair(p, channel, j, w, b);
+          parameters.pair(p, j, w, b);
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             const auto input = [&](int k) { return window[k][2 * j + c]; };
-            result[c] = bwd_step<T, kWidth, kSilu>(w[c], b[c], element<T>(grad, 2 * j + c), input, i < kOwn, 2 * j + c,
-                                                   later[2 * j + c], sums);
+            result[c] = bwd_step<T, kWidth, kSilu>(w[c], b[c], element<T>(grad, 2 * j + c), input, AllSeen{}, AllSeen{},
+                                                   i < kOwn, 2 * j + c, later[2 * j + c], sums);
             if (column >= 0) {
               result[c] +=
                   load_state<T>(p, p.dfinal_states, p.dfinal_strides, sequence.index, channel + 2 * j + c, column);

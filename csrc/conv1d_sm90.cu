@@ -36,6 +36,9 @@ void conv1d_fwd(const Conv1dArgs& a, const Conv1dTensors& t, Target target) {
       .bias_fp32 = a.bias_dtype == DType::float32,
       .states_fp32 = a.states_dtype == DType::float32,
   };
+  if (itemsize == 2 && a.channels > 4 && (p.weight_fp32 || p.bias_fp32)) {
+    throw std::runtime_error("conv1d: float32 weights beside 16-bit inputs take vectors of 4 channels");
+  }
   const int vectors = p.dim / a.channels;
   const dim3 grid = conv1d_grid((vectors + a.columns - 1) / a.columns, static_cast<int64>(p.tiles) * p.batch);
   const unsigned state_blocks = p.final_states == nullptr ? 0 : conv1d_blocks(static_cast<int64>(p.nseq) * p.dim);

@@ -1,9 +1,10 @@
 // Causal depthwise conv1d, channel-last: y[t] = act(bias + sum_k weight[k] * x[t - (kWidth - 1) + k]) per channel.
 //
 // A pure stream: a thread has a tile of 64 bytes, some tokens of the channels of a vector. All of its loads are under
-// way before anything is done with them, all of its stores come last, and nothing in between is checked where tile and
-// history lie within one sequence: so memory sees what it sees of a copy. The kWidth - 1 tokens before the tile are
-// read once more, out of L1, for they belong to the thread beside it in the CTA, which is some groups of tokens high.
+// way before anything is done with them, all of its stores come last, and nothing in between waits for memory: so that
+// sees what it sees of a copy. Where sequences start in a tile, a bit of each token says so to the taps. The kWidth - 1
+// tokens before the tile are read once more, out of L1, for they belong to the thread beside it in the CTA, which is
+// some groups of tokens high.
 //
 // Results take the registers of inputs: pair of channels by pair, from the last token to the first.
 #pragma once
@@ -62,6 +63,29 @@ __device__ __forceinline__ void conv1d_step(const float (&w)[2][kWidth], const f
   set_pair<T>(words, j, result[0], result[1]);
 }
 
+// The results of a tile, from its history on, in the place of its inputs. kMasked: where starts are among them.
+template <typename T, int kWidth, bool kSilu, bool kMasked, int kChannels, int kCount, int kWords>
+__device__ __forceinline__ void conv1d_tile(const Conv1dParams& p, const Parameters<T, kWidth, kChannels>& parameters,
+                                            const Starts<kCount>& starts, unsigned (&raw)[kCount][kWords]) {
+  constexpr int kHistory = kWidth - 1;
+#pragma unroll
+  for (int j = 0; j < kChannels / 2; ++j) {
+    float w[2][kWidth], b[2];
+    parameters.pair(p, j, w, b);
+#pragma unroll
+    for (int t = kCount - 1; t >= kHistory; --t) {
+      const auto input = [&](int k, int c) {
+        const bool is_seen = !kMasked || starts.is_joined(t, kHistory - k);
+        return is_seen ? element<T>(raw[t - kHistory + k], 2 * j + c) : 0.f;
+      };
+      conv1d_step<T, kWidth, kSilu>(w, b, input, j, raw[t]);
+    }
+    __syncwarp();  // keeps the compiler from unpacking the next pair's inputs already, for which it has no registers
+  }
+#pragma unroll
+  for (int t = kHistory; kMasked && t < kCount; ++t) clear_words_if(starts.is_none(t), raw[t], kWords);
+}
+
 inline constexpr int kTileBytes = 64;     // of a thread
 inline constexpr int kTileThreads = 256;  // of a CTA: (vectors, groups of tokens), whole warps to a group
 
@@ -75,7 +99,7 @@ __global__ void __launch_bounds__(kTileThreads, 3) conv1d_kernel(const __grid_co
   // lanes behind the last vector do its work once more: a warp stays whole
   const int channel = min((blockIdx.x * blockDim.x + threadIdx.x) * kChannels, p.dim - kChannels);
   const unsigned tile = blockIdx.z * gridDim.y + blockIdx.y;
-  const int row = p.batch > 1 ? static_cast<int>(tile / p.tiles) : 0;
+  const int row = !kPacked && p.batch > 1 ? static_cast<int>(tile / p.tiles) : 0;
   const unsigned start = ((tile - row * p.tiles) * blockDim.y + threadIdx.y) * kTokens;
   if (row >= p.batch || start >= static_cast<unsigned>(p.seqlen)) return;
   const int first = static_cast<int>(start), count = min(kTokens, p.seqlen - first);
@@ -92,28 +116,25 @@ __global__ void __launch_bounds__(kTileThreads, 3) conv1d_kernel(const __grid_co
 
   __syncwarp();  // what is loaded is under way while the sequence is looked for
   Sequence sequence = kPacked ? find_sequence(p.cu_seqlens, p.nseq, p.seqlen, first) : Sequence{row, 0, p.seqlen};
-  const bool within = kPacked
-                          ? sequence.index >= 0 && sequence.begin <= first - kHistory && first + count <= sequence.end
-                          : first > 0 || p.initial_states == nullptr;
   T* y = static_cast<T*>(p.y) + row * p.y_batch_stride + first * y_stride + channel;
-  if (within) {
+  const auto store_tile = [&] {
 #pragma unroll
-    for (int j = 0; j < kChannels / 2; ++j) {
-      float w[2][kWidth], b[2];
-      parameters.pair(p, channel, j, w, b);
-#pragma unroll
-      for (int t = kTokens - 1; t >= 0; --t) {
-        const auto input = [&](int k, int c) { return element<T>(raw[t + k], 2 * j + c); };
-        conv1d_step<T, kWidth, kSilu>(w, b, input, j, raw[t + kHistory]);
-      }
-      __syncwarp();  // keeps the compiler from unpacking the next pair's inputs already, for which it has no registers
-    }
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) store_words_if(i < count, y + i * y_stride, raw[kHistory + i]);
-    return;
+    for (int i = 0; i < kTokens; ++i) store_words_if(i < p.seqlen - first, y + i * y_stride, raw[kHistory + i]);
+  };
+  Starts<kHistory + kTokens> starts;
+  if (kPacked ? holds(sequence, first - kHistory, first + count) : first > 0 || p.initial_states == nullptr) {
+    conv1d_tile<T, kWidth, kSilu, false>(p, parameters, starts, raw);
+    return store_tile();
   }
-  // where a sequence starts, ends or is none: token by token and 8 bytes by 8, inputs and parameters once more out of
-  // L1, so that it takes fewer registers than what is above
+  if constexpr (kPacked) {
+    starts.find(p.cu_seqlens, p.nseq, sequence, first - kHistory);
+    if (p.initial_states == nullptr || !starts.any()) {
+      conv1d_tile<T, kWidth, kSilu, true>(p, parameters, starts, raw);
+      return store_tile();
+    }
+  }
+  // where an initial state is seen: token by token and 8 bytes by 8, inputs and parameters once more out of L1, so that
+  // it takes fewer registers than what is above
   constexpr int kPart = 8 / sizeof(T);
 #pragma unroll 1
   for (int token = first; token < first + count; ++token, x += x_stride, y += y_stride) {
@@ -132,7 +153,7 @@ __global__ void __launch_bounds__(kTileThreads, 3) conv1d_kernel(const __grid_co
 #pragma unroll
         for (int j = 0; j < kPart / 2; ++j) {
           float w[2][kWidth], b[2];
-          parameters.pair(p, channel + part, j, w, b);
+          parameters.pair(p, j, w, b);
           const auto input = [&](int k, int c) { return window[k][2 * j + c]; };
           conv1d_step<T, kWidth, kSilu>(w, b, input, j, result);
         }

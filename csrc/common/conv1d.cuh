@@ -8,9 +8,10 @@ namespace hybrid_ops {
 
 inline constexpr int kConvThreads = 128;
 
-// Tokens [begin, end) of a batch row; index -1 where they belong to no sequence: all of them are zeros then.
+// Tokens [begin, end) of a batch row; index -1 where they belong to no sequence: all of them are zeros then. In a
+// packed row the boundaries from `next` on lie behind `begin`.
 struct Sequence {
-  int index, begin, end;
+  int index, begin, end, next;
 };
 
 // What holds `token` of a packed row. A whole warp asks for the same token: its lanes test 32 boundaries at once, so 31
@@ -28,7 +29,50 @@ __device__ __forceinline__ Sequence find_sequence(const int* cu_seqlens, int nse
   }
   const int begin = low == 0 ? 0 : max(__ldg(cu_seqlens + low - 1), 0);
   const int end = low > nseq ? seqlen : min(__ldg(cu_seqlens + low), seqlen);
-  return {low > nseq ? -1 : low - 1, begin, end};
+  return {low > nseq ? -1 : low - 1, begin, end, low};
+}
+
+// Whether tokens [from, to) are its own.
+__device__ __forceinline__ bool holds(const Sequence& sequence, int from, int to) {
+  return sequence.index >= 0 && sequence.begin <= from && to <= sequence.end;
+}
+
+// Which of kCount <= 16 tokens are the first of a sequence, a bit each, and in the upper half which belong to none.
+// Those are starts as well: so a tap reaches back over no start, and what flows back neither.
+template <int kCount>
+struct Starts {
+  unsigned bits;
+
+  // Of the tokens from `base` on, of which `at` holds one: later starts than its own are all that matters. A whole warp
+  // asks, and its lanes read 32 boundaries at once.
+  __device__ __forceinline__ void find(const int* cu_seqlens, int nseq, const Sequence& at, int base) {
+    static_assert(kCount <= 16);
+    constexpr unsigned kAll = (1u << kCount) - 1;
+    const auto none = [](unsigned tokens) { return tokens | tokens << 16; };
+    bits = at.begin > base ? 1u << (at.begin - base) : 0u;
+    if (at.next > nseq) bits = none(kAll);
+    if (at.next == 0) bits = none(at.end >= base + kCount ? kAll : (1u << max(at.end - base, 0)) - 1);
+    bool inside = true;
+#pragma unroll 1
+    for (int i = at.next + threadIdx.x % 32; __all_sync(~0u, inside); i += 32) {
+      const int place = i <= nseq ? __ldg(cu_seqlens + i) - base : kCount;
+      inside = place >= 0 && place < kCount;
+      bits |= __reduce_or_sync(~0u, inside ? i == nseq ? none(kAll & ~0u << place) : 1u << place : 0u);
+    }
+  }
+
+  // Whether a sequence begins or ends among the tokens.
+  __device__ __forceinline__ bool any() const { return (bits & ~(bits >> 16 & bits >> 15) & 0xfffeu) != 0; }
+  __device__ __forceinline__ bool is_none(int i) const { return (bits >> (16 + i) & 1) != 0; }
+  // Whether token i sees token i - distance.
+  __device__ __forceinline__ bool is_joined(int i, int distance) const {
+    return (bits >> (i - distance + 1) & ((1u << distance) - 1)) == 0;
+  }
+};
+
+__device__ __forceinline__ void clear_words_if(bool condition, unsigned* words, int count) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) words[i] = condition ? 0u : words[i];
 }
 
 template <typename T>
@@ -73,47 +117,45 @@ __device__ __forceinline__ void load_parameters(const void* weight, bool weight_
   }
 }
 
-// The same for whole sequences: in registers as they lie in memory, half of what they are as float32. Parameters of
-// float32 beside 16-bit inputs stay in L1, and are read where they are needed.
+// The same in registers as they lie in memory, which for 16 bits is half of what they are as float32. Beside 16-bit
+// inputs they may be float32 where kChannels is 4, for which there are registers.
 template <typename T, int kWidth, int kChannels>
 struct Parameters {
-  static constexpr int kWords = kChannels * sizeof(T) / 4;
+  static constexpr bool kMixed = sizeof(T) == 2 && kChannels == 4;
+  static constexpr int kBytes = kMixed ? 8 : kChannels * sizeof(T);  // of a vector
+  static constexpr int kOf = kBytes / sizeof(T);                     // elements of it
+  static constexpr int kVectors = kMixed ? 2 : 1;  // where they are float32; then they are twice as many
 
-  unsigned weight[kWidth][kWords] = {}, bias[kWords] = {};  // (channel, tap), as vectors; (channel)
+  unsigned weight[kVectors * kWidth][kBytes / 4] = {}, bias[kVectors][kBytes / 4] = {};  // (channel, tap); (channel)
 
   template <typename Params>
   __device__ __forceinline__ void load(const Params& p, int channel) {
-    const T* source = static_cast<const T*>(p.weight) + static_cast<int64>(channel) * kWidth;
+    const int64 weight_size = kMixed && p.weight_fp32 ? 4 : sizeof(T),
+                bias_size = kMixed && p.bias_fp32 ? 4 : sizeof(T);
+    const char* weights = static_cast<const char*>(p.weight) + channel * weight_size * kWidth;
+    const char* biases = static_cast<const char*>(p.bias) + channel * bias_size;
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) load_words_if(sizeof(T) == 4 || !p.weight_fp32, source + i * kChannels, weight[i]);
-    load_words_if(p.bias != nullptr && (sizeof(T) == 4 || !p.bias_fp32), static_cast<const T*>(p.bias) + channel, bias);
+    for (int i = 0; i < kVectors * kWidth; ++i) {
+      load_words_if(i < kWidth || p.weight_fp32, weights + i * kBytes, weight[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      load_words_if(p.bias != nullptr && (i == 0 || p.bias_fp32), biases + i * kBytes, bias[i]);
+    }
   }
 
-  // Of channels 2 j and 2 j + 1 of those from `channel` on.
+  // Of channels 2 j and 2 j + 1 of those that are loaded.
   template <typename Params>
-  __device__ __forceinline__ void pair(const Params& p, int channel, int j, float (&w)[2][kWidth],
-                                       float (&b)[2]) const {
+  __device__ __forceinline__ void pair(const Params& p, int j, float (&w)[2][kWidth], float (&b)[2]) const {
+    const auto get = [](const unsigned (*vectors)[kBytes / 4], bool is_fp32, int i) {
+      if (kMixed && is_fp32) return element<float>(vectors[i / 2], i % 2);
+      return element<T>(vectors[i / kOf], i % kOf);
+    };
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) {
-        const int at = (2 * j + c) * kWidth + k;
-        w[c][k] = element<T>(weight[at / kChannels], at % kChannels);
-      }
-      b[c] = element<T>(bias, 2 * j + c);
-    }
-    if (sizeof(T) == 2 && p.weight_fp32) {
-      const float2* source = reinterpret_cast<const float2*>(static_cast<const float*>(p.weight) +
-                                                             static_cast<int64>(channel + 2 * j) * kWidth);
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        const float2 taps = __ldg(source + i);
-        w[2 * i / kWidth][2 * i % kWidth] = taps.x, w[(2 * i + 1) / kWidth][(2 * i + 1) % kWidth] = taps.y;
-      }
-    }
-    if (sizeof(T) == 2 && p.bias_fp32 && p.bias != nullptr) {
-      const float2 pair = __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(p.bias) + channel) + j);
-      b[0] = pair.x, b[1] = pair.y;
+      for (int k = 0; k < kWidth; ++k) w[c][k] = get(weight, p.weight_fp32, (2 * j + c) * kWidth + k);
+      b[c] = get(bias, p.bias_fp32, 2 * j + c);
     }
   }
 };
@@ -138,14 +180,22 @@ __device__ __forceinline__ void load_window(const T* x, int64 stride, int token,
   }
 }
 
-// bias + sum_k weight(k) input(k). A bias may be larger than the result, and each partial sum that has it in it is
-// rounded at its scale: in float32, where that shows, it comes last; else first, which saves an instruction.
-template <typename T, int kWidth, typename Weight, typename Input>
-__device__ __forceinline__ float window_sum(float bias, Weight weight, Input input) {
+// Of taps, and of tokens behind one.
+struct AllSeen {
+  __device__ __forceinline__ bool operator()(int) const { return true; }
+};
+
+// bias + sum_k weight(k) input(k) over the taps that are seen. A bias may be larger than the result, and each partial
+// sum that has it in it is rounded at its scale: in float32, where that shows, it comes last; else first, which saves
+// an instruction.
+template <typename T, int kWidth, typename Weight, typename Input, typename Seen = AllSeen>
+__device__ __forceinline__ float window_sum(float bias, Weight weight, Input input, Seen seen = {}) {
   constexpr bool kBiasFirst = sizeof(T) == 2;
   float sum = kBiasFirst ? bias : 0.f;
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) sum = fmaf(weight(k), input(k), sum);
+  for (int k = 0; k < kWidth; ++k) {
+    if (seen(k)) sum = fmaf(weight(k), input(k), sum);
+  }
   return kBiasFirst ? sum : sum + bias;
 }
 

@@ -21,32 +21,41 @@ class BwdConfig(NamedTuple):
 
 
 _VECTOR = 4  # channels that rows are to be whole numbers of
-_BWD_COLUMNS, _BWD_GROUPS, _BWD_TOKENS = 64, 2, 16  # kBwdColumns, kBwdGroups, kBwdTokens
+_BWD_COLUMNS, _BWD_GROUPS = 64, 2  # kBwdColumns, kBwdGroups
+_BWD_TOKENS, _PACKED_BWD_TOKENS = 16, 13  # kBwdTokens, kPackedBwdTokens
 _BWD_CTAS_PER_SM = {2: 3, 4: 4}  # by bytes of an element
-_MOST_TILES = 12  # of a thread of the backward
+_MOST_TILES, _MOST_TILES_AT_ONCE = 6, 12  # of a thread of the backward; of one where all CTAs are there at once
 
 
-def config(dim: int, itemsize: int, alignment: int) -> Config:
-    """Vectors of 16 bytes where rows start at multiples of `alignment` >= 16, and CTAs whose threads all have one."""
-    channels = 16 // itemsize if alignment >= 16 and dim * itemsize % 16 == 0 else _VECTOR
+def config(dim: int, itemsize: int, alignment: int, parameters_fp32: bool = False) -> Config:
+    """Vectors of 16 bytes where rows start at multiples of `alignment` >= 16, and CTAs whose threads all have one.
+
+    Weights and biases of float32 beside 16-bit inputs have registers only with vectors of 8.
+    """
+    wide = alignment >= 16 and dim * itemsize % 16 == 0 and (itemsize == 4 or not parameters_fp32)
+    channels = 16 // itemsize if wide else _VECTOR
     return Config(channels, columns=32 if dim // channels % 64 else 64)
 
 
 @functools.lru_cache(maxsize=1024)
-def bwd_config(rows: int, seqlen: int, dim: int, width: int, num_sms: int, itemsize: int) -> BwdConfig:
+def bwd_config(
+    rows: int, seqlen: int, dim: int, width: int, num_sms: int, itemsize: int, packed: bool = False
+) -> BwdConfig:
     """CTAs come in generations of as many as the GPU holds, and the last should be full.
 
-    So a thread has that number of tiles, up to 12, with which the generations take the fewest tiles one after the
-    other, where the start of a CTA, and its sums in memory, count as half a tile.
+    So a thread has that number of tiles with which the generations take the fewest tiles one after the other, where the
+    start of a CTA, and its sums in memory, count as half a tile. Of many generations each tile has its neighbours' in
+    L1 and L2 only while they are under way too: then it has at most 6.
     """
-    tiles = -(-seqlen // (_BWD_GROUPS * (_BWD_TOKENS + 1 - width)))
+    tokens = (_PACKED_BWD_TOKENS if packed else _BWD_TOKENS) + 1 - width
+    tiles = -(-seqlen // (_BWD_GROUPS * tokens))
     columns = rows * -(-dim * itemsize // (8 * _BWD_COLUMNS))
 
-    def time(tiles_per_thread: int) -> float:
-        generations = -(-columns * -(-tiles // tiles_per_thread) // (num_sms * _BWD_CTAS_PER_SM[itemsize]))
-        return generations * (tiles_per_thread + 0.5)
+    def generations(tiles_per_thread: int) -> int:
+        return -(-columns * -(-tiles // tiles_per_thread) // (num_sms * _BWD_CTAS_PER_SM[itemsize]))
 
-    return BwdConfig(ctas=-(-tiles // min(range(1, _MOST_TILES + 1), key=time)))
+    choices = [n for n in range(1, _MOST_TILES_AT_ONCE + 1) if n <= _MOST_TILES or generations(n) == 1]
+    return BwdConfig(ctas=-(-tiles // min(choices, key=lambda n: generations(n) * (n + 0.5))))
 
 
 def refusal(
@@ -147,6 +156,7 @@ def make_launch(
     nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     some_states = history if history is not None else state
     nslots, _, state_len = (nseq, dim, width - 1) if some_states is None else some_states.shape
+    parameters_fp32 = any(t is not None and t.dtype == torch.float32 for t in (weight, bias))
     launch = extension.Conv1d(
         dtypes=tuple(DTYPES[(x if t is None else t).dtype] for t in (x, weight, bias, some_states)),
         sizes=(batch, seqlen, dim, width, nseq, nslots, state_len),
@@ -156,7 +166,7 @@ def make_launch(
         final_strides=(0, 0, 0) if state is None else state.stride(),
         null_slot=null_slot,
         silu=silu,
-        config=chosen or config(dim, x.element_size(), alignment(x, y)),
+        config=chosen or config(dim, x.element_size(), alignment(x, y), parameters_fp32),
     )
     return lambda tensors: launch(tensors, index, torch._C._cuda_getCurrentRawStream(index))
 
@@ -189,7 +199,8 @@ def conv1d_bwd(
         dy = dy.contiguous()
     nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     some_states = history if history is not None else dfinal
-    chosen = chosen or bwd_config(batch, seqlen, dim, width, _device.num_sms(index), x.element_size())
+    packed = cu_seqlens is not None
+    chosen = chosen or bwd_config(batch, seqlen, dim, width, _device.num_sms(index), x.element_size(), packed)
     partials = x.new_empty((width + 1) * batch * chosen.ctas * dim, dtype=torch.float32)
     tensors = (
         dy,
