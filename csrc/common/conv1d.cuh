@@ -89,36 +89,8 @@ __device__ __forceinline__ void store_parameter(void* parameter, bool is_fp32, i
   }
 }
 
-// weight[channel..][:] as float32: kWidth vectors, for a thread's channels are neighbours in memory.
-template <typename Stored, int kWidth>
-__device__ __forceinline__ void load_weight(const void* weight, int channel, float (&w)[kWidth][kPerVector]) {
-  const Stored* source = static_cast<const Stored*>(weight) + static_cast<int64>(channel) * kWidth;
-#pragma unroll
-  for (int i = 0; i < kPerVector * kWidth; i += kPerVector) {
-    float values[kPerVector];
-    unpack<Stored>(__ldg(reinterpret_cast<const Vector<Stored>*>(source + i)), values);
-#pragma unroll
-    for (int j = 0; j < kPerVector; ++j) w[(i + j) % kWidth][(i + j) / kWidth] = values[j];
-  }
-}
-
-// Weights and biases of the four channels from `channel` on.
-template <typename T, int kWidth>
-__device__ __forceinline__ void load_parameters(const void* weight, bool weight_fp32, const void* bias, bool bias_fp32,
-                                                int channel, float (&w)[kWidth][kPerVector], float (&b)[kPerVector]) {
-  if (weight_fp32) {
-    load_weight<float, kWidth>(weight, channel, w);
-  } else {
-    load_weight<T, kWidth>(weight, channel, w);
-  }
-#pragma unroll
-  for (int c = 0; c < kPerVector; ++c) {
-    b[c] = bias == nullptr ? 0.f : load_parameter<T>(bias, bias_fp32, channel + c);
-  }
-}
-
-// The same in registers as they lie in memory, which for 16 bits is half of what they are as float32. Beside 16-bit
-// inputs they may be float32 where kChannels is 4, for which there are registers.
+// Weights and biases of a thread's channels, in registers as they lie in memory, which for 16 bits is half of what they
+// are as float32. Beside 16-bit inputs they may be float32 where kChannels is 4, for which there are registers.
 template <typename T, int kWidth, int kChannels>
 struct Parameters {
   static constexpr bool kMixed = sizeof(T) == 2 && kChannels == 4;
