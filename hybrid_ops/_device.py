@@ -43,6 +43,11 @@ def num_sms(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+def num_sms_to_explain(device: str | torch.device) -> int:
+    """For `explain`, which may be asked about a GPU where there is none: then an H100's."""
+    return num_sms(torch.device(device).index or 0) if torch.cuda.is_available() else 132
+
+
 @functools.cache
 def triton_interpreted() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 before the import)."""

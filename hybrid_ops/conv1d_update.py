@@ -163,7 +163,7 @@ def _choose(
     refusal = _csrc_conv1d_update.refusal(x, state, weight, None, None, None, x)
     chosen, reason = _choice(impl, torch.device(device), refusal)
     if chosen == "cuda":
-        sms = _device.num_sms(torch.device(device).index or 0) if torch.cuda.is_available() else 132
+        sms = _device.num_sms_to_explain(device)
         return Choice(chosen, _csrc_conv1d_update.config(batch, dim, dtype.itemsize, False, sms)._asdict(), reason)
     if chosen != "triton":
         return Choice(chosen, {}, reason)

@@ -162,7 +162,7 @@ def _choose(
     refusal = _device.not_sm90(torch.device(device)) or _csrc_norm.refusal(dtype, dtype, x[0], group_size, True, x=x)
     chosen, reason = _device.choose(impl, torch.device(device), refusal)
     if chosen == "cuda":
-        sms = _device.num_sms(torch.device(device).index or 0) if torch.cuda.is_available() else 132
+        sms = _device.num_sms_to_explain(device)
         return Choice(chosen, _csrc_norm.config(8192, 1, group_size, x.element_size(), sms)._asdict(), reason)
     if chosen != "triton":
         return Choice(chosen, {}, reason)

@@ -331,7 +331,7 @@ def _choose(
     )
     chosen, reason = _device.choose(impl, torch.device(device), refusal)
     if chosen == "cuda":
-        sms = _device.num_sms(torch.device(device).index or 0) if torch.cuda.is_available() else 132
+        sms = _device.num_sms_to_explain(device)
         problem = (batch, batch * seqlen, nheads, dstate, batch_invariant)
         return Choice(chosen, _csrc_ssd.config(*problem, sms)._asdict(), reason)
     if chosen != "triton":

@@ -399,7 +399,7 @@ def _explain(
     refusal = _device.not_sm90(where) or _csrc_ssd_replay.refusal(state, *kept, tokens, batch, ())
     chosen, reason = _device.choose(impl, where, refusal)
     if chosen == "cuda":
-        sms = _device.num_sms(where.index or 0) if torch.cuda.is_available() else 132
+        sms = _device.num_sms_to_explain(device)
         problem = (headdim, dstate, state_dtype.itemsize, dtype.itemsize, nheads, ngroups, batch)
         return Choice(chosen, _csrc_ssd_replay.config(*problem, sms)._asdict(), reason)
     if chosen != "triton":

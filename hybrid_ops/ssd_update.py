@@ -336,7 +336,7 @@ def _choose(
     chosen, reason = _device.choose(impl, torch.device(device), refusal)
     problem = (headdim, dstate, state_dtype.itemsize)
     if chosen == "cuda":
-        sms = _device.num_sms(torch.device(device).index or 0) if torch.cuda.is_available() else 132
+        sms = _device.num_sms_to_explain(device)
         stochastic = rounding == "stochastic"
         return Choice(chosen, _csrc_ssd_update.config(*problem, stochastic, batch * nheads, sms)._asdict(), reason)
     if chosen != "triton":

@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import hybrid_ops
-from hybrid_ops import cli
 from hybrid_ops.models import CheckpointError, NemotronHConfig, NemotronHForCausalLM, checkpoint, quantize_checkpoint
 from hybrid_ops.models.quantize_matrices import Quantizer, _Reader
 from hybrid_ops.models.quantize_rules import formats
@@ -550,65 +549,3 @@ def test_files_are_mapped_as_they_lie(source, tmp_path):
             if name != "__metadata__":
                 width = {"F32": 4, "BF16": 2, "U8": 1, "F8_E4M3": 1}[place["dtype"]]
                 assert (8 + length + place["data_offsets"][0]) % width == 0
-
-
-@pytest.fixture
-def on_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-@pytest.mark.usefixtures("on_cpu")
-def test_command(folder, tmp_path, capsys):
-    os.rename(folder, tmp_path / "Tiny-BF16")
-    rows = tmp_path / "rows.json"
-    assert cli.main(["quantize", str(tmp_path / "Tiny-BF16"), "--json", str(rows), "--max-shard-size", "50kB"]) == 0
-    text = capsys.readouterr().out
-    report = json.loads(rows.read_text())
-    assert report["output"] == str(tmp_path / "Tiny-NVFP4")
-    assert len(report["files"]) > 1
-    declared(tmp_path / "Tiny-NVFP4")
-    for row in report["rows"]:
-        cells = (row["kind"], row["format"], str(row["matrices"]), f"{100 * row['error']:.2f}%")
-        assert re.search(rf"^ +{row['layer']} +" + " +".join(map(re.escape, cells)), text, re.MULTILINE), row
-    assert f"{report['bytes_before'] / 1e3:.1f} kB became {report['bytes_after'] / 1e3:.1f} kB" in text
-    assert "--input-scale 1 writes it" in text
-    assert f"{report['kept']} tensors as they were" in text
-    assert "recipe of super" in text
-
-
-@pytest.mark.usefixtures("on_cpu")
-def test_command_options(source, tmp_path, capsys):
-    out = tmp_path / "out"
-    command = ["quantize", str(source), "--output", str(out), "--format", "fp8", "--input-scale", "1"]
-    command += ["--keep", "*.in_proj", "--rule", "backbone.layers.4.*=nvfp4", "--keep", "*.4.*.out_proj"]
-    command += ["--four-over-six", "mse", "--device", "cpu"]
-    assert cli.main(command) == 0
-    tensors = read(out)
-    assert stored_format(tensors, "backbone.layers.0.mixer.in_proj") == "keep"
-    assert stored_format(tensors, "backbone.layers.4.mixer.in_proj") == "nvfp4"
-    assert stored_format(tensors, "backbone.layers.4.mixer.out_proj") == "keep"
-    assert stored_format(tensors, "backbone.layers.1.mixer.experts.0.up_proj") == "fp8"
-    assert "input-scale" not in capsys.readouterr().out
-    assert cli.main(command) == 1
-    assert "hybrid-ops quantize: output must be empty" in capsys.readouterr().out
-    assert cli.main([*command, "--force"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        (["--rule", "lm_head"], "expected GLOB=FORMAT, got 'lm_head'"),
-        (["--max-shard-size", "5 parsecs"], "expected a size as 500MB or 5GB"),
-        (["--format", "int4"], "invalid choice: 'int4'"),
-    ],
-)
-def test_command_refuses(source, capsys, option, message):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["quantize", str(source), *option])
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_command_names_what_is_missing(tmp_path, capsys):
-    assert cli.main(["quantize", str(tmp_path / "nowhere")]) == 1
-    assert "nowhere" in capsys.readouterr().out
