@@ -114,10 +114,8 @@ def test_conv1d_cuda_of_many_sequences_gpu(nseq):
         gradients = (dx, dweight, None, None)
         torch.ops.hybrid_ops.conv1d_bwd(dy, None, x, weight, None, None, None, bounds, *gradients, False, impl)
         results.append((y, dx, dweight))
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(
-            got, expected, rtol=1e-4, atol=1e-4
-        )  # float32 both; dweight sums up to seqlen products
+    for got, expected in zip(*results, strict=True):  # both in float32; dweight's sums have up to seqlen products
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
