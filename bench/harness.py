@@ -2,6 +2,7 @@
 
 An implementation whose results are outside the error budget is not timed. Times are cold: inputs rotate through sets
 that together are larger than three times the L2 cache, and results never share memory. `warm` is the same with one set.
+They are those of bursts, at the boost clock; `sustained` is of load without rests, at the clock that its power allows.
 """
 
 import dataclasses
@@ -21,13 +22,17 @@ import hybrid_ops
 from . import peers
 from .cases import Case, Tensors, dtype_name, matches
 from .check import check, right_results
+from .machine import sm_mhz
 from .results import Row
 from .session import Session
 from .table import list_cases, print_finished
 from .timing import Graph, host_us, summary, wall_samples, wall_us
 
 FAMILIES = ("conv1d", "ssd", "norm", "mamba2_step", "moe_router", "grouped_gemm", "moe", "quant", "gemm")
-TIMES = ("gpu_us", "gpu_us_p10", "gpu_us_p90", "gpu_us_warm", "host_us", "host_us_p10", "host_us_p90")
+FIGURES = (
+    *("gpu_us", "gpu_us_p10", "gpu_us_p90", "gpu_us_warm", "gpu_us_sustained", "sm_mhz_sustained"),
+    *("host_us", "host_us_p10", "host_us_p90", "error_ratio"),
+)
 
 
 class Skipped(Exception):
@@ -151,7 +156,7 @@ def _row(
     family: str, case: Case, impl: str, sets: Sequence[Tensors], device: torch.device, report: Mapping[str, Any]
 ) -> Row:
     row: Row = {"family": family, "op": case.op, "case": case.name, "dtype": dtype_name(case.dtype), "impl": impl}
-    row |= dict.fromkeys((*TIMES, "error_ratio"))
+    row |= dict.fromkeys(FIGURES)
     row |= {"bytes": case.bytes, "flops": case.flops, "floor_us": floor_us(case, report["ceilings"])}
     row |= {"peers": {}, "commit": report["commit"], "date": report["date"]}
     try:
@@ -221,6 +226,7 @@ def measure(case: Case, impl: str, sets: Sequence[Tensors], row: Row, device: to
             if name not in case.in_place:
                 result.fill_(math.nan if result.is_floating_point() else 255)
     samples = cold.samples()
+    sustained = cold.sustained(lambda: sm_mhz(device))
     for index in (0, len(sets) - 1):
         right = right_results(case, sets[index])
         left = case.call(sets[index], impl) if case.moves else cold.results[index]
@@ -233,6 +239,7 @@ def measure(case: Case, impl: str, sets: Sequence[Tensors], row: Row, device: to
         return []
     del cold
     row["gpu_us"], row["gpu_us_p10"], row["gpu_us_p90"] = summary(samples)
+    row["gpu_us_sustained"], row["sm_mhz_sustained"] = sustained
     row["gpu_us_warm"] = Graph([lambda: case.call(sets[0], impl)], keep_results=False).time().median
     row["host_us"] = host_us(lambda: case.call(sets[0], impl))
     return samples

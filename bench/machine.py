@@ -34,6 +34,12 @@ def clocks(device: torch.device) -> dict[str, str] | None:
     return {name: answer[field] for name, field in names.items()} if answer else None
 
 
+def sm_mhz(device: torch.device) -> int | None:
+    """The SM clock of now; None where nvidia-smi does not say."""
+    number = _nvidia_smi(device, "clocks.sm").get("clocks.sm", "").removesuffix(" MHz")
+    return int(number) if number.isdigit() else None
+
+
 def _nvidia_smi(device: torch.device, *fields: str) -> dict[str, str]:
     """Its answers; nothing where it is missing or knows no such GPU. By UUID, for torch may number only some GPUs."""
     smi = shutil.which("nvidia-smi")

@@ -73,11 +73,12 @@ def print_clocks(console: Console, report: Report) -> None:
 def rows_table(report: Report, comparison: Comparison | None) -> Table:
     table = Table(header_style="bold", box=None)
     gpu = report["machine"]["gpu"] is not None
-    columns = ["µs", "p10-p90", "warm", "host", "floor", "of floor"] if gpu else ["µs, wall clock"]
+    columns = ["µs", "p10-p90", "warm", "sustained", "host", "floor", "of floor"] if gpu else ["µs, wall clock"]
     columns += [] if comparison is None else ["change"]
     for column in ("op", "case", "dtype", "impl", *columns, "error/budget", "peers, µs"):
         text = column in ("op", "case", "dtype", "impl", "peers, µs")
-        table.add_column(column, justify="left" if text else "right", no_wrap=column != "peers, µs")
+        folds = column in ("sustained", "peers, µs")
+        table.add_column(column, justify="left" if text else "right", no_wrap=not folds)
     for row in report["rows"]:
         name = (row["op"], row["case"], row["dtype"], row["impl"])
         if row["check"] != "passed":
@@ -94,7 +95,14 @@ def _times(row: Row, gpu: bool) -> list[str]:
         return [f"{row['host_us']:.1f}"]
     us = row["gpu_us"]
     figures = [f"{us:.1f}", f"{row['gpu_us_p10']:.1f}-{row['gpu_us_p90']:.1f}", f"{row['gpu_us_warm']:.1f}"]
-    return [*figures, f"{row['host_us']:.0f}", f"{row['floor_us']:.1f}", f"{row['floor_us'] / us:.0%}"]
+    return [*figures, _sustained(row), f"{row['host_us']:.0f}", f"{row['floor_us']:.1f}", f"{row['floor_us'] / us:.0%}"]
+
+
+def _sustained(row: Row) -> str:
+    us, mhz = row.get("gpu_us_sustained"), row.get("sm_mhz_sustained")
+    if us is None:  # a row of an older version
+        return ""
+    return f"{us:.1f}" if mhz is None else f"{us:.1f} @ {mhz} MHz"
 
 
 def _peers(row: Row, gpu: bool) -> str:

@@ -1,16 +1,24 @@
 """How long a call takes: on the GPU by replaying CUDA graphs, on the host by issuing it, without a GPU by the clock."""
 
+import collections
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 REPLAYS = 30
 GRAPH_MS = 2.0  # calls in a graph: so many that its own launch does not count
 MAX_CALLS = 500
-WARM_UP_S = 0.1  # an idle GPU needs a while to raise its clocks
+WARM_UPS = 10  # replays before: an idle GPU needs a while to raise its clocks
+REST = 2.0  # times as long as the replay before it: a third of the load's power is far below any limit on it
+LONGEST_REST_S = 0.05  # behind replays above 25 ms: those of 60 or more meet the power limit by themselves
+SUSTAINED_S = 0.5  # without a rest: a GPU at its power limit has settled at a lower clock by then
+
+Seen = TypeVar("Seen")
 
 
 class Timing(NamedTuple):
@@ -60,20 +68,43 @@ class Graph:
         return summary(self.samples())
 
     def samples(self) -> list[float]:
-        """Microseconds per call of each replay."""
-        end_of_warm_up = time.perf_counter() + WARM_UP_S
-        while time.perf_counter() < end_of_warm_up:
+        """Microseconds per call of each replay, at the boost clock: the GPU rests after each."""
+        return [self._burst() for _ in range(WARM_UPS + REPLAYS)][WARM_UPS:]
+
+    def _burst(self) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        self.replay()
+        end.record()
+        end.synchronize()
+        milliseconds = start.elapsed_time(end)
+        time.sleep(min(REST * milliseconds / 1000, LONGEST_REST_S))
+        return milliseconds * 1000 / self.length
+
+    def sustained(self, watch: Callable[[], Seen]) -> tuple[float, Seen]:
+        """Microseconds per call after SUSTAINED_S of load, the median of the last replays, and what `watch` saw then.
+
+        The load goes on until `watch` has returned.
+        """
+        ends: collections.deque[torch.cuda.Event] = collections.deque(maxlen=REPLAYS + 1)
+
+        def replay() -> None:
             self.replay()
-            torch.cuda.synchronize()
-        microseconds = []
-        for _ in range(REPLAYS):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            self.replay()
-            end.record()
-            end.synchronize()
-            microseconds.append(start.elapsed_time(end) * 1000 / self.length)
-        return microseconds
+            ends.append(torch.cuda.Event(enable_timing=True))
+            ends[-1].record()
+            if len(ends) > 2:
+                ends[-3].synchronize()  # two are queued: the GPU never waits, and the load ends soon after the last
+
+        end_of_load = time.perf_counter() + SUSTAINED_S
+        while time.perf_counter() < end_of_load:
+            replay()
+        with ThreadPoolExecutor(1) as pool:
+            seen = pool.submit(watch)
+            while not seen.done():
+                replay()
+        ends[-1].synchronize()
+        milliseconds = statistics.median(start.elapsed_time(end) for start, end in itertools.pairwise(ends))
+        return milliseconds * 1000 / self.length, seen.result()
 
 
 def summary(microseconds: Sequence[float]) -> Timing:

@@ -42,9 +42,10 @@ browser. Nothing is downloaded. The seed is fixed. Exit status 1 if it learnt to
 """
 
 _BENCH = """\
-Measure operator families on the GPU: time per call from CUDA-graph replay with cold L2, the floor that this GPU's copy
-bandwidth and matrix rate set (measured in the same run), and other libraries where they are installed. Without a
-terminal there is a line for every case that is done. Ctrl-C ends with the table and the report of what was measured.
+Measure operator families on the GPU: time per call from CUDA-graph replay with cold L2, in bursts at the boost clock
+and sustained, at the clock that the power limit leaves; the floor that this GPU's copy bandwidth and matrix rate set
+(measured in the same run), and other libraries where they are installed. Without a terminal there is a line for every
+case that is done. Ctrl-C ends with the table and the report of what was measured.
 
   hybrid-ops bench conv1d --json conv1d.json --html conv1d.html
   hybrid-ops bench conv1d --compare conv1d.json             what has changed since, by more than the spread

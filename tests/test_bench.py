@@ -37,7 +37,7 @@ FAMILIES = {
 }
 ROW = {
     *("family", "op", "case", "dtype", "impl", "gpu_us", "gpu_us_p10", "gpu_us_p90", "gpu_us_warm"),
-    *("host_us", "host_us_p10", "host_us_p90"),
+    *("gpu_us_sustained", "sm_mhz_sustained", "host_us", "host_us_p10", "host_us_p90"),
     *("bytes", "flops", "floor_us", "peers", "error_ratio", "check", "commit", "date"),
 }
 UNMEASURED = {"ceilings": dict.fromkeys(("copy_tbs", "bf16_tflops", "fp8_tflops")), "commit": None, "date": ""}
@@ -283,6 +283,7 @@ def test_on_a_gpu(tmp_path):
     assert rows
     assert all(0 < row["gpu_us_p10"] <= row["gpu_us"] <= row["gpu_us_p90"] for row in rows)
     assert all(row["floor_us"] > 0 and row["host_us"] > 0 and row["gpu_us_warm"] > 0 for row in rows)
+    assert all(row["gpu_us_sustained"] > 0 and row["sm_mhz_sustained"] > 0 for row in rows)
     report = json.loads(path.read_text())
     assert report["ceilings"]["copy_tbs"] > 0
     assert {when: clocks["sm"].split()[1] for when, clocks in report["machine"]["clocks"].items()} == {

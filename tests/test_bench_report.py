@@ -25,15 +25,22 @@ def row(case="super-L8192-b1", us=100.0, spread=0.02, **changes):
     return {
         **{"family": "ssd", "op": "ssd_chunk_scan_fwd", "case": case, "dtype": "bfloat16", "impl": "triton"},
         **{"gpu_us": us, "gpu_us_p10": us * (1 - spread), "gpu_us_p90": us * (1 + spread), "gpu_us_warm": us},
+        **{"gpu_us_sustained": 1.25 * us, "sm_mhz_sustained": 1515},
         **{"host_us": 50.0, "host_us_p10": None, "host_us_p90": None, "bytes": 10**8, "flops": 10**9, "floor_us": 25.0},
         **{"peers": {"mamba_ssm": 3 * us, "torch": None}, "error_ratio": 0.5, "check": "passed"},
         **{"commit": "c0ffee", "date": "2026-11-24T12:00:00+00:00", **changes},
     }
 
 
+SUSTAINED = ("gpu_us_sustained", "sm_mhz_sustained")
 WRONG = row(
     "super-L512-b1", check="y: 3.2 times its budget in <head> 7", error_ratio=float("inf"), peers={}
-) | dict.fromkeys(("gpu_us", "gpu_us_p10", "gpu_us_p90", "gpu_us_warm", "host_us"))
+) | dict.fromkeys(("gpu_us", "gpu_us_p10", "gpu_us_p90", "gpu_us_warm", "host_us", *SUSTAINED))
+
+
+def older(row):
+    """As versions wrote it that measured one figure only."""
+    return {name: value for name, value in row.items() if name not in SUSTAINED}
 
 
 def stored(*rows, **changes):
@@ -83,6 +90,7 @@ def test_page_is_whole_and_needs_nothing_else(rows):
     assert data["ceilings"] == CEILINGS
     assert [r["gpu_us"] for r in data["rows"]] == [r["gpu_us"] for r in rows]
     assert [r["check"] for r in data["rows"]] == [r["check"] for r in rows]
+    assert [[r[name] for name in SUSTAINED] for r in data["rows"]] == [[r[name] for name in SUSTAINED] for r in rows]
     assert data["old"] is None
 
 
@@ -102,7 +110,7 @@ def test_the_script_draws(rows, gpu, tmp_path):
     if browser is None:
         pytest.skip("no browser here")
     if not gpu:
-        rows = [{**r, **{k: None for k in r if k.startswith("gpu_us")}, "floor_us": None} for r in rows]
+        rows = [{**r, **{k: None for k in r if k.startswith(("gpu_us", "sm_mhz"))}, "floor_us": None} for r in rows]
     head = {} if gpu else {"machine": MACHINE | {"gpu": None, "clocks": None}, "ceilings": dict.fromkeys(CEILINGS)}
     path = tmp_path / "report.html"
     path.write_text(report.page(stored(*rows, **head), Comparison(stored(row(us=90.0)))), encoding="utf-8")
@@ -114,7 +122,15 @@ def test_the_script_draws(rows, gpu, tmp_path):
     assert not re.search("NaN|undefined|Infinity", text)
     if len(rows) == 3 and gpu:
         assert "SM clock 345 MHz before, 1980 MHz after" in text
-        for figure in ("100", "7.50", "98.0-102", "mamba_ssm 300 (×3.00), torch failed", "+11.1% slower", "4.20 TB/s"):
+        for figure in (
+            "100",
+            "7.50",
+            "98.0-102",
+            "125 @ 1515 MHz",
+            "mamba_ssm 300 (×3.00), torch failed",
+            "+11.1% slower",
+            "4.20 TB/s",
+        ):
             assert figure in text
 
 
@@ -170,6 +186,30 @@ def test_stored_rows_are_compared_and_drawn(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "super-b64" in printed
     assert "super-L8192-b1" not in printed
+
+
+@pytest.mark.parametrize(
+    ("shown", "cell"),
+    [
+        (row(us=110.0), "137.5 @ 1515 MHz"),
+        (row(us=110.0, sm_mhz_sustained=None), "137.5"),
+        (older(row(us=110.0)), ""),
+    ],
+    ids=["its clock", "without nvidia-smi", "an older row"],
+)
+def test_sustained_beside_older_rows(shown, cell, tmp_path, capsys):
+    files = write(tmp_path / "new.json", shown), write(tmp_path / "old.json", older(row()))
+    html = tmp_path / "report.html"
+    command = ["bench", "--from", str(files[0]), "--compare", str(files[1]), "--html", str(html)]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"warm +sustained +host", printed)
+    assert re.search(rf"110\.0 +{cell} *50 .* \+10\.0% slower", printed)  # between warm and host
+    page = html.read_text(encoding="utf-8")
+    (drawn,) = data_of(page)["rows"]
+    assert {name: drawn.get(name) for name in SUSTAINED} == {name: shown.get(name) for name in SUSTAINED}
+    assert '["sustained", (r) => r.gpu_us_sustained' in page
+    assert "at the clock that the power limit leaves" in page
 
 
 def test_wrong_rows_stay_wrong_when_drawn_again(tmp_path, capsys):
