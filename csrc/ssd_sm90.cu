@@ -39,8 +39,8 @@ template <typename Config>
 void launch(const SsdParams& p, int num_sms, int device, cudaStream_t stream) {
   const int units = p.slots * (Config::kStatesOnly ? p.parts : 1) * p.nheads;
   allow_shared_memory<ssd_kernel<Config>>(Config::kSharedBytes, device);
-  ssd_kernel<Config><<<std::min(units, num_sms), Config::kThreads, Config::kSharedBytes, stream>>>(p);
-  check(cudaGetLastError(), "ssd_kernel");
+  launch_kernel(ssd_kernel<Config>, std::min(units, num_sms * Config::kCtas), Config::kThreads, Config::kSharedBytes,
+                stream, !Config::kStatesOnly && p.segment_chunks > 0, p);
 }
 
 template <int kFeatures, int kHalves>
@@ -48,8 +48,7 @@ void launch_all(const SsdParams& p, bool gated, int num_sms, int device, cudaStr
   if (p.segment_chunks > 0) {
     launch<SsdConfig<kFeatures, kHalves, false, true>>(p, num_sms, device, stream);
     const unsigned blocks = (p.headdim * p.dstate / 4 + 255) / 256;
-    ssd_join_kernel<<<dim3(blocks, p.nheads, p.nseq), 256, 0, stream>>>(p);
-    check(cudaGetLastError(), "ssd_join_kernel");
+    launch_kernel(ssd_join_kernel, dim3(blocks, p.nheads, p.nseq), 256, 0, stream, true, p);
   }
   if (gated) {
     launch<SsdConfig<kFeatures, kHalves, true, false>>(p, num_sms, device, stream);

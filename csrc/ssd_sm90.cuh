@@ -39,7 +39,8 @@ __device__ __forceinline__ States segment_states(const SsdParams& p) {
 template <typename Body>
 __device__ __forceinline__ void for_each_pair(const SsdParams& p, int head, int feature, int left, Body body) {
   const int lane = threadIdx.x % 32;
-  asm volatile("" : "+r"(feature));  // what is found out here is not worth a register from one use to the next
+  asm volatile(""
+               : "+r"(feature), "+r"(left));  // what is found out here is not worth a register from one use to the next
 #pragma unroll
   for (int i = 0; i < kStates / 2; i += 2) {
     const int row = feature + (i & 2) * 4, column = left + i / 4 * 8 + 2 * (lane % 4);
@@ -64,26 +65,40 @@ __device__ __forceinline__ void store_state(const SsdParams& p, const States& st
   });
 }
 
+// The dtype is looked at once: with a branch for every pair the loads would wait for each other.
 __device__ __forceinline__ void load_state(const SsdParams& p, const Unit& unit, int head, int feature, int left,
                                            float (&state)[kStates / 2]) {
 #pragma unroll
   for (int i = 0; i < kStates / 2; ++i) state[i] = 0.f;
   States states = p.initial;
   int64 slot = static_cast<int64>(unit.slot) * p.parts;
-  bool found = true;
   if (p.segment_chunks > 0 && unit.chunks > 0) {
     // also what enters the first segment: the pool may have the sequence's last state already, from another CTA
     states = segment_states(p);
-  } else {
-    found = states.data != nullptr && find_slot(p, states.slots, unit.sequence, slot);
+  } else if (states.data == nullptr || !find_slot(p, states.slots, unit.sequence, slot)) {
+    return;
   }
-  if (found) {
-    const Floats source{states.data, states.dtype};
-    const int64 base = slot * states.stride;
+  const int64 base = slot * states.stride;
+  if (states.dtype == DType::float32) {
+    const float* source = static_cast<const float*>(states.data) + base;
     for_each_pair(p, head, feature, left, [&](int i, int64 place) {
-      state[i] = source[base + place];
-      state[i + 1] = source[base + place + 1];
+      const float2 pair = *reinterpret_cast<const float2*>(source + place);
+      state[i] = pair.x;
+      state[i + 1] = pair.y;
     });
+  } else {
+    const unsigned short* source = static_cast<const unsigned short*>(states.data) + base;
+    for_each_pair(p, head, feature, left, [&](int i, int64 place) {
+      state[i] = __uint_as_float(*reinterpret_cast<const uint32*>(source + place));
+    });
+#pragma unroll
+    for (int i = 0; i < kStates / 2; i += 2) {
+      const uint32 pair = __float_as_uint(state[i]);
+      const __half2 half = *reinterpret_cast<const __half2*>(&pair);
+      const bool brain = states.dtype == DType::bfloat16;
+      state[i] = brain ? low_half(pair) : __low2float(half);
+      state[i + 1] = brain ? high_half(pair) : __high2float(half);
+    }
   }
 }
 
@@ -164,13 +179,17 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
     shared.wait_for_inputs(iteration);
     load_scaled_x(x, shared.x(s, tile), shared.per_token(s, kWeight), warp, lane);
     a_last = load_shared(shared.per_token(s, kA) + place_of(kChunk - 1) * 4);
+    __syncwarp();
+    if (lane == 0) arrive(shared.empty(s));
   };
 
   const auto walk_chunk = [&](uint32 iteration, bool last) {
-    const int s = iteration % Config::kStages;
+    const uint32 group = shared.group(iteration);
     uint32 now[4][4];
 #pragma unroll
-    for (int i = 0; i < 16; ++i) now[i / 4][i % 4] = x[i / 4][i % 4];
+    for (int i = 0; i < 16; ++i) {
+      now[i / 4][i % 4] = Config::kAhead ? copy_operand(x[i / 4][i % 4], never) : x[i / 4][i % 4];
+    }
     if constexpr (Config::kStatesOnly) {
       log_decay += a_last;
     } else {
@@ -187,8 +206,8 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {  // S += (scaled X)^T B
-      const uint32 B = Config::kB + half * (kStates / 64) * Config::kTileBytes;
-      wgmma<true>(state, now[k], swizzled_operand(shared.stage(s) + B, k * 2048, Config::kTileBytes), true);
+      const uint32 B = group + half * (kStates / 64) * Config::kTileBytes;
+      wgmma<true>(state, now[k], swizzled_operand(B, k * 2048, Config::kTileBytes), true);
     }
     wgmma_commit();
     if constexpr (!Config::kStatesOnly) {
@@ -196,13 +215,15 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
       __syncwarp();
       if (lane == 0) arrive(shared.state_full(iteration % Config::kBuffers));
     }
-    if (!last) prepare(iteration + 1);
+    if (Config::kAhead && !last) prepare(iteration + 1);
     wgmma_wait<0>();
-    keep_operands(now, never, shared.stage(s));
+    keep_operands(now, never, group);
     __syncwarp();
-    if (lane == 0) arrive(shared.empty(s));
+    if (lane == 0) arrive(shared.group_empty(iteration));
+    if (!Config::kAhead && !last) prepare(iteration + 1);
   };
 
+  if (!Config::kStatesOnly && p.segment_chunks > 0) wait_for_kernel_before();  // for the states of segments
   uint32 iteration = 0;
   for_each_unit<Config>(p, [&](const Unit& unit) {
     if (unit.chunks > 0) prepare(iteration);
@@ -238,8 +259,9 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
 // ---------------------------------------------------------------------------------------------------- the kernel
 
 template <typename Config>
-__global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_constant__ SsdParams p) {
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtas) ssd_kernel(const __grid_constant__ SsdParams p) {
   extern __shared__ unsigned char raw_shared[];
+  if constexpr (Config::kStatesOnly) let_next_begin();
   const SharedMemory<Config> shared{(shared_address(raw_shared) + 1023) & ~1023u};
   // the same in all lanes, which the compiler must see to let products run side by side
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), warp = threadIdx.x / 32;
@@ -249,6 +271,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
       init_barrier(shared.loaded(s), 1);
       init_barrier(shared.full(s), 1);
       init_barrier(shared.empty(s), 4 * Config::kWalkers + (Config::kStatesOnly ? 0 : 4));
+    }
+    for (int g = 0; g < Config::kGroupStages; ++g) {
+      init_barrier(shared.group_empty(g), 4 * Config::kWalkers + (Config::kStatesOnly ? 0 : 4));
     }
     for (int buffer = 0; buffer < Config::kBuffers; ++buffer) {
       init_barrier(shared.state_full(buffer), 4 * Config::kWalkers);
@@ -281,37 +306,50 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
 }
 
 // Between the states of the segments and the scan: from what each part adds to the state that enters each segment. A
-// thread has four elements of a sequence's state.
+// thread has four elements of a sequence's state. What several parts add is loaded at once, before anything is stored.
 __global__ void __launch_bounds__(256) ssd_join_kernel(const __grid_constant__ SsdParams p) {
+  constexpr int kAtOnce = 8;
+  let_next_begin();
   const int sequence = blockIdx.z, head = blockIdx.y;
   const int elements = p.headdim * p.dstate, element = (blockIdx.x * 256 + threadIdx.x) * 4;
   if (element >= elements) return;
   Unit unit;
   find_sequence(p, sequence, unit);
   const int64 place = static_cast<int64>(head) * elements + element;
-  float state[4] = {};
+  float4 state = {};
   int64 slot;
   if (p.initial.data != nullptr && find_slot(p, p.initial.slots, sequence, slot)) {
     const Floats source{p.initial.data, p.initial.dtype};
-    for (int i = 0; i < 4; ++i) state[i] = source[slot * p.initial.stride + place + i];
+    slot = slot * p.initial.stride + place;
+    state = make_float4(source[slot], source[slot + 1], source[slot + 2], source[slot + 3]);
   }
-  slot = static_cast<int64>(first_slot(p, sequence)) * p.parts;
-  for (int chunk = 0; chunk < unit.chunks; chunk += p.segment_chunks, slot += p.parts) {
-    const bool last = chunk + p.segment_chunks >= unit.chunks;
-    float entering[4];
-    for (int i = 0; i < 4; ++i) entering[i] = state[i];
-    for (int part = 0; part < p.parts && !last; ++part) {
-      const float keep = exp2f(p.segment_decay[(slot + part) * p.nheads + head]);
-      const float4 added =
-          *reinterpret_cast<const float4*>(p.segment_states + (slot + part) * p.nheads * elements + place);
-      state[0] = fmaf(state[0], keep, added.x);
-      state[1] = fmaf(state[1], keep, added.y);
-      state[2] = fmaf(state[2], keep, added.z);
-      state[3] = fmaf(state[3], keep, added.w);
+  const int64 first = static_cast<int64>(first_slot(p, sequence)) * p.parts;
+  const auto states_of = [&](int part) {
+    return reinterpret_cast<float4*>(p.segment_states + (first + part) * p.nheads * elements + place);
+  };
+  wait_for_kernel_before();
+  // the last segment's parts lead nowhere
+  const int parts = max((unit.chunks + p.segment_chunks - 1) / p.segment_chunks - 1, 0) * p.parts;
+  for (int part = 0; part < parts; part += kAtOnce) {
+    float keep[kAtOnce];
+    float4 added[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (part + i >= parts) continue;
+      keep[i] = exp2f(p.segment_decay[(first + part + i) * p.nheads + head]);
+      added[i] = *states_of(part + i);
     }
-    *reinterpret_cast<float4*>(p.segment_states + slot * p.nheads * elements + place) =
-        make_float4(entering[0], entering[1], entering[2], entering[3]);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (part + i >= parts) continue;
+      if ((part + i) % p.parts == 0) *states_of(part + i) = state;
+      state.x = fmaf(state.x, keep[i], added[i].x);
+      state.y = fmaf(state.y, keep[i], added[i].y);
+      state.z = fmaf(state.z, keep[i], added[i].z);
+      state.w = fmaf(state.w, keep[i], added[i].w);
+    }
   }
+  if (unit.chunks > 0) *states_of(parts) = state;
 }
 
 }  // namespace hybrid_ops

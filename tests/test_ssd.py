@@ -247,16 +247,17 @@ def test_ssd_cuda(chosen, sizes, data):
 def test_cuda_configuration(monkeypatch):
     """Segments where heads and sequences do not fill the GPU; what `explain` says of it."""
     Config = csrc.Config
-    assert csrc.config(1, 8192, 128, 128, False, 132) == Config(segment_chunks=0, parts=1)  # Super
-    assert csrc.config(8, 16384, 64, 128, False, 132) == Config(segment_chunks=0, parts=1)  # Nemotron 3 Nano
-    assert csrc.config(1, 8192, 64, 128, False, 132) == Config(segment_chunks=64, parts=2)
-    assert csrc.config(1, 8192, 16, 128, False, 132) == Config(segment_chunks=16, parts=1)  # Super by 8 GPUs
-    assert csrc.config(1, 8192, 16, 128, True, 132) == Config(segment_chunks=0, parts=1)
-    assert csrc.config(1, 512, 128, 128, False, 132) == Config(segment_chunks=0, parts=1)
+    assert csrc.config(1, 8192, 128, 64, 128, False, 132) == Config(segment_chunks=0, parts=1)  # Super
+    assert csrc.config(8, 16384, 64, 64, 128, False, 132) == Config(segment_chunks=0, parts=1)  # Nemotron 3 Nano
+    assert csrc.config(1, 8192, 64, 64, 128, False, 132) == Config(segment_chunks=64, parts=4)
+    assert csrc.config(1, 8192, 16, 64, 128, False, 132) == Config(segment_chunks=16, parts=2)  # Super by 8 GPUs
+    assert csrc.config(1, 8192, 16, 80, 128, False, 132) == Config(segment_chunks=16, parts=1)  # Nano v2 by 8 GPUs
+    assert csrc.config(1, 8192, 16, 64, 128, True, 132) == Config(segment_chunks=0, parts=1)
+    assert csrc.config(1, 512, 128, 64, 128, False, 132) == Config(segment_chunks=0, parts=1)
     monkeypatch.setattr(_device, "not_sm90", lambda device: None)
     monkeypatch.setattr(_device, "choose", lambda impl, device, refusal: ("cuda", "as told"))
     explained = hybrid_ops.explain("ssd_chunk_scan", device="cpu", dtype=torch.bfloat16, nheads=16)
-    assert explained.config == dict(segment_chunks=16, parts=1)
+    assert explained.config == dict(segment_chunks=16, parts=2)
 
 
 @contextlib.contextmanager

@@ -79,6 +79,15 @@ __device__ __forceinline__ void store_counted(uint32 destination, float value, u
                : "memory");
 }
 
+// ------------------------------------------------------------------------------------- kernels behind each other
+// A kernel launched with launch_early may begin before the one before it in the stream has ended.
+
+// All CTAs of a kernel, or the ends of those that never do: the next kernel may begin.
+__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Until the kernel before has ended, and all it wrote is seen.
+__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // ---------------------------------------------------------------------------------------------------------- TMA
 
 // Neighbours in memory into shared memory; `barrier` counts their bytes, a multiple of 16.
@@ -210,6 +219,14 @@ __device__ __forceinline__ void keep_operands(const uint32 (&r)[kCount][4], bool
                    : "memory");
     }
   }
+}
+
+// A copy of such a register where it is written to before the product has been waited for. `zero` is not known to be
+// 0: ptxas, which sees through a move, would have the product read the original.
+__device__ __forceinline__ uint32 copy_operand(uint32 r, uint32 zero) {
+  uint32 copy;
+  asm volatile("or.b32 %0, %1, %2;" : "=r"(copy) : "r"(r), "r"(zero));
+  return copy;
 }
 
 #define HYBRID_OPS_D8(i)                                                                                      \

@@ -61,6 +61,24 @@ void allow_shared_memory(int bytes, int device) {
   most = bytes;
 }
 
+// A kernel<<<grid, block, shared, stream>>>(p) that, if `early`, may begin before the kernel before it has ended
+// (programmatic dependent launch); it waits for that one itself, where it needs what that wrote.
+template <typename Params>
+void launch_kernel(void (*kernel)(Params), dim3 grid, int block, int shared, cudaStream_t stream, bool early,
+                   const Params& p) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, p), "cudaLaunchKernelEx");
+}
+
 // Whether four neighbours of a row of tokens always lie in one aligned piece of memory; strides of elements, last of
 // neighbours.
 inline bool vectors_aligned(std::uintptr_t pointer, const std::array<std::int64_t, 4>& strides, DType dtype) {

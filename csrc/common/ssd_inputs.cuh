@@ -30,15 +30,10 @@ __device__ __forceinline__ void copy_chunks(const SsdParams& p, const SharedMemo
       p, [](const Unit&, uint32) {},
       [&](const Unit& unit, int c, uint32 iteration) {
         const int s = iteration % Config::kStages;
-        const uint32 stage = shared.stage(s), loaded = shared.loaded(s);
+        const uint32 loaded = shared.loaded(s);
         const int token = unit.first + c * kChunk, group = unit.head / p.heads_per_group;
         wait(shared.empty(s), (iteration / Config::kStages + 1) & 1);
-        arrive_expecting(loaded, Config::kStageLoads);
-#pragma unroll 4
-        for (int i = 0; i < Config::kGroupLoads; ++i) {
-          const TensorMap& map = i < Config::kGroupTiles ? p.B_map : p.C_map;
-          load_box(stage + i * Config::kTileBytes, map, loaded, i % Config::kGroupTiles * 64, group, token, unit.row);
-        }
+        arrive_expecting(loaded, Config::kHeadBytes + Config::kGroupBytes);
 #pragma unroll
         for (int tile = 0; tile < Config::kTiles; ++tile) {
           load_box(shared.x(s, tile), p.x_map, loaded, 64 * tile, unit.head, token, unit.row);
@@ -46,8 +41,15 @@ __device__ __forceinline__ void copy_chunks(const SsdParams& p, const SharedMemo
             load_box(shared.z(s, tile), p.z_map, loaded, 64 * tile, unit.head, token, unit.row);
           }
         }
-        if constexpr (Config::kAhead > 0) {
-          if (c + Config::kAhead < unit.chunks) prefetch_chunk<Config>(p, unit, c + Config::kAhead);
+        wait(shared.group_empty(iteration), (iteration / Config::kGroupStages + 1) & 1);
+#pragma unroll 4
+        for (int i = 0; i < Config::kGroupLoads; ++i) {
+          const TensorMap& map = i < Config::kGroupTiles ? p.B_map : p.C_map;
+          const uint32 place = shared.group(iteration) + i * Config::kTileBytes;
+          load_box(place, map, loaded, i % Config::kGroupTiles * 64, group, token, unit.row);
+        }
+        if constexpr (Config::kPrefetched > 0) {
+          if (c + Config::kPrefetched < unit.chunks) prefetch_chunk<Config>(p, unit, c + Config::kPrefetched);
         }
       });
 }
@@ -132,7 +134,7 @@ __device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemo
           wait(shared.loaded(s), (iteration / Config::kStages) & 1);
 #pragma unroll 1
           for (int tile = 0; tile < Config::kGroupTiles; ++tile) {
-            clear_rows(shared.stage(s) + Config::kB + tile * Config::kTileBytes, low, high, lane);
+            clear_rows(shared.group(iteration) + tile * Config::kTileBytes, low, high, lane);
           }
 #pragma unroll 1
           for (int tile = 0; tile < Config::kTiles; ++tile) clear_rows(shared.x(s, tile), low, high, lane);

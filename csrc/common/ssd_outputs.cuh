@@ -106,17 +106,17 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
       [&](const Unit& unit, int, uint32 iteration) {
         if (iteration % Config::kReaders != reader) return;
         const int s = iteration % Config::kStages;
-        const uint32 stage = shared.stage(s);
+        const uint32 group = shared.group(iteration);
         const int buffer = iteration % Config::kBuffers;
         uint32 c[kSteps][4], m[4][4], x[Config::kFeatures / 16][4];
         float cb[32], y[Config::kFeatures / 2];  // C B^T [64, 64]; Y [64, P]
         shared.wait_for_inputs(iteration);
-        load_C<Config>(c, stage + Config::kC, warp, lane);
+        load_C<Config>(c, group + Config::kC, warp, lane);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
-          const uint32 offset = Config::kB + k / 4 * Config::kTileBytes + k % 4 * 32;
-          wgmma<false>(cb, c[k], swizzled_operand(stage, offset), k > 0);
+          const uint32 offset = k / 4 * Config::kTileBytes + k % 4 * 32;
+          wgmma<false>(cb, c[k], swizzled_operand(group, offset), k > 0);
         }
         wgmma_commit();
         const float a[2] = {load_shared(shared.per_token(s, kA) + place),
@@ -132,11 +132,13 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
         }
         wgmma_commit();
         wgmma_wait<1>();
+        __syncwarp();
+        if (lane == 0) arrive(shared.group_empty(iteration));
         float skip[2];
         mix_rows(m, skip, cb, a, b, warp, lane);
         const float reach[2] = {exp2_fast(a[0]), exp2_fast(a[1])};
         wgmma_wait<0>();
-        keep_operands(c, never, stage);
+        keep_operands(c, never, group);
         __syncwarp();
         if (lane == 0) arrive(shared.state_empty(buffer));
 #pragma unroll
@@ -144,7 +146,7 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k) {  // M X
-          wgmma<true>(y, m[k], swizzled_operand(stage, Config::kX + k * 2048, Config::kTileBytes), true);
+          wgmma<true>(y, m[k], swizzled_operand(shared.x(s, 0), k * 2048, Config::kTileBytes), true);
         }
         wgmma_commit();
 #pragma unroll
@@ -152,7 +154,7 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
           load_matrices(x[j], row_of_tiles<Config>(shared.x(s, 0), j, row, lane));
         }
         wgmma_wait<0>();
-        keep_operands(m, never, stage);
+        keep_operands(m, never, group);
 
         if (D_per_feature) add_skips<Config>(y, x, p, unit.head, lane);
         skip[0] += D;

@@ -70,37 +70,43 @@ struct SsdConfig {
   // and those that make y, each of every so many chunks; the second would have no registers beside two walkers
   static constexpr int kReaders = kStatesOnly ? 0 : kWalkers == 1 ? 2 : 1;
   static constexpr int kThreads = 128 * (1 + kWalkers + kReaders);
+  static constexpr int kCtas = kStatesOnly && kWalkers == 1 ? 2 : 1;  // of a multiprocessor: as registers allow
+  // a walker prepares the next x while its product runs, at the price of copies, where readers are not what binds
+  static constexpr bool kAhead = kReaders != 1;
 
   // of 512 for a thread of each warpgroup together; all with which ptxas spills nothing
-  static constexpr int kProducerRegisters = kHalves == 2 ? 40 : 48;
+  static constexpr int kProducerRegisters = 48;
   static constexpr int kWalkerRegisters = kReaders == 2 ? 152 : 144;
-  static constexpr int kReaderRegisters = kReaders == 2 ? 152 : kHalves == 2 ? 184 : 176;
+  static constexpr int kReaderRegisters = kReaders == 2 ? 152 : 176;
 
   static constexpr int kTileBytes = kChunk * 64 * 2;          // 64 tokens of 128 bytes, swizzled
   static constexpr int kGroupTiles = kHalves * kStates / 64;  // of B, and of C
-  static constexpr int kGroupBytes = kGroupTiles * kTileBytes;
   static constexpr int kGroupLoads = kGroupTiles * (kStatesOnly ? 1 : 2);
 
-  // a stage, in bytes from its beginning
-  static constexpr int kB = 0;
-  static constexpr int kC = kGroupBytes;
-  static constexpr int kX = kC + (kStatesOnly ? 0 : kGroupBytes);
-  static constexpr int kZ = kX + kTiles * kTileBytes;
-  static constexpr int kStageLoads = kZ + (kGated ? kTiles * kTileBytes : 0);  // that TMA brings
-  static constexpr int kPerToken = kStageLoads;  // the three of `PerToken`, kTokens words each
-  static constexpr int kStage = (kPerToken + 3 * kTokens * 4 + 1023) / 1024 * 1024;  // as swizzled tiles must lie
+  // Two rings of stages: B and C, which are free again as soon as they are multiplied, and x, z and the three of
+  // `PerToken`, which stay until y is made. Bytes of a stage:
+  static constexpr int kC = kGroupTiles * kTileBytes;  // from its beginning
+  static constexpr int kGroupBytes = kGroupLoads * kTileBytes;
+  static constexpr int kZ = kTiles * kTileBytes;  // from its beginning
+  static constexpr int kHeadBytes = kZ * (kGated ? 2 : 1);
+  static constexpr int kPerTokenBytes = 3 * kTokens * 4;
 
   // behind the stages: states that enter a chunk, in bfloat16, as tiles of all features by 64 columns; y on its way out
   static constexpr int kColumnBytes = kFeatures * 128;
   static constexpr int kStateBytes = kGroupTiles * kColumnBytes;
-  static constexpr int kBuffers = kStatesOnly ? 0 : kHalves == 2 && kGated ? 1 : 2;  // of states
-  static constexpr int kOutputBytes = kTiles * kTileBytes;                           // of each reader
-  static constexpr int kTail = kBuffers * kStateBytes + kReaders * kOutputBytes + 256;
-  static constexpr int kLimit = 232448 - 1024;  // a CTA's shared memory, less what aligning it takes
-  static constexpr int kStages = (kLimit - kTail) / kStage > 4 ? 4 : (kLimit - kTail) / kStage;
+  static constexpr int kBuffers = kReaders;                 // of states that enter a chunk
+  static constexpr int kOutputBytes = kTiles * kTileBytes;  // of each reader
+  static constexpr int kBarrierBytes = 512;
+  static constexpr int kLimit = 233472 / kCtas - 2048;  // a CTA's shared memory, less what the system and aligning take
+
+  static constexpr int kGroupStages = kStatesOnly ? 4 : kHalves == 2 ? 2 : kHeadBytes > kTileBytes ? 3 : 4;
+  static constexpr int kFixedBytes =
+      kGroupStages * kGroupBytes + kBuffers * kStateBytes + kReaders * kOutputBytes + kBarrierBytes;
+  static constexpr int kFitting = (kLimit - kFixedBytes) / (kHeadBytes + kPerTokenBytes);
+  static constexpr int kStages = kFitting > 4 ? 4 : kFitting;
   static_assert(kStages >= 2);
-  static constexpr int kAhead = kStages == 2 ? 6 : 0;  // chunks, of what comes into the L2 cache before
-  static constexpr int kSharedBytes = kStages * kStage + kTail + 1024;
+  static constexpr int kPrefetched = kGroupStages == 2 ? 6 : 0;  // chunks that come into the L2 cache before
+  static constexpr int kSharedBytes = kFixedBytes + kStages * (kHeadBytes + kPerTokenBytes) + 1024;
 };
 
 // a; b; of two neighbouring tokens 2^(a_last - b) in bfloat16, and what that has lost.
@@ -111,33 +117,39 @@ template <typename Config>
 struct SharedMemory {
   uint32 base;
 
-  __device__ __forceinline__ uint32 stage(int s) const { return base + s * Config::kStage; }
+  __device__ __forceinline__ uint32 group(uint32 iteration) const {
+    return base + iteration % Config::kGroupStages * Config::kGroupBytes;
+  }
   __device__ __forceinline__ uint32 x(int s, int tile) const {
-    return stage(s) + Config::kX + tile * Config::kTileBytes;
+    return base + Config::kGroupStages * Config::kGroupBytes + s * Config::kHeadBytes + tile * Config::kTileBytes;
   }
-  __device__ __forceinline__ uint32 z(int s, int tile) const {
-    return stage(s) + Config::kZ + tile * Config::kTileBytes;
-  }
-  __device__ __forceinline__ uint32 per_token(int s, PerToken which) const {
-    return stage(s) + Config::kPerToken + which * kTokens * 4;
-  }
+  __device__ __forceinline__ uint32 z(int s, int tile) const { return x(s, tile) + Config::kZ; }
   __device__ __forceinline__ uint32 state(int buffer) const {
-    return stage(Config::kStages) + buffer * Config::kStateBytes;
+    return x(Config::kStages, 0) + buffer * Config::kStateBytes;
   }
   __device__ __forceinline__ uint32 y(int reader, int tile) const {
     return state(Config::kBuffers) + reader * Config::kOutputBytes + tile * Config::kTileBytes;
   }
-  __device__ __forceinline__ uint32 barrier(int i) const { return y(Config::kReaders, 0) + 8 * i; }
-  // of a stage: TMA's bytes are there; what is made of dt is too, and rows of other sequences are cleared; all are done
+  __device__ __forceinline__ uint32 per_token(int s, PerToken which) const {
+    return y(Config::kReaders, 0) + s * Config::kPerTokenBytes + which * kTokens * 4;
+  }
+  __device__ __forceinline__ uint32 barrier(int i) const { return per_token(Config::kStages, kA) + 8 * i; }
+  // of a stage of x: TMA's bytes are there, B's and C's too; what is made of dt is too, and rows of other sequences are
+  // cleared; all are done
   __device__ __forceinline__ uint32 loaded(int s) const { return barrier(s); }
   __device__ __forceinline__ uint32 full(int s) const { return barrier(Config::kStages + s); }
   __device__ __forceinline__ uint32 empty(int s) const { return barrier(2 * Config::kStages + s); }
-  __device__ __forceinline__ uint32 state_full(int buffer) const { return barrier(3 * Config::kStages + buffer); }
+  __device__ __forceinline__ uint32 group_empty(uint32 iteration) const {
+    return barrier(3 * Config::kStages + iteration % Config::kGroupStages);
+  }
+  __device__ __forceinline__ uint32 state_full(int buffer) const {
+    return barrier(3 * Config::kStages + Config::kGroupStages + buffer);
+  }
   __device__ __forceinline__ uint32 state_empty(int buffer) const { return state_full(Config::kBuffers) + 8 * buffer; }
   __device__ __forceinline__ uint32 y_full(int reader) const { return state_empty(Config::kBuffers) + 8 * reader; }
   __device__ __forceinline__ uint32 y_empty(int reader) const { return y_full(Config::kReaders) + 8 * reader; }
 
-  // Until chunk `iteration` lies in its stage.
+  // Until chunk `iteration` lies in its stages.
   __device__ __forceinline__ void wait_for_inputs(uint32 iteration) const {
     const int s = iteration % Config::kStages, parity = (iteration / Config::kStages) & 1;
     wait(loaded(s), parity);

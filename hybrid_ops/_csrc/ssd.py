@@ -19,32 +19,37 @@ class Config(NamedTuple):
     parts: int  # of a segment, whose states are found side by side before
 
 
-# microseconds: of a block for a chunk, for a chunk's state alone, and for what segments need beside; the first two
-# are twice that with dstate above 128
-_CHUNK_US, _STATE_US, _SEGMENTS_US = 0.95, 0.4, 33.0
+# microseconds, of an H100: of a block for a chunk; for a chunk's state alone, where a multiprocessor has one such block
+# or two; and of a launch, and of two more for segments, beside their chunks
+_CHUNK_US, _STATE_US, _TWO_STATES_US, _LAUNCH_US, _SEGMENTS_US = 0.96, 0.6, 0.9, 8.0, 12.0
 
 
 @functools.cache
-def config(nseq: int, total: int, nheads: int, dstate: int, batch_invariant: bool, num_sms: int) -> Config:
+def config(
+    nseq: int, total: int, nheads: int, headdim: int, dstate: int, batch_invariant: bool, num_sms: int
+) -> Config:
     """For `total` tokens of `nseq` sequences: segments where there are too few blocks, one for each sequence's head,
     and where that saves more time than it takes to find the states that enter them."""
     if batch_invariant:
         return Config(segment_chunks=0, parts=1)
     blocks = nseq * nheads
     chunks = -(-total // (CHUNK * max(nseq, 1)))
-    wide = 2 if dstate > 128 else 1
+    walkers = (2 if headdim > 64 else 1) * (2 if dstate > 128 else 1)  # see kWalkers of csrc/common/ssd_problem.cuh
+    shared = 2 if walkers == 1 else 1  # blocks of a multiprocessor that find states
 
     def parts_of(segments: int) -> int:
-        return max(1, min(4, num_sms // (blocks * max(1, segments - 1))))
+        return max(1, min(4, shared * num_sms // (blocks * max(1, segments - 1))))
 
     def cost(segments: int) -> float:
         length, waves = -(-chunks // segments), -(-blocks * segments // num_sms)
-        scan = waves * length * _CHUNK_US * wide
+        scan = waves * length * _CHUNK_US * walkers + _LAUNCH_US
         if segments == 1:
             return scan
         parts = parts_of(segments)
-        waves = -(-blocks * (segments - 1) * parts // num_sms)
-        return scan + waves * -(-length // parts) * _STATE_US * wide + _SEGMENTS_US
+        finding = blocks * (segments - 1) * parts
+        state = _STATE_US if finding <= num_sms else _TWO_STATES_US
+        waves = -(-finding // (shared * num_sms))
+        return scan + waves * -(-length // parts) * state * walkers + _SEGMENTS_US
 
     segments = min(range(1, 17), key=cost)
     if segments == 1:
@@ -141,7 +146,7 @@ def ssd_chunk_scan(
     index = x.device.index
     num_sms = _device.num_sms(index)
     if chosen is None:
-        chosen = config(nseq, batch * seqlen, nheads, dstate, batch_invariant, num_sms)
+        chosen = config(nseq, batch * seqlen, nheads, headdim, dstate, batch_invariant, num_sms)
     places, length = nseq, chosen.segment_chunks
     if length and cu_seqlens is None:
         places = nseq * -(-(seqlen // CHUNK + 2) // length)  # a sequence may begin and end within a chunk
