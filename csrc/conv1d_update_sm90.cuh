@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(kThreads) conv1d_update_kernel(const __grid_co
   constexpr int kChannels = 16 / sizeof(T);
   constexpr int kPieces = kWidth - 1;
   constexpr int kOfWarp = 32 * kPieces;  // pieces
-  __shared__ uint4 exchanged[kThreads / 32][kColumnsTogether ? kOfWarp : 1];
-  uint4* const exchange = exchanged[threadIdx.x / 32];
+  __shared__ uint4 exchanged[kThreads / 32][kSequences][kColumnsTogether ? kOfWarp : 1];
+  auto& exchange = exchanged[threadIdx.x / 32];
   const int lane = threadIdx.x % 32;
   const int channel = (blockIdx.x * kThreads + threadIdx.x) * kChannels;
   const bool has_channels = channel < p.dim;
@@ -89,22 +89,26 @@ __global__ void __launch_bounds__(kThreads) conv1d_update_kernel(const __grid_co
     bias[c] = from_bits(load_bits(p.bias, p.bias_dtype, channel + c, p.bias != nullptr && has_channels), p.bias_dtype);
   }
 
+  if constexpr (kColumnsTogether) {  // from the order of memory to each lane's channels
+#pragma unroll
+    for (int s = 0; s < kSequences; ++s) {
+#pragma unroll
+      for (int j = 0; j < kPieces; ++j) exchange[s][j * 32 + lane] = window[s][j];
+    }
+    __syncwarp();
+  }
 #pragma unroll
   for (int s = 0; s < kSequences; ++s) {
     const int b = blockIdx.y * kSequences + s;
-    if (b >= p.batch) break;
+    if (b >= p.batch || !has_channels) break;
     T* y = static_cast<T*>(p.y) + static_cast<int64>(b) * p.y_stride + channel;
     if (states[s] == nullptr) {
-      if (has_channels) *reinterpret_cast<uint4*>(y) = make_uint4(0, 0, 0, 0);
+      *reinterpret_cast<uint4*>(y) = make_uint4(0, 0, 0, 0);
       continue;
     }
-    if constexpr (kColumnsTogether) {  // from the order of memory to each lane's channels
+    if constexpr (kColumnsTogether) {
 #pragma unroll
-      for (int j = 0; j < kPieces; ++j) exchange[j * 32 + lane] = window[s][j];
-      __syncwarp();
-#pragma unroll
-      for (int j = 0; j < kPieces; ++j) window[s][j] = exchange[lane * kPieces + j];
-      __syncwarp();
+      for (int j = 0; j < kPieces; ++j) window[s][j] = exchange[s][lane * kPieces + j];
     }
     T* old = reinterpret_cast<T*>(window[s]);
     const auto at = [&](int c, int k) -> T& { return old[kColumnsTogether ? c * kPieces + k : k * kChannels + c]; };
@@ -120,18 +124,21 @@ __global__ void __launch_bounds__(kThreads) conv1d_update_kernel(const __grid_co
       for (int k = 0; k + 1 < kPieces; ++k) at(c, k) = at(c, k + 1);
       at(c, kPieces - 1) = tokens[c];
     }
-    if (has_channels) *reinterpret_cast<uint4*>(y) = result;
-    if constexpr (kColumnsTogether) {
+    *reinterpret_cast<uint4*>(y) = result;
+    if constexpr (kColumnsTogether) {  // each lane to where it read
 #pragma unroll
-      for (int j = 0; j < kPieces; ++j) exchange[lane * kPieces + j] = window[s][j];
-      __syncwarp();
-#pragma unroll
-      for (int j = 0; j < kPieces; ++j) window[s][j] = exchange[j * 32 + lane];
-      __syncwarp();
+      for (int j = 0; j < kPieces; ++j) exchange[s][lane * kPieces + j] = window[s][j];
     }
+  }
+  if constexpr (kColumnsTogether) __syncwarp();
+#pragma unroll
+  for (int s = 0; s < kSequences; ++s) {
+    if (states[s] == nullptr) continue;
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {
-      if (has_piece(j)) __stcs(reinterpret_cast<uint4*>(states[s] + piece(j)), window[s][j]);
+      if (!has_piece(j)) continue;
+      const uint4 moved = kColumnsTogether ? exchange[s][j * 32 + lane] : window[s][j];
+      __stcs(reinterpret_cast<uint4*>(states[s] + piece(j)), moved);
     }
   }
 }
