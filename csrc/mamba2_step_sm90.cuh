@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     const StepRow own = rows[row + mine];
     const float u = (own.y + sum) * (p.norm_before_gate ? 1.f : own.gate);
     squares = fmaf(u, u, squares);
-    __syncwarp();  // all of them have read it
+    __syncwarp();                                             // all of them have read it
     if (part % L::kLanesPerSum == 0) rows[row + mine].y = u;  // who stores y later
     if (tile + warps >= tiles) break;  // the last tile's states are stored when nobody waits for this warp
     store_rows(tile);

@@ -14,15 +14,11 @@ class Config(NamedTuple):
     sequences: int  # of a thread
 
 
-def config(batch: int, dim: int, itemsize: int, channel_last: bool, num_sms: int) -> Config:
-    """Four sequences share a thread's weights where its blocks, of 2048 bytes of x, would not all run at once with one.
-
-    A contiguous pool's windows go through shared memory one after the other: it gains only while all the fours run at
-    once. By their registers 7 blocks of one sequence, or 3 of four, fit on a multiprocessor.
-    """
+def config(batch: int, dim: int, itemsize: int, num_sms: int) -> Config:
+    """Three sequences share a thread's weights where its blocks, of 2048 bytes of x, are enough to keep the GPU busy:
+    by their registers 4 blocks of three fit on a multiprocessor (7 of one)."""
     blocks = -(-dim * itemsize // 2048) * batch
-    four = blocks > 7 * num_sms and (channel_last or blocks <= 4 * 3 * num_sms)
-    return Config(sequences=4 if four else 1)
+    return Config(sequences=3 if blocks > 4 * num_sms else 1)
 
 
 def refusal(
@@ -78,7 +74,7 @@ def causal_conv1d_update(
     # with one column, that is channels side by side too
     column = 1 if conv_state.stride()[1:] == (state_len, 1) else conv_state.stride(2)
     if chosen is None:
-        chosen = config(batch, dim, x.element_size(), column != 1, _device.num_sms(index))
+        chosen = config(batch, dim, x.element_size(), _device.num_sms(index))
     launch = extension.Conv1dUpdate(
         dtypes=tuple(DTYPES[(x if t is None else t).dtype] for t in (x, weight, bias)),
         sizes=(batch, dim, weight.shape[1], nslots),
