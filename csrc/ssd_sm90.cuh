@@ -39,8 +39,8 @@ __device__ __forceinline__ States segment_states(const SsdParams& p) {
 template <typename Body>
 __device__ __forceinline__ void for_each_pair(const SsdParams& p, int head, int feature, int left, Body body) {
   const int lane = threadIdx.x % 32;
-  asm volatile(""
-               : "+r"(feature), "+r"(left));  // what is found out here is not worth a register from one use to the next
+  // what is found out here is not worth a register from one use to the next
+  asm volatile("" : "+r"(feature), "+r"(left));
 #pragma unroll
   for (int i = 0; i < kStates / 2; i += 2) {
     const int row = feature + (i & 2) * 4, column = left + i / 4 * 8 + 2 * (lane % 4);

@@ -80,9 +80,9 @@ __device__ __forceinline__ void store_counted(uint32 destination, float value, u
 }
 
 // ------------------------------------------------------------------------------------- kernels behind each other
-// A kernel launched with launch_early may begin before the one before it in the stream has ended.
+// Launched `early` (common/launch.cuh), a kernel may begin before the one before it in the stream has ended.
 
-// All CTAs of a kernel, or the ends of those that never do: the next kernel may begin.
+// Once every CTA of this kernel has called it, or has ended, the next one may begin.
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // Until the kernel before has ended, and all it wrote is seen.
