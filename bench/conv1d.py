@@ -32,6 +32,8 @@ def cases(on_gpu: bool) -> Iterator[Case]:
     yield conv1d_bwd("nano3", 2048, 8)
     for batch in (1, 128, 512):
         yield conv1d_update("super", batch)
+    for batch in (128, 512):
+        yield conv1d_update("super", batch, channel_last=True)
 
 
 def sweep() -> Iterator[Case]:
@@ -125,13 +127,18 @@ def conv1d_bwd(model: str, seqlen: int, batch: int, tp: int = 1) -> Case:
     )
 
 
-def conv1d_update(model: str, batch: int, tp: int = 1) -> Case:
+def conv1d_update(model: str, batch: int, tp: int = 1, *, channel_last: bool = False) -> Case:
+    """`channel_last`: in the pool of windows channels are neighbours, as in vLLM's; else the tokens of a channel are."""
     dim, dtype = mixer_of(model, tp).conv_dim, torch.bfloat16
 
     def make(device: torch.device, generator: torch.Generator) -> Tensors:
+        if channel_last:
+            conv_state = randn(generator, batch, WIDTH - 1, dim).transpose(1, 2)
+        else:
+            conv_state = randn(generator, batch, dim, WIDTH - 1)
         return {
             "x": randn(generator, batch, dim),
-            "conv_state": randn(generator, batch, dim, WIDTH - 1),
+            "conv_state": conv_state,
             "weight": randn(generator, dim, WIDTH) * 0.5,
             "bias": randn(generator, dim) * 0.5,
             "slots": torch.randperm(batch, generator=generator, device=device).to(torch.int32),
@@ -156,7 +163,7 @@ def conv1d_update(model: str, batch: int, tp: int = 1) -> Case:
     return Case(
         op="causal_conv1d_update",
         public="causal_conv1d_update",
-        name=decode(model, batch, *sharded(tp)),
+        name=decode(model, batch, *sharded(tp), *(["channel-last"] if channel_last else [])),
         dtype=dtype,
         make=make,
         call=call,

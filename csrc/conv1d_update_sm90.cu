@@ -21,8 +21,8 @@ void launch_sequences(const Conv1dUpdateParams& p, int sequences, cudaStream_t s
   const bool together = kWidth == 2 || p.state_column_stride == 1;
   switch (sequences) {
     case 1: return together ? launch<T, kWidth, true, 1>(p, stream) : launch<T, kWidth, false, 1>(p, stream);
-    case 3: return together ? launch<T, kWidth, true, 3>(p, stream) : launch<T, kWidth, false, 3>(p, stream);
-    default: throw std::runtime_error("conv1d_update: sequences must be 1 or 3, got " + std::to_string(sequences));
+    case 2: return together ? launch<T, kWidth, true, 2>(p, stream) : launch<T, kWidth, false, 2>(p, stream);
+    default: throw std::runtime_error("conv1d_update: sequences must be 1 or 2, got " + std::to_string(sequences));
   }
 }
 

@@ -103,7 +103,8 @@ struct SsdConfig {
   static constexpr int kFixedBytes =
       kGroupStages * kGroupBytes + kBuffers * kStateBytes + kReaders * kOutputBytes + kBarrierBytes;
   static constexpr int kFitting = (kLimit - kFixedBytes) / (kHeadBytes + kPerTokenBytes);
-  static constexpr int kStages = kFitting > 4 ? 4 : kFitting;
+  static constexpr int kMost = kReaders == 1 ? 8 : 4;  // more were no faster
+  static constexpr int kStages = kFitting > kMost ? kMost : kFitting;
   static_assert(kStages >= 2);
   static constexpr int kPrefetched = kGroupStages == 2 ? 6 : 0;  // chunks that come into the L2 cache before
   static constexpr int kSharedBytes = kFixedBytes + kStages * (kHeadBytes + kPerTokenBytes) + 1024;

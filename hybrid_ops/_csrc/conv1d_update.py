@@ -15,10 +15,10 @@ class Config(NamedTuple):
 
 
 def config(batch: int, dim: int, itemsize: int, num_sms: int) -> Config:
-    """Three sequences share a thread's weights where its blocks, of 2048 bytes of x, are enough to keep the GPU busy:
-    by their registers 4 blocks of three fit on a multiprocessor (7 of one)."""
+    """Two sequences share a thread's weights where its blocks, of 2048 bytes of x, would be more than 4 for each
+    multiprocessor with one. (By their registers 5 of two fit on one, 7 of one.)"""
     blocks = -(-dim * itemsize // 2048) * batch
-    return Config(sequences=3 if blocks > 4 * num_sms else 1)
+    return Config(sequences=2 if blocks > 4 * num_sms else 1)
 
 
 def refusal(
