@@ -11,6 +11,7 @@
 // CTA, and a second kernel adds the CTAs in their order: the same bits every time.
 #pragma once
 
+#include "common/async_copies.cuh"
 #include "common/conv1d.cuh"
 
 namespace hybrid_ops {
@@ -34,7 +35,8 @@ struct Conv1dBwdParams {
   int64 dfinal_strides[3];
   int64 dinitial_strides[3];
   int batch, seqlen, dim, nseq;
-  unsigned ctas;  // that share the tiles of a batch row
+  unsigned ctas;  // that share the runs of a batch row
+  int tokens;     // of a run
   bool weight_fp32, bias_fp32, states_fp32;
 };
 
@@ -43,6 +45,7 @@ template <typename T>
 __device__ __forceinline__ float load_state(const Conv1dBwdParams& p, const void* states, const int64 (&strides)[3],
                                             int sequence, int channel, int column) {
   if (states == nullptr || sequence < 0) return 0.f;
+  asm volatile("" : "+r"(channel));  // or its addresses would be kept for later
   return load_parameter<T>(states, p.states_fp32, sequence * strides[0] + channel * strides[1] + column * strides[2]);
 }
 
@@ -54,201 +57,210 @@ __device__ __forceinline__ float through_activation(float dy, float sum) {
   return fmaf(scaled, sizeof(T) == 2 ? fmaf(-sum, gate, sum) : sum * sigmoid<T>(-sum), scaled);
 }
 
-// The dx of one token of a channel: it has `later`, the ds of the tokens behind, the next one first, and its own ds
-// goes in front of them and, where the token is the thread's own, to the sums of channel c. Of the inputs it has those
-// that are seen(k), and of the tokens `distance` behind those that have it in sight.
-template <typename T, int kWidth, bool kSilu, int kChannels, typename Input, typename Seen, typename InSight>
-__device__ __forceinline__ float bwd_step(const float (&w)[kWidth], float bias, float dy, Input input, Seen seen,
-                                          InSight in_sight, bool is_own, int c, float (&later)[kWidth - 1],
-                                          float (&sums)[kWidth + 1][kChannels]) {
-  constexpr int kHistory = kWidth - 1;
-  const float sum = window_sum<T, kWidth>(bias, [&](int k) { return w[k]; }, input, seen);
-  const float dsum = through_activation<T, kSilu>(dy, sum);
-  float dx = w[kHistory] * dsum;
-#pragma unroll
-  for (int distance = 1; distance <= kHistory; ++distance) {
-    if (in_sight(distance)) dx = fmaf(w[kHistory - distance], later[distance - 1], dx);
-  }
-  if (is_own) {
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      if (seen(k)) sums[k][c] = fmaf(dsum, input(k), sums[k][c]);
-    }
-    sums[kWidth][c] += dsum;
-  }
-#pragma unroll
-  for (int k = kHistory - 1; k > 0; --k) later[k] = later[k - 1];
-  later[0] = dsum;
-  return dx;
-}
-
-// The dx of a tile in the place of its dy; `inputs` is x from the history on. The first tokens are the thread's own.
-// kMasked: where starts are among them.
-template <typename T, int kWidth, bool kSilu, bool kMasked, int kChannels, int kTokens>
-__device__ __forceinline__ void bwd_tile(const Conv1dBwdParams& p, const Parameters<T, kWidth, kChannels>& parameters,
-                                         const Starts<kWidth - 1 + kTokens>& starts,
-                                         unsigned (&inputs)[kWidth - 1 + kTokens][2], unsigned (&grads)[kTokens][2],
-                                         float (&sums)[kWidth + 1][kChannels]) {
-  constexpr int kHistory = kWidth - 1, kOwn = kTokens - kHistory;
-#pragma unroll
-  for (int t = 0; kMasked && t < kTokens; ++t) {  // what belongs to no sequence may be NaN
-    clear_words_if(starts.is_none(t + kHistory), inputs[t + kHistory], 2);
-    clear_words_if(starts.is_none(t + kHistory), grads[t], 2);
-  }
-#pragma unroll
-  for (int j = 0; j < kChannels / 2; ++j) {
-    float w[2][kWidth], b[2], later[2][kHistory] = {};
-    parameters.pair(p, j, w, b);
-#pragma unroll
-    for (int t = kTokens - 1; t >= 0; --t) {
-      float result[2];
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const auto input = [&](int k) { return element<T>(inputs[t + k], 2 * j + c); };
-        const auto seen = [&](int k) { return !kMasked || starts.is_joined(t + kHistory, kHistory - k); };
-        const auto in_sight = [&](int distance) {
-          return !kMasked || t + distance >= kTokens || starts.is_joined(t + distance + kHistory, distance);
-        };
-        result[c] = bwd_step<T, kWidth, kSilu>(w[c], b[c], element<T>(grads[t], 2 * j + c), input, seen, in_sight,
-                                               t < kOwn, 2 * j + c, later[c], sums);
-      }
-      set_pair<T>(grads[t], j, result[0], result[1]);
-    }
-    __syncwarp();  // as in the forward: one pair's inputs unpacked at a time
-  }
-}
-
-inline constexpr int kBwdTokens = 16;        // of a thread's tile
-inline constexpr int kPackedBwdTokens = 13;  // where the masks need registers
-inline constexpr int kBwdColumns = 64;       // threads of a CTA beside each other
-inline constexpr int kBwdGroups = 2;         // of tokens
+inline constexpr int kBwdThreads = 64;     // of a CTA, beside each other
+inline constexpr int kBwdStep = 4;         // tokens that a thread reads at once
+inline constexpr int kBwdStages = 4;       // of so many tokens in shared memory
+#ifdef ISLANDS
+inline constexpr bool kIslands = true;
+#else
+inline constexpr bool kIslands = false;
+#endif
+inline constexpr int kBwdCtas = 10;  // of a multiprocessor
 
 template <typename T, int kWidth, bool kSilu, bool kPacked>
-__global__ void __launch_bounds__(kBwdColumns* kBwdGroups, sizeof(T) == 2 ? 3 : 4)
-    conv1d_bwd_kernel(const __grid_constant__ Conv1dBwdParams p) {
+__global__ void __launch_bounds__(kBwdThreads, kBwdCtas) conv1d_bwd_kernel(const __grid_constant__ Conv1dBwdParams p) {
   constexpr int kHistory = kWidth - 1;
-  constexpr int kTokens = kPacked ? kPackedBwdTokens : kBwdTokens, kOwn = kTokens - kHistory;
   constexpr int kChannels = 8 / sizeof(T);
 
   // lanes behind the last vector do its work once more: a warp stays whole
-  const int channel = min((blockIdx.x * kBwdColumns + threadIdx.x) * kChannels, p.dim - kChannels);
+  const int channel = min((blockIdx.x * kBwdThreads + threadIdx.x) * kChannels, p.dim - kChannels);
   const unsigned cta = blockIdx.z * gridDim.y + blockIdx.y;  // of all batch rows
   const int row = !kPacked && p.batch > 1 ? static_cast<int>(cta / p.ctas) : 0;
   if (cta >= p.ctas * p.batch) return;
   const int64 x_stride = p.x_token_stride, dy_stride = p.dy_token_stride, dx_stride = p.dx_token_stride;
 
-  Parameters<T, kWidth, kChannels> parameters;
+  __shared__ uint2 ring[kBwdStages][kBwdStep][2][kBwdThreads];  // each thread's own: nobody waits for another
+  const unsigned slots = static_cast<unsigned>(__cvta_generic_to_shared(&ring[0][0][0][threadIdx.x]));
+  constexpr unsigned kSlotBytes = kBwdThreads * 8, kStageBytes = kBwdStep * 2 * kSlotBytes;
+
+  float weight[kChannels][kWidth], bias[kChannels];
   float sums[kWidth + 1][kChannels] = {};  // of the weights, then of the bias
-  unsigned start = ((cta - row * p.ctas) * kBwdGroups + threadIdx.y) * kOwn;
+  // Of the last tokens: token t - distance of the next group's first one t has [kBwdStep - distance], and t itself [0].
+  float inputs[kBwdStep][kChannels], dsums[kBwdStep][kChannels];
+
+  unsigned start = (cta - row * p.ctas) * p.tokens;
 #pragma unroll 1
   for (bool is_first = true; start < static_cast<unsigned>(p.seqlen); is_first = false) {
-    const int first = static_cast<int>(start), count = min(kTokens, p.seqlen - first);
-    start += p.ctas * kBwdGroups * kOwn;
+    const int first = static_cast<int>(start), last = min(first + p.tokens, p.seqlen);
+    const int limit = min(last + kHistory, p.seqlen);  // of what is read
+    start += p.ctas * p.tokens;
     const T* x = static_cast<const T*>(p.x) + row * p.x_batch_stride + first * x_stride + channel;
     const T* dy = static_cast<const T*>(p.dy) + row * p.dy_batch_stride + first * dy_stride + channel;
+    T* dx = static_cast<T*>(p.dx) + row * p.dx_batch_stride + (first - kHistory) * dx_stride + channel;  // late
 
-    unsigned inputs[kHistory + kTokens][2] = {}, grads[kTokens][2] = {};  // x from the history on; dy, then dx
+    unsigned before[kHistory][2] = {};
 #pragma unroll
-    for (int i = 0; i < kHistory; ++i) load_words_if(first > 0, x + (i - kHistory) * x_stride, inputs[i]);
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      load_words_if(i < count, x + i * x_stride, inputs[kHistory + i]);
-      load_words_if(i < count, dy + i * dy_stride, grads[i]);
-    }
-    if (is_first) parameters.load(p, channel);
+    for (int i = 0; i < kHistory; ++i) load_words_if(first > 0, x + (i - kHistory) * x_stride, before[i]);
 
-    __syncwarp();  // what is loaded is under way while the sequence is looked for
-    const Sequence at_first =
-        kPacked ? find_sequence(p.cu_seqlens, p.nseq, p.seqlen, first) : Sequence{row, 0, p.seqlen};
-    T* dx = static_cast<T*>(p.dx) + row * p.dx_batch_stride + first * dx_stride + channel;
-    const auto store_tile = [&] {
+    const auto read_ahead = [&](int ahead, unsigned stage) {
+      const auto read = [&](int i) {
+        copy_async<8>(stage + 2 * i * kSlotBytes, x + i * x_stride);
+        copy_async<8>(stage + (2 * i + 1) * kSlotBytes, dy + i * dy_stride);
+      };
+      if (ahead + kBwdStep <= limit) {
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) store_words_if(i < count, dx + i * dx_stride, grads[i]);
+        for (int i = 0; i < kBwdStep; ++i) read(i);
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < limit - ahead; ++i) read(i);
+      }
+      commit_copies();
+      x += kBwdStep * x_stride, dy += kBwdStep * dy_stride;
     };
-    Starts<kHistory + kTokens> starts;
-    if (kPacked ? __all_sync(~0u, holds(at_first, first - kHistory, first + kTokens))  // a vote takes fewer registers
-                : (first > 0 || p.initial_states == nullptr) && (count == kTokens || p.dfinal_states == nullptr)) {
-      bwd_tile<T, kWidth, kSilu, false>(p, parameters, starts, inputs, grads, sums);
-      store_tile();
-      continue;
-    }
-    if constexpr (kPacked) {
-      starts.find(p.cu_seqlens, p.nseq, at_first, first - kHistory);
-      if ((p.initial_states == nullptr && p.dfinal_states == nullptr) || !starts.any()) {
-        bwd_tile<T, kWidth, kSilu, true>(p, parameters, starts, inputs, grads, sums);
-        store_tile();
-        continue;
+#pragma unroll
+    for (int i = 0; i < kBwdStages - 1; ++i) read_ahead(first + i * kBwdStep, slots + i * kStageBytes);
+    if (is_first) {
+      Parameters<T, kWidth, kChannels> parameters;
+      parameters.load(p, channel);
+#pragma unroll
+      for (int j = 0; j < kChannels / 2; ++j) {
+        float w[2][kWidth], b[2];
+        parameters.pair(p, j, w, b);
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          bias[2 * j + c] = b[c];
+#pragma unroll
+          for (int k = 0; k < kWidth; ++k) weight[2 * j + c][k] = w[c][k];
+        }
       }
     }
-    // where a state is seen or has a gradient: token by token, the inputs once more out of L1
-    Sequence sequence{-1, p.seqlen, p.seqlen};
-    float later[kChannels][kHistory];
-#pragma unroll 1
-    for (int i = count - 1; i >= 0; --i) {
-      const int token = first + i;
-      if (token < sequence.begin) {  // the last token of the tile, or of a sequence
-        sequence = kPacked ? find_sequence(p.cu_seqlens, p.nseq, p.seqlen, token) : at_first;
+
+    Sequence sequence = kPacked ? find_sequence(p.cu_seqlens, p.nseq, p.seqlen, first) : Sequence{row, 0, p.seqlen};
+    // Of the tokens from `own` on the dx belong to this sequence and run; where groups start that have no ends in them.
+    int own, fast_to;
+    const auto start_sequence = [&](int token, bool is_at_first) {
+      own = max(first, sequence.begin);
+      fast_to = sequence.index >= 0 ? min(last, sequence.end) - kBwdStep : -1;
+#pragma unroll
+      for (int distance = 1; distance <= kHistory; ++distance) {
+        const int back = sequence.begin - (token - distance);  // how far before the first token
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) {
-#pragma unroll
-          for (int k = 0; k < kHistory; ++k) later[c][k] = 0.f;
+          float value = 0.f;
+          if (is_at_first && back <= 0) {
+            value = sequence.index >= 0 ? element<T>(before[kHistory - distance], c) : 0.f;
+          } else {
+            value = load_state<T>(p, p.initial_states, p.initial_strides, sequence.index, channel + c, kHistory - back);
+          }
+          inputs[kBwdStep - distance][c] = value, dsums[kBwdStep - distance][c] = 0.f;
         }
       }
-      unsigned grad[2] = {};
-      if (!kPacked || sequence.index >= 0) {  // what belongs to no sequence may be NaN
-        const auto before = [&](int c, int distance) {
-          return load_state<T>(p, p.initial_states, p.initial_strides, sequence.index, channel + c,
-                               kHistory - distance);
-        };
-        float window[kWidth][kChannels];
-        load_words_if(true, dy + i * dy_stride, grad);
-        load_window<T, kWidth, kChannels>(x + i * x_stride, x_stride, token, sequence, before, window);
-        // the last kHistory inputs of a sequence are its final state
-        const int column = kHistory - (sequence.end - token);
+    };
+    start_sequence(first, true);
+
+    // Token i of a group, `place` of it.
+    const auto step = [&](int i, unsigned slot, bool is_own, T* place, bool writes, bool clears) {
+      unsigned x_words[2], dy_words[2];
+      load_shared(slot, x_words), load_shared(slot + kSlotBytes, dy_words);
+      clear_words_if(clears, x_words, 2), clear_words_if(clears, dy_words, 2);
+      float result[kChannels];
 #pragma unroll
-        for (int j = 0; j < kChannels / 2; ++j) {
-          float w[2][kWidth], b[2], result[2];
-          parameters.pair(p, j, w, b);
+      for (int c = 0; c < kChannels; ++c) {
+        inputs[i][c] = element<T>(x_words, c);
+        const auto input = [&](int k) { return inputs[(i + kBwdStep - kHistory + k) % kBwdStep][c]; };
+        const float sum = window_sum<T, kWidth>(bias[c], [&](int k) { return weight[c][k]; }, input);
+        const float dsum = through_activation<T, kSilu>(element<T>(dy_words, c), sum);
+        dsums[i][c] = dsum;
+        if (is_own) {
 #pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const auto input = [&](int k) { return window[k][2 * j + c]; };
-            result[c] = bwd_step<T, kWidth, kSilu>(w[c], b[c], element<T>(grad, 2 * j + c), input, AllSeen{}, AllSeen{},
-                                                   i < kOwn, 2 * j + c, later[2 * j + c], sums);
-            if (column >= 0) {
-              result[c] +=
-                  load_state<T>(p, p.dfinal_states, p.dfinal_strides, sequence.index, channel + 2 * j + c, column);
+          for (int k = 0; k < kWidth; ++k) sums[k][c] = fmaf(dsum, input(k), sums[k][c]);
+          sums[kWidth][c] += dsum;
+        }
+        float total = weight[c][kHistory] * dsums[(i + kBwdStep - kHistory) % kBwdStep][c];
+#pragma unroll
+        for (int k = kHistory - 1; k >= 0; --k) {
+          total = fmaf(weight[c][k], dsums[(i + kBwdStep - k) % kBwdStep][c], total);
+        }
+        result[c] = total;
+      }
+      unsigned words[2];
+#pragma unroll
+      for (int j = 0; j < kChannels / 2; ++j) set_pair<T>(words, j, result[2 * j], result[2 * j + 1]);
+      store_words_if(writes, place, words);
+    };
+    // behind a sequence's last token ds is zero, and its last kHistory inputs are its final state
+    const auto finish_sequence = [&](int token) {
+#pragma unroll
+      for (int i = 0; i < kHistory; ++i) {
+        const int written = token - kHistory + i;
+        if (written < own || written >= last) continue;
+        float result[kChannels];
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) {
+          result[c] = load_state<T>(p, p.dfinal_states, p.dfinal_strides, sequence.index, channel + c, i);
+#pragma unroll
+          for (int k = i + 1; k < kWidth; ++k) {
+            result[c] = fmaf(weight[c][k], dsums[kBwdStep + i - k][c], result[c]);
+          }
+        }
+        unsigned words[2];
+#pragma unroll
+        for (int j = 0; j < kChannels / 2; ++j) set_pair<T>(words, j, result[2 * j], result[2 * j + 1]);
+        store_words_if(true, dx + i * dx_stride, words);
+      }
+    };
+
+    bool goes_on = true;
+    unsigned stage = slots;
+#pragma unroll 1
+    for (int token = first; goes_on;) {
+      read_ahead(token + (kBwdStages - 1) * kBwdStep,
+                 stage == slots ? slots + (kBwdStages - 1) * kStageBytes : stage - kStageBytes);
+      wait_for_copies<kBwdStages - 1>();
+      if (token >= own + kHistory && token <= fast_to) {
+#pragma unroll
+        for (int i = 0; i < kBwdStep; ++i) {
+          step(i, stage + 2 * i * kSlotBytes, true, dx, true, false);
+          dx += dx_stride;
+        }
+        token += kBwdStep;
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < kBwdStep; ++i) {
+          if (token == sequence.end) {
+            finish_sequence(token);
+            if (token < last) {
+              sequence = find_sequence(p.cu_seqlens, p.nseq, p.seqlen, token);
+              start_sequence(token, false);
+            } else {
+              goes_on = false;
             }
           }
-          set_pair<T>(grad, j, result[0], result[1]);
+          goes_on = goes_on && token < last + kHistory;
+          if (!goes_on) break;
+          step(0, stage + 2 * i * kSlotBytes, token < last, dx, token >= own + kHistory, kPacked && sequence.index < 0);
+#pragma unroll
+          for (int c = 0; c < kChannels; ++c) {
+#pragma unroll
+            for (int k = 1; k < kBwdStep; ++k) {
+              inputs[k][c] = inputs[(k + 1) % kBwdStep][c], dsums[k][c] = dsums[(k + 1) % kBwdStep][c];
+            }
+          }
+          ++token, dx += dx_stride;
         }
       }
-      store_words_if(i < kOwn, dx + i * dx_stride, grad);
+      stage = stage == slots + (kBwdStages - 1) * kStageBytes ? slots : stage + kStageBytes;
     }
+    if (!kIslands) break;
+    wait_for_copies();  // what was read and not needed
   }
 
-  // the first group adds the sums of the others in their order
-  __shared__ float2 shared[kBwdGroups][kWidth + 1][kChannels / 2][kBwdColumns];
-#pragma unroll
-  for (int k = 0; k <= kWidth; ++k) {
-#pragma unroll
-    for (int j = 0; j < kChannels / 2; ++j) {
-      shared[threadIdx.y][k][j][threadIdx.x] = make_float2(sums[k][2 * j], sums[k][2 * j + 1]);
-    }
-  }
-  __syncthreads();
-  if (threadIdx.y > 0) return;
   float* partials = static_cast<float*>(p.partials) + static_cast<int64>(cta) * p.dim + channel;
 #pragma unroll
   for (int k = 0; k <= kWidth; ++k, partials += static_cast<int64>(p.batch) * p.ctas * p.dim) {
 #pragma unroll
     for (int j = 0; j < kChannels / 2; ++j) {
-      float2 sum = make_float2(0.f, 0.f);
-#pragma unroll
-      for (int group = 0; group < kBwdGroups; ++group) {
-        const float2 part = shared[group][k][j][threadIdx.x];
-        sum.x += part.x, sum.y += part.y;
-      }
-      reinterpret_cast<float2*>(partials)[j] = sum;
+      reinterpret_cast<float2*>(partials)[j] = make_float2(sums[k][2 * j], sums[k][2 * j + 1]);
     }
   }
 }
