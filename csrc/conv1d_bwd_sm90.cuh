@@ -207,6 +207,7 @@ __global__ void __launch_bounds__(kBwdThreads, kBwdCtas) conv1d_bwd_kernel(const
       for (int i = 0; i < kBwdStep; ++i) compute(i, stage + i * kToken, true, true, false);
       token += kBwdStep;
     } else {
+      // counted in tokens, the same of all threads: the addresses of slots are not, and then `token` takes registers
 #pragma unroll 1
       for (int i = 0; i < kBwdStep; ++i, ++token) {
         if (token == sequence.end) {

@@ -36,6 +36,7 @@ __device__ __forceinline__ void wait_for_copies(int pending) {
   }
 }
 
+// Until at most kPending of them are under way.
 template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
