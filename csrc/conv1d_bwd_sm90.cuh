@@ -6,10 +6,10 @@
 //
 // A thread has 8 bytes of channels and walks a run of tokens with the last kWidth - 1 inputs and ds in registers. So it
 // reads x and dy once, writes dx kWidth - 1 tokens late, and computes the ds of as many tokens of the next run once
-// more. Then it goes on a whole grid of runs further: what all threads read at a time lies together. The next tokens
-// are on their way into shared memory, which has room for what registers had not. The sums of weight and bias, of a
-// run and then of a thread's runs, are written once by a CTA, and a second kernel adds the CTAs in their order: the
-// same bits every time.
+// more. The next tokens are on their way into shared memory, which has room for what registers had not. The sums of
+// weight and bias are written once by a run, and a second kernel adds the runs in their order: the same bits every
+// time. A run may be long: every kBwdTerms tokens its latest sums are added to those before them, or float32 would lose
+// digits.
 #pragma once
 
 #include "common/async_copies.cuh"
@@ -28,7 +28,7 @@ struct Conv1dBwdParams {
   void* dweight;               // as weight
   void* dbias;                 // as bias
   void* dinitial_states;       // as initial_states, or null
-  void* partials;              // (width + 1, batch * ctas, dim) float32: sums of each CTA, the bias behind the weights
+  void* partials;              // (width + 1, batch * runs, dim) float32: sums of each run, the bias behind the weights
   const int* cu_seqlens;       // (nseq + 1,) or null: then every batch row is a sequence
   int64 dy_batch_stride, x_batch_stride, dx_batch_stride;
   unsigned dy_token_stride, x_token_stride, dx_token_stride;
@@ -36,8 +36,8 @@ struct Conv1dBwdParams {
   int64 dfinal_strides[3];
   int64 dinitial_strides[3];
   int batch, seqlen, dim, nseq;
-  unsigned ctas;        // that share the runs of a batch row
-  unsigned run_tokens;  // a multiple of kBwdStep; the last run may have fewer
+  unsigned runs;   // of a batch row
+  int run_tokens;  // the last one may have fewer
   bool weight_fp32, bias_fp32, states_fp32;
 };
 
@@ -59,9 +59,10 @@ __device__ __forceinline__ float through_activation(float dy, float sum) {
 }
 
 inline constexpr int kBwdThreads = 64;    // of a CTA, beside each other
-inline constexpr int kBwdCtas = 8;        // of a multiprocessor
+inline constexpr int kBwdCtas = 8;        // that registers of a multiprocessor are enough for
 inline constexpr int kBwdStep = 4;        // tokens that are read and waited for together
 inline constexpr int kBwdStages = 4;      // of so many tokens in shared memory
+inline constexpr int kBwdTerms = 32;      // of a sum, a multiple of kBwdStep
 inline constexpr int kBwdCarveout = 100;  // percent of L1 that is to be shared memory
 
 template <typename T, int kWidth, int kChannels>
@@ -91,215 +92,187 @@ __global__ void __launch_bounds__(kBwdThreads, kBwdCtas) conv1d_bwd_kernel(const
 
   // lanes behind the last vector do its work once more: a warp stays whole
   const int channel = min((blockIdx.x * kBwdThreads + threadIdx.x) * kChannels, p.dim - kChannels);
-  const unsigned cta = blockIdx.z * gridDim.y + blockIdx.y;  // of all batch rows
-  const int row = !kPacked && p.batch > 1 ? static_cast<int>(cta / p.ctas) : 0;
-  if (cta >= p.ctas * p.batch) return;
-  const unsigned seqlen = p.seqlen, run_tokens = p.run_tokens, next_run = p.ctas * run_tokens;
-  unsigned run = (cta - row * p.ctas) * run_tokens;
+  const unsigned cta = blockIdx.z * gridDim.y + blockIdx.y;  // a run, of all batch rows
+  const int row = !kPacked && p.batch > 1 ? static_cast<int>(cta / p.runs) : 0;
+  if (cta >= p.runs * p.batch) return;
+  const int first = static_cast<int>((cta - row * p.runs) * p.run_tokens);
+  const int last = static_cast<int>(min(static_cast<unsigned>(first) + p.run_tokens, static_cast<unsigned>(p.seqlen)));
   const int64 x_stride = p.x_token_stride, dy_stride = p.dy_token_stride, dx_stride = p.dx_token_stride;
-  const T* x = static_cast<const T*>(p.x) + row * p.x_batch_stride + run * x_stride + channel;
-  const T* dy = static_cast<const T*>(p.dy) + row * p.dy_batch_stride + run * dy_stride + channel;
+  const T* x = static_cast<const T*>(p.x) + row * p.x_batch_stride + first * x_stride + channel;
+  const T* dy = static_cast<const T*>(p.dy) + row * p.dy_batch_stride + first * dy_stride + channel;
+  T* dx = static_cast<T*>(p.dx) + row * p.dx_batch_stride + (first - kHistory) * dx_stride + channel;  // late
 
   __shared__ uint2 ring[kBwdStages][kBwdStep][2][kBwdThreads];  // x and dy; each thread's own: none waits for another
   const unsigned stages = static_cast<unsigned>(__cvta_generic_to_shared(&ring[0][0][0][threadIdx.x]));
   constexpr unsigned kSlot = kBwdThreads * 8, kToken = 2 * kSlot, kStage = kBwdStep * kToken;  // in bytes
   constexpr unsigned kLast = (kBwdStages - 1) * kStage;
-  // A run is its tokens and a step for those behind it.
-  unsigned ahead = run, ahead_end = run + run_tokens;
-  const auto read_ahead = [&](unsigned stage) {
+  const auto read_ahead = [&](int token, unsigned stage) {
     const auto read = [&](int i) {
       copy_async<8>(stage + i * kToken, x + i * x_stride);
       copy_async<8>(stage + i * kToken + kSlot, dy + i * dy_stride);
     };
-    const unsigned end = min(ahead_end + kHistory, seqlen), count = end - min(ahead, end);
+    const int count = min(last + kHistory, p.seqlen) - token;
     if (count >= kBwdStep) {
 #pragma unroll
       for (int i = 0; i < kBwdStep; ++i) read(i);
     } else {
 #pragma unroll 1
-      for (unsigned i = 0; i < count; ++i) read(i);
+      for (int i = 0; i < count; ++i) read(i);
     }
     commit_copies();
-    const unsigned step = ahead == ahead_end ? next_run - run_tokens : kBwdStep;
-    if (ahead == ahead_end) ahead_end += next_run;
-    ahead += step, x += step * x_stride, dy += step * dy_stride;
+    x += kBwdStep * x_stride, dy += kBwdStep * dy_stride;
   };
 
-  unsigned before[kHistory][2];
-  const auto read_before = [&](unsigned of_run) {
-    const T* first =
-        static_cast<const T*>(p.x) + row * p.x_batch_stride + static_cast<int64>(of_run) * x_stride + channel;
+  unsigned before[kHistory][2] = {};
 #pragma unroll
-    for (int i = 0; i < kHistory; ++i) {
-      before[i][0] = before[i][1] = 0;
-      load_words_if(of_run > 0 && of_run < seqlen, first + (i - kHistory) * x_stride, before[i]);
-    }
-  };
-  read_before(run);
+  for (int i = 0; i < kHistory; ++i) load_words_if(first > 0, x + (i - kHistory) * x_stride, before[i]);
 #pragma unroll
-  for (int i = 0; i < kBwdStages - 1; ++i) read_ahead(stages + i * kStage);
+  for (int i = 0; i < kBwdStages - 1; ++i) read_ahead(first + i * kBwdStep, stages + i * kStage);
   float weight[kChannels][kWidth], bias[kChannels];
   load_parameters<T, kWidth>(p, channel, weight, bias);
 
-  // Of the weights, then of the bias: of a run, and of those before it, each thread's own.
-  float sums[kWidth + 1][kChannels];
-  __shared__ float2 totals[kWidth + 1][kChannels / 2][kBwdThreads];
+  // Of the weights, then of the bias: of the latest tokens, and of all before them.
+  float sums[kWidth + 1][kChannels] = {}, totals[kWidth + 1][kChannels] = {};
+  const auto add_sums = [&] {
 #pragma unroll
-  for (int k = 0; k <= kWidth; ++k) {
+    for (int k = 0; k <= kWidth; ++k) {
 #pragma unroll
-    for (int j = 0; j < kChannels / 2; ++j) totals[k][j][threadIdx.x] = make_float2(0.f, 0.f);
-  }
+      for (int c = 0; c < kChannels; ++c) totals[k][c] += sums[k][c], sums[k][c] = 0.f;
+    }
+  };
   // Of the latest tokens, a place each: token i of a step takes place i from the one kBwdStep before it.
   float inputs[kBwdStep][kChannels], dsums[kBwdStep][kChannels];
   const auto place = [](int i, int distance) { return (i + kBwdStep - distance) % kBwdStep; };
 
-  unsigned stage = stages;
-#pragma unroll 1
-  for (; run < seqlen; run += next_run) {
-    const int first = static_cast<int>(run), last = static_cast<int>(min(run + run_tokens, seqlen));
-    T* dx = static_cast<T*>(p.dx) + row * p.dx_batch_stride + (first - kHistory) * dx_stride + channel;  // late
+  Sequence sequence = kPacked ? find_sequence(p.cu_seqlens, p.nseq, p.seqlen, first) : Sequence{row, 0, p.seqlen};
+  int from, whole_to;  // its tokens in this run; the last one at which a step can start that has no end in it
+  const auto start_sequence = [&](int token, bool is_run) {
+    from = max(first, sequence.begin);
+    whole_to = sequence.index >= 0 ? min(last, sequence.end) - kBwdStep : -1;
 #pragma unroll
-    for (int k = 0; k <= kWidth; ++k) {
+    for (int distance = 1; distance <= kHistory; ++distance) {
+      const int beyond = sequence.begin - (token - distance);  // the first token
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) sums[k][c] = 0.f;
-    }
-
-    Sequence sequence = kPacked ? find_sequence(p.cu_seqlens, p.nseq, p.seqlen, first) : Sequence{row, 0, p.seqlen};
-    int from, whole_to;  // its tokens in this run; the last one at which a step can start that has no end in it
-    const auto start_sequence = [&](int token, bool is_run) {
-      from = max(first, sequence.begin);
-      whole_to = sequence.index >= 0 ? min(last, sequence.end) - kBwdStep : -1;
-#pragma unroll
-      for (int distance = 1; distance <= kHistory; ++distance) {
-        const int beyond = sequence.begin - (token - distance);  // the first token
-#pragma unroll
-        for (int c = 0; c < kChannels; ++c) {
-          float input = 0.f;
-          if (!is_run || beyond > 0) {
-            input =
-                load_state<T>(p, p.initial_states, p.initial_strides, sequence.index, channel + c, kHistory - beyond);
-          } else if (!kPacked || sequence.index >= 0) {
-            input = element<T>(before[kHistory - distance], c);
-          }
-          inputs[place(0, distance)][c] = input, dsums[place(0, distance)][c] = 0.f;
+      for (int c = 0; c < kChannels; ++c) {
+        float input = 0.f;
+        if (!is_run || beyond > 0) {
+          input = load_state<T>(p, p.initial_states, p.initial_strides, sequence.index, channel + c, kHistory - beyond);
+        } else if (!kPacked || sequence.index >= 0) {
+          input = element<T>(before[kHistory - distance], c);
         }
+        inputs[place(0, distance)][c] = input, dsums[place(0, distance)][c] = 0.f;
       }
-    };
-    start_sequence(first, true);
+    }
+  };
+  start_sequence(first, true);
 
-    // Token i of a step: its ds, and the dx of the token kHistory before it.
-    const auto compute = [&](int i, unsigned slot, bool is_own, bool writes, bool is_none) {
-      unsigned words[2][2];
-      load_shared(slot, words[0]), load_shared(slot + kSlot, words[1]);
-      clear_words_if(is_none, words[0], 2), clear_words_if(is_none, words[1], 2);  // may be NaN
+  // Token i of a step: its ds, and the dx of the token kHistory before it.
+  const auto compute = [&](int i, unsigned slot, bool is_own, bool writes, bool is_none) {
+    unsigned words[2][2];
+    load_shared(slot, words[0]), load_shared(slot + kSlot, words[1]);
+    clear_words_if(is_none, words[0], 2), clear_words_if(is_none, words[1], 2);  // may be NaN
+    float result[kChannels];
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      inputs[i][c] = element<T>(words[0], c);
+      const auto input = [&](int k) { return inputs[place(i, kHistory - k)][c]; };
+      const float sum = window_sum<T, kWidth>(bias[c], [&](int k) { return weight[c][k]; }, input);
+      dsums[i][c] = through_activation<T, kSilu>(element<T>(words[1], c), sum);
+      if (is_own) {
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) sums[k][c] = fmaf(dsums[i][c], input(k), sums[k][c]);
+        sums[kWidth][c] += dsums[i][c];
+      }
+      result[c] = weight[c][kHistory] * dsums[place(i, kHistory)][c];
+#pragma unroll
+      for (int k = kHistory - 1; k >= 0; --k) result[c] = fmaf(weight[c][k], dsums[place(i, k)][c], result[c]);
+    }
+    store_elements_if<T>(writes, dx, result);
+    dx += dx_stride;
+  };
+  // Behind the last token of a sequence, at `token`, ds is zero, and its last kHistory inputs are its final state.
+  const auto finish_sequence = [&](int token) {
+#pragma unroll
+    for (int i = 0; i < kHistory; ++i) {
+      const int written = token - kHistory + i;
+      if (written < from || written >= last) continue;
       float result[kChannels];
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
-        inputs[i][c] = element<T>(words[0], c);
-        const auto input = [&](int k) { return inputs[place(i, kHistory - k)][c]; };
-        const float sum = window_sum<T, kWidth>(bias[c], [&](int k) { return weight[c][k]; }, input);
-        dsums[i][c] = through_activation<T, kSilu>(element<T>(words[1], c), sum);
-        if (is_own) {
+        result[c] = load_state<T>(p, p.dfinal_states, p.dfinal_strides, sequence.index, channel + c, i);
 #pragma unroll
-          for (int k = 0; k < kWidth; ++k) sums[k][c] = fmaf(dsums[i][c], input(k), sums[k][c]);
-          sums[kWidth][c] += dsums[i][c];
-        }
-        result[c] = weight[c][kHistory] * dsums[place(i, kHistory)][c];
-#pragma unroll
-        for (int k = kHistory - 1; k >= 0; --k) result[c] = fmaf(weight[c][k], dsums[place(i, k)][c], result[c]);
+        for (int k = i + 1; k < kWidth; ++k) result[c] = fmaf(weight[c][k], dsums[place(i, k)][c], result[c]);
       }
-      store_elements_if<T>(writes, dx, result);
-      dx += dx_stride;
-    };
-    // Behind the last token of a sequence, at `token`, ds is zero, and its last kHistory inputs are its final state.
-    const auto finish_sequence = [&](int token) {
+      store_elements_if<T>(true, dx + i * dx_stride, result);
+    }
+  };
+
+  unsigned stage = stages;
+#pragma unroll 1
+  for (int token = first; token < last + kHistory;) {
+    read_ahead(token + (kBwdStages - 1) * kBwdStep, stage == stages ? stages + kLast : stage - kStage);
+    wait_for_copies<kBwdStages - 1>();
+    if (token <= whole_to) {
+#pragma unroll
+      for (int i = 0; i < kBwdStep; ++i) {
+        compute(i, stage + i * kToken, true, i >= kHistory || token + i >= from + kHistory, false);
+      }
+      token += kBwdStep;
+    } else if (token == last && sequence.index >= 0 && last + kHistory <= sequence.end) {
 #pragma unroll
       for (int i = 0; i < kHistory; ++i) {
-        const int written = token - kHistory + i;
-        if (written < from || written >= last) continue;
-        float result[kChannels];
+        compute(i, stage + i * kToken, false, token + i >= from + kHistory, false);
+      }
+      token += kHistory;
+    } else {
+      // counted in tokens, the same of all threads: the addresses of slots are not, and then `token` takes registers
+#pragma unroll 1
+      for (int i = 0; i < kBwdStep && token < last + kHistory; ++i, ++token) {
+        if (token == sequence.end) {
+          finish_sequence(token);
+          if (token >= last) {
+            token = last + kHistory;  // nothing more of this run
+            break;
+          }
+          sequence = find_sequence(p.cu_seqlens, p.nseq, p.seqlen, token);
+          start_sequence(token, false);
+        }
+        compute(0, stage + i * kToken, token < last, token >= from + kHistory, kPacked && sequence.index < 0);
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) {
-          result[c] = load_state<T>(p, p.dfinal_states, p.dfinal_strides, sequence.index, channel + c, i);
 #pragma unroll
-          for (int k = i + 1; k < kWidth; ++k) result[c] = fmaf(weight[c][k], dsums[place(i, k)][c], result[c]);
-        }
-        store_elements_if<T>(true, dx + i * dx_stride, result);
-      }
-    };
-
-    int token = first;
-#pragma unroll 1
-    for (unsigned step = 0; step <= run_tokens; step += kBwdStep) {
-      read_ahead(stage == stages ? stages + kLast : stage - kStage);
-      if (step == run_tokens) read_before(run + next_run);  // when the thread that owns them reads them too
-      wait_for_copies<kBwdStages - 1>();
-      if (token >= from && token <= whole_to) {
-#pragma unroll
-        for (int i = 0; i < kBwdStep; ++i) {
-          compute(i, stage + i * kToken, true, i >= kHistory || token + i >= from + kHistory, false);
-        }
-        token += kBwdStep;
-      } else if (token == last && token >= from && sequence.index >= 0 && last + kHistory <= sequence.end) {
-#pragma unroll
-        for (int i = 0; i < kHistory; ++i) {
-          compute(i, stage + i * kToken, false, token + i >= from + kHistory, false);
-        }
-        token += kHistory;
-      } else {
-        // counted in tokens, the same of all threads: the addresses of slots are not, and then `token` takes registers
-#pragma unroll 1
-        for (int i = 0; i < kBwdStep && token < last + kHistory; ++i, ++token) {
-          if (token == sequence.end) {
-            finish_sequence(token);
-            if (token >= last) {
-              token = last + kHistory;  // nothing more of this run
-              break;
-            }
-            sequence = find_sequence(p.cu_seqlens, p.nseq, p.seqlen, token);
-            start_sequence(token, false);
-          }
-          compute(0, stage + i * kToken, token < last, token >= from + kHistory, kPacked && sequence.index < 0);
-#pragma unroll
-          for (int c = 0; c < kChannels; ++c) {
-#pragma unroll
-            for (int k = 1; k < kBwdStep; ++k) {
-              inputs[k][c] = inputs[(k + 1) % kBwdStep][c], dsums[k][c] = dsums[(k + 1) % kBwdStep][c];
-            }
+          for (int k = 1; k < kBwdStep; ++k) {
+            inputs[k][c] = inputs[(k + 1) % kBwdStep][c], dsums[k][c] = dsums[(k + 1) % kBwdStep][c];
           }
         }
       }
-      stage = stage == stages + kLast ? stages : stage + kStage;
     }
-#pragma unroll
-    for (int k = 0; k <= kWidth; ++k) {
-#pragma unroll
-      for (int j = 0; j < kChannels / 2; ++j) {
-        float2& total = totals[k][j][threadIdx.x];
-        total = make_float2(total.x + sums[k][2 * j], total.y + sums[k][2 * j + 1]);
-      }
-    }
+    if (token % kBwdTerms == 0) add_sums();
+    stage = stage == stages + kLast ? stages : stage + kStage;
   }
+  add_sums();
   wait_for_copies();  // of tokens that were not needed
 
   float* partials = static_cast<float*>(p.partials) + static_cast<int64>(cta) * p.dim + channel;
 #pragma unroll
-  for (int k = 0; k <= kWidth; ++k, partials += static_cast<int64>(p.batch) * p.ctas * p.dim) {
+  for (int k = 0; k <= kWidth; ++k, partials += static_cast<int64>(p.batch) * p.runs * p.dim) {
 #pragma unroll
-    for (int j = 0; j < kChannels / 2; ++j) reinterpret_cast<float2*>(partials)[j] = totals[k][j][threadIdx.x];
+    for (int c = 0; c < kChannels; c += 2) {
+      reinterpret_cast<float2*>(partials)[c / 2] = make_float2(totals[k][c], totals[k][c + 1]);
+    }
   }
 }
 
 inline constexpr int kSumChannels = 32;
 inline constexpr int kSumRows = 8;
 
-// dweight and dbias: the sums of all CTAs. Warp w of a block adds rows w, w + kSumRows, .. and then the warps are
+// dweight and dbias: the sums of all runs. Warp w of a block adds rows w, w + kSumRows, .. and then the warps are
 // added.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kSumChannels* kSumRows)
     conv1d_bwd_sum_kernel(const __grid_constant__ Conv1dBwdParams p) {
   const int channel = blockIdx.x * kSumChannels + threadIdx.x, k = blockIdx.y;
-  const int num_rows = p.batch * p.ctas;
+  const int num_rows = p.batch * p.runs;
   float sum = 0.f;
   if (channel < p.dim) {
     const float* partials = static_cast<const float*>(p.partials) + static_cast<int64>(k) * num_rows * p.dim + channel;

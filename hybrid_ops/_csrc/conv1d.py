@@ -17,13 +17,11 @@ class Config(NamedTuple):
 
 
 class BwdConfig(NamedTuple):
-    ctas: int  # that share the runs of a batch row
-    run_tokens: int  # that a thread walks before it goes on a grid further
+    run_tokens: int  # that a thread walks
 
 
 _VECTOR = 4  # channels that rows are to be whole numbers of
-_BWD_THREADS, _BWD_CTAS, _BWD_STEP = 64, 8, 4  # kBwdThreads, kBwdCtas, kBwdStep
-_BWD_RUN = 28  # tokens that a run of the backward is to have
+_BWD_THREADS, _BWD_CTAS, _BWD_STEP = 64, 10, 4  # kBwdThreads, kBwdCtas, kBwdStep
 
 
 def config(dim: int, itemsize: int, alignment: int, parameters_fp32: bool = False) -> Config:
@@ -38,16 +36,13 @@ def config(dim: int, itemsize: int, alignment: int, parameters_fp32: bool = Fals
 
 @functools.lru_cache(maxsize=1024)
 def bwd_config(rows: int, seqlen: int, dim: int, num_sms: int, itemsize: int) -> BwdConfig:
-    """As many CTAs as the GPU holds, each with the same number of runs, so that all begin and end together.
+    """Runs so long that the CTAs are as many as the GPU holds, and begin and end together.
 
-    A short run keeps what is read at the same time near to each other, and its sums precise. A long one computes fewer
-    tokens twice: width - 1 of the next run.
+    Each run computes width - 1 tokens of the next one once more, and leaves sums that are to be added.
     """
     columns = max(1, rows * -(-dim * itemsize // (8 * _BWD_THREADS)))
-    most = max(1, num_sms * _BWD_CTAS // columns)
-    runs = most * max(1, round(seqlen / (most * _BWD_RUN)))
-    tokens = _BWD_STEP * max(1, -(-seqlen // (_BWD_STEP * runs)))
-    return BwdConfig(ctas=min(most, -(-seqlen // tokens)), run_tokens=tokens)
+    runs = max(1, num_sms * _BWD_CTAS // columns)
+    return BwdConfig(run_tokens=_BWD_STEP * max(1, -(-seqlen // (_BWD_STEP * runs))))
 
 
 def refusal(
@@ -192,7 +187,8 @@ def conv1d_bwd(
     nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     some_states = history if history is not None else dfinal
     chosen = chosen or bwd_config(batch, seqlen, dim, _device.num_sms(index), x.element_size())
-    partials = x.new_empty((width + 1) * batch * chosen.ctas * dim, dtype=torch.float32)
+    runs = -(-seqlen // chosen.run_tokens)
+    partials = x.new_empty((width + 1) * batch * runs * dim, dtype=torch.float32)
     tensors = (
         dy,
         x,
@@ -214,7 +210,6 @@ def conv1d_bwd(
         tuple(t.stride()[:2] for t in (dy, x, dx)),
         tuple((0, 0, 0) if t is None else t.stride() for t in (history, dfinal, dhistory)),
         silu,
-        chosen.ctas,
         chosen.run_tokens,
         index,
         torch._C._cuda_getCurrentRawStream(index),
