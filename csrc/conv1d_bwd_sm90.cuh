@@ -8,8 +8,7 @@
 // reads x and dy once, writes dx kWidth - 1 tokens late, and computes the ds of as many tokens of the next run once
 // more. The next tokens are on their way into shared memory, which has room for what registers had not. The sums of
 // weight and bias are written once by a run, and a second kernel adds the runs in their order: the same bits every
-// time. A run may be long: every kBwdTerms tokens its latest sums are added to those before them, or float32 would lose
-// digits.
+// time. No sum has more than kBwdTerms terms: the sums of so many tokens are added to those of all before them.
 #pragma once
 
 #include "common/async_copies.cuh"
@@ -64,6 +63,17 @@ inline constexpr int kBwdStep = 4;        // tokens that are read and waited for
 inline constexpr int kBwdStages = 4;      // of so many tokens in shared memory
 inline constexpr int kBwdTerms = 32;      // of a sum, a multiple of kBwdStep
 inline constexpr int kBwdCarveout = 100;  // percent of L1 that is to be shared memory
+
+// Of the sums of all tokens of a run. As float32 they lose digits where a run is long, which 16-bit results do not
+// show.
+template <typename T>
+struct Total {
+  using type = float;
+};
+template <>
+struct Total<float> {
+  using type = double;
+};
 
 template <typename T, int kWidth, int kChannels>
 __device__ __forceinline__ void load_parameters(const Conv1dBwdParams& p, int channel,
@@ -132,7 +142,8 @@ __global__ void __launch_bounds__(kBwdThreads, kBwdCtas) conv1d_bwd_kernel(const
   load_parameters<T, kWidth>(p, channel, weight, bias);
 
   // Of the weights, then of the bias: of the latest tokens, and of all before them.
-  float sums[kWidth + 1][kChannels] = {}, totals[kWidth + 1][kChannels] = {};
+  float sums[kWidth + 1][kChannels] = {};
+  typename Total<T>::type totals[kWidth + 1][kChannels] = {};
   const auto add_sums = [&] {
 #pragma unroll
     for (int k = 0; k <= kWidth; ++k) {
@@ -258,7 +269,7 @@ __global__ void __launch_bounds__(kBwdThreads, kBwdCtas) conv1d_bwd_kernel(const
   for (int k = 0; k <= kWidth; ++k, partials += static_cast<int64>(p.batch) * p.runs * p.dim) {
 #pragma unroll
     for (int c = 0; c < kChannels; c += 2) {
-      reinterpret_cast<float2*>(partials)[c / 2] = make_float2(totals[k][c], totals[k][c + 1]);
+      reinterpret_cast<float2*>(partials)[c / 2] = make_float2(float(totals[k][c]), float(totals[k][c + 1]));
     }
   }
 }
