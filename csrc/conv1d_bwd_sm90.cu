@@ -32,20 +32,23 @@ void conv1d_bwd(const Conv1dBwdArgs& a, Target target) {
       .seqlen = static_cast<int>(a.seqlen),
       .dim = static_cast<int>(a.dim),
       .nseq = static_cast<int>(a.nseq),
-      .ctas = static_cast<unsigned>(a.ctas),
+      .runs = static_cast<unsigned>((a.seqlen + a.run_tokens - 1) / a.run_tokens),
+      .run_tokens = a.run_tokens,
       .weight_fp32 = a.weight_dtype == DType::float32,
       .bias_fp32 = a.bias_dtype == DType::float32,
       .states_fp32 = a.states_dtype == DType::float32,
   };
   if (p.dim == 0) return;
-  const int channels = kBwdColumns * (a.dtype == DType::float32 ? 2 : 4);  // of a CTA
-  const dim3 grid = conv1d_grid((p.dim + channels - 1) / channels, static_cast<int64>(p.ctas) * p.batch);
+  const int channels = kBwdThreads * (a.dtype == DType::float32 ? 2 : 4);  // of a CTA
+  const dim3 grid = conv1d_grid((p.dim + channels - 1) / channels, static_cast<int64>(p.runs) * p.batch);
   const unsigned state_blocks = p.dinitial_states == nullptr ? 0 : conv1d_blocks(static_cast<int64>(p.nseq) * p.dim);
   const DeviceGuard guard(target.device);
   const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
   const auto run = [&]<typename T, int kWidth, bool kSilu, bool kPacked>() {
     if (grid.y > 0) {
-      conv1d_bwd_kernel<T, kWidth, kSilu, kPacked><<<grid, dim3(kBwdColumns, kBwdGroups), 0, stream>>>(p);
+      constexpr auto kernel = conv1d_bwd_kernel<T, kWidth, kSilu, kPacked>;
+      prefer_shared_memory<kernel>(kBwdCarveout, target.device);
+      kernel<<<grid, kBwdThreads, 0, stream>>>(p);
       check(cudaGetLastError(), "conv1d_bwd_kernel");
     }
     const dim3 sums((p.dim + kSumChannels - 1) / kSumChannels, kWidth + (p.dbias != nullptr));

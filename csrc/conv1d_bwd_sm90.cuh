@@ -4,13 +4,14 @@
 //   dx[t] = sum_k weight[k] ds[t + (kWidth - 1) - k],  dweight[k] = sum_t ds[t] u[t - (kWidth - 1) + k],  dbias = sum
 //   ds
 //
-// The stream of the forward, both ways: a thread has 16 tokens of x and dy (13 of a packed row) of 8 bytes of channels,
-// all loads before anything else, and goes from the last token to the first with the ds of the kWidth - 1 behind. So it
-// owns all but the last kWidth - 1 tokens, whose dx takes the registers of dy, and computes the ds of those for them.
-// Then it goes on a whole grid of tiles further, and keeps the sums of weight and bias. Those are written once by a
-// CTA, and a second kernel adds the CTAs in their order: the same bits every time.
+// A thread has 8 bytes of channels and walks a run of tokens with the last kWidth - 1 inputs and ds in registers. So it
+// reads x and dy once, writes dx kWidth - 1 tokens late, and computes the ds of as many tokens of the next run once
+// more. The next tokens are on their way into shared memory, which has room for what registers had not. The sums of
+// weight and bias are written once by a run, and a second kernel adds the runs in their order: the same bits every
+// time. No sum has more than kBwdTerms terms: the sums of so many tokens are added to those of all before them.
 #pragma once
 
+#include "common/async_copies.cuh"
 #include "common/conv1d.cuh"
 
 namespace hybrid_ops {
@@ -26,7 +27,7 @@ struct Conv1dBwdParams {
   void* dweight;               // as weight
   void* dbias;                 // as bias
   void* dinitial_states;       // as initial_states, or null
-  void* partials;              // (width + 1, batch * ctas, dim) float32: sums of each CTA, the bias behind the weights
+  void* partials;              // (width + 1, batch * runs, dim) float32: sums of each run, the bias behind the weights
   const int* cu_seqlens;       // (nseq + 1,) or null: then every batch row is a sequence
   int64 dy_batch_stride, x_batch_stride, dx_batch_stride;
   unsigned dy_token_stride, x_token_stride, dx_token_stride;
@@ -34,7 +35,8 @@ struct Conv1dBwdParams {
   int64 dfinal_strides[3];
   int64 dinitial_strides[3];
   int batch, seqlen, dim, nseq;
-  unsigned ctas;  // that share the tiles of a batch row
+  unsigned runs;   // of a batch row
+  int run_tokens;  // the last one may have fewer
   bool weight_fp32, bias_fp32, states_fp32;
 };
 
@@ -43,6 +45,7 @@ template <typename T>
 __device__ __forceinline__ float load_state(const Conv1dBwdParams& p, const void* states, const int64 (&strides)[3],
                                             int sequence, int channel, int column) {
   if (states == nullptr || sequence < 0) return 0.f;
+  asm volatile("" : "+r"(channel));  // or its addresses would be kept for later
   return load_parameter<T>(states, p.states_fp32, sequence * strides[0] + channel * strides[1] + column * strides[2]);
 }
 
@@ -54,201 +57,219 @@ __device__ __forceinline__ float through_activation(float dy, float sum) {
   return fmaf(scaled, sizeof(T) == 2 ? fmaf(-sum, gate, sum) : sum * sigmoid<T>(-sum), scaled);
 }
 
-// The dx of one token of a channel: it has `later`, the ds of the tokens behind, the next one first, and its own ds
-// goes in front of them and, where the token is the thread's own, to the sums of channel c. Of the inputs it has those
-// that are seen(k), and of the tokens `distance` behind those that have it in sight.
-template <typename T, int kWidth, bool kSilu, int kChannels, typename Input, typename Seen, typename InSight>
-__device__ __forceinline__ float bwd_step(const float (&w)[kWidth], float bias, float dy, Input input, Seen seen,
-                                          InSight in_sight, bool is_own, int c, float (&later)[kWidth - 1],
-                                          float (&sums)[kWidth + 1][kChannels]) {
-  constexpr int kHistory = kWidth - 1;
-  const float sum = window_sum<T, kWidth>(bias, [&](int k) { return w[k]; }, input, seen);
-  const float dsum = through_activation<T, kSilu>(dy, sum);
-  float dx = w[kHistory] * dsum;
-#pragma unroll
-  for (int distance = 1; distance <= kHistory; ++distance) {
-    if (in_sight(distance)) dx = fmaf(w[kHistory - distance], later[distance - 1], dx);
-  }
-  if (is_own) {
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      if (seen(k)) sums[k][c] = fmaf(dsum, input(k), sums[k][c]);
-    }
-    sums[kWidth][c] += dsum;
-  }
-#pragma unroll
-  for (int k = kHistory - 1; k > 0; --k) later[k] = later[k - 1];
-  later[0] = dsum;
-  return dx;
-}
+inline constexpr int kBwdThreads = 64;    // of a CTA, beside each other
+inline constexpr int kBwdCtas = 8;        // that registers of a multiprocessor are enough for
+inline constexpr int kBwdStep = 4;        // tokens that are read and waited for together
+inline constexpr int kBwdStages = 4;      // of so many tokens in shared memory
+inline constexpr int kBwdTerms = 32;      // of a sum, a multiple of kBwdStep
+inline constexpr int kBwdCarveout = 100;  // percent of L1 that is to be shared memory
 
-// The dx of a tile in the place of its dy; `inputs` is x from the history on. The first tokens are the thread's own.
-// kMasked: where starts are among them.
-template <typename T, int kWidth, bool kSilu, bool kMasked, int kChannels, int kTokens>
-__device__ __forceinline__ void bwd_tile(const Conv1dBwdParams& p, const Parameters<T, kWidth, kChannels>& parameters,
-                                         const Starts<kWidth - 1 + kTokens>& starts,
-                                         unsigned (&inputs)[kWidth - 1 + kTokens][2], unsigned (&grads)[kTokens][2],
-                                         float (&sums)[kWidth + 1][kChannels]) {
-  constexpr int kHistory = kWidth - 1, kOwn = kTokens - kHistory;
-#pragma unroll
-  for (int t = 0; kMasked && t < kTokens; ++t) {  // what belongs to no sequence may be NaN
-    clear_words_if(starts.is_none(t + kHistory), inputs[t + kHistory], 2);
-    clear_words_if(starts.is_none(t + kHistory), grads[t], 2);
-  }
+// Of the sums of all tokens of a run. As float32 they lose digits where a run is long, which 16-bit results do not
+// show.
+template <typename T>
+struct Total {
+  using type = float;
+};
+template <>
+struct Total<float> {
+  using type = double;
+};
+
+template <typename T, int kWidth, int kChannels>
+__device__ __forceinline__ void load_parameters(const Conv1dBwdParams& p, int channel,
+                                                float (&weight)[kChannels][kWidth], float (&bias)[kChannels]) {
+  Parameters<T, kWidth, kChannels> parameters;
+  parameters.load(p, channel);
 #pragma unroll
   for (int j = 0; j < kChannels / 2; ++j) {
-    float w[2][kWidth], b[2], later[2][kHistory] = {};
-    parameters.pair(p, j, w, b);
-#pragma unroll
-    for (int t = kTokens - 1; t >= 0; --t) {
-      float result[2];
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const auto input = [&](int k) { return element<T>(inputs[t + k], 2 * j + c); };
-        const auto seen = [&](int k) { return !kMasked || starts.is_joined(t + kHistory, kHistory - k); };
-        const auto in_sight = [&](int distance) {
-          return !kMasked || t + distance >= kTokens || starts.is_joined(t + distance + kHistory, distance);
-        };
-        result[c] = bwd_step<T, kWidth, kSilu>(w[c], b[c], element<T>(grads[t], 2 * j + c), input, seen, in_sight,
-                                               t < kOwn, 2 * j + c, later[c], sums);
-      }
-      set_pair<T>(grads[t], j, result[0], result[1]);
-    }
-    __syncwarp();  // as in the forward: one pair's inputs unpacked at a time
+    parameters.pair(p, j, reinterpret_cast<float (&)[2][kWidth]>(weight[2 * j]),
+                    reinterpret_cast<float (&)[2]>(bias[2 * j]));
   }
 }
 
-inline constexpr int kBwdTokens = 16;        // of a thread's tile
-inline constexpr int kPackedBwdTokens = 13;  // where the masks need registers
-inline constexpr int kBwdColumns = 64;       // threads of a CTA beside each other
-inline constexpr int kBwdGroups = 2;         // of tokens
+template <typename T, int kChannels>
+__device__ __forceinline__ void store_elements_if(bool condition, T* pointer, const float (&values)[kChannels]) {
+  unsigned words[2];
+#pragma unroll
+  for (int j = 0; j < kChannels / 2; ++j) set_pair<T>(words, j, values[2 * j], values[2 * j + 1]);
+  store_words_if(condition, pointer, words);
+}
 
 template <typename T, int kWidth, bool kSilu, bool kPacked>
-__global__ void __launch_bounds__(kBwdColumns* kBwdGroups, sizeof(T) == 2 ? 3 : 4)
-    conv1d_bwd_kernel(const __grid_constant__ Conv1dBwdParams p) {
+__global__ void __launch_bounds__(kBwdThreads, kBwdCtas) conv1d_bwd_kernel(const __grid_constant__ Conv1dBwdParams p) {
   constexpr int kHistory = kWidth - 1;
-  constexpr int kTokens = kPacked ? kPackedBwdTokens : kBwdTokens, kOwn = kTokens - kHistory;
   constexpr int kChannels = 8 / sizeof(T);
 
   // lanes behind the last vector do its work once more: a warp stays whole
-  const int channel = min((blockIdx.x * kBwdColumns + threadIdx.x) * kChannels, p.dim - kChannels);
-  const unsigned cta = blockIdx.z * gridDim.y + blockIdx.y;  // of all batch rows
-  const int row = !kPacked && p.batch > 1 ? static_cast<int>(cta / p.ctas) : 0;
-  if (cta >= p.ctas * p.batch) return;
+  const int channel = min((blockIdx.x * kBwdThreads + threadIdx.x) * kChannels, p.dim - kChannels);
+  const unsigned cta = blockIdx.z * gridDim.y + blockIdx.y;  // a run, of all batch rows
+  const int row = !kPacked && p.batch > 1 ? static_cast<int>(cta / p.runs) : 0;
+  if (cta >= p.runs * p.batch) return;
+  const int first = static_cast<int>((cta - row * p.runs) * p.run_tokens);
+  const int last = static_cast<int>(min(static_cast<unsigned>(first) + p.run_tokens, static_cast<unsigned>(p.seqlen)));
   const int64 x_stride = p.x_token_stride, dy_stride = p.dy_token_stride, dx_stride = p.dx_token_stride;
+  const T* x = static_cast<const T*>(p.x) + row * p.x_batch_stride + first * x_stride + channel;
+  const T* dy = static_cast<const T*>(p.dy) + row * p.dy_batch_stride + first * dy_stride + channel;
+  T* dx = static_cast<T*>(p.dx) + row * p.dx_batch_stride + (first - kHistory) * dx_stride + channel;  // late
 
-  Parameters<T, kWidth, kChannels> parameters;
-  float sums[kWidth + 1][kChannels] = {};  // of the weights, then of the bias
-  unsigned start = ((cta - row * p.ctas) * kBwdGroups + threadIdx.y) * kOwn;
-#pragma unroll 1
-  for (bool is_first = true; start < static_cast<unsigned>(p.seqlen); is_first = false) {
-    const int first = static_cast<int>(start), count = min(kTokens, p.seqlen - first);
-    start += p.ctas * kBwdGroups * kOwn;
-    const T* x = static_cast<const T*>(p.x) + row * p.x_batch_stride + first * x_stride + channel;
-    const T* dy = static_cast<const T*>(p.dy) + row * p.dy_batch_stride + first * dy_stride + channel;
-
-    unsigned inputs[kHistory + kTokens][2] = {}, grads[kTokens][2] = {};  // x from the history on; dy, then dx
-#pragma unroll
-    for (int i = 0; i < kHistory; ++i) load_words_if(first > 0, x + (i - kHistory) * x_stride, inputs[i]);
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      load_words_if(i < count, x + i * x_stride, inputs[kHistory + i]);
-      load_words_if(i < count, dy + i * dy_stride, grads[i]);
-    }
-    if (is_first) parameters.load(p, channel);
-
-    __syncwarp();  // what is loaded is under way while the sequence is looked for
-    const Sequence at_first =
-        kPacked ? find_sequence(p.cu_seqlens, p.nseq, p.seqlen, first) : Sequence{row, 0, p.seqlen};
-    T* dx = static_cast<T*>(p.dx) + row * p.dx_batch_stride + first * dx_stride + channel;
-    const auto store_tile = [&] {
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) store_words_if(i < count, dx + i * dx_stride, grads[i]);
+  __shared__ uint2 ring[kBwdStages][kBwdStep][2][kBwdThreads];  // x and dy; each thread's own: none waits for another
+  const unsigned stages = static_cast<unsigned>(__cvta_generic_to_shared(&ring[0][0][0][threadIdx.x]));
+  constexpr unsigned kSlot = kBwdThreads * 8, kToken = 2 * kSlot, kStage = kBwdStep * kToken;  // in bytes
+  constexpr unsigned kLast = (kBwdStages - 1) * kStage;
+  const auto read_ahead = [&](int token, unsigned stage) {
+    const auto read = [&](int i) {
+      copy_async<8>(stage + i * kToken, x + i * x_stride);
+      copy_async<8>(stage + i * kToken + kSlot, dy + i * dy_stride);
     };
-    Starts<kHistory + kTokens> starts;
-    if (kPacked ? __all_sync(~0u, holds(at_first, first - kHistory, first + kTokens))  // a vote takes fewer registers
-                : (first > 0 || p.initial_states == nullptr) && (count == kTokens || p.dfinal_states == nullptr)) {
-      bwd_tile<T, kWidth, kSilu, false>(p, parameters, starts, inputs, grads, sums);
-      store_tile();
-      continue;
+    const int count = min(last + kHistory, p.seqlen) - token;
+    if (count >= kBwdStep) {
+#pragma unroll
+      for (int i = 0; i < kBwdStep; ++i) read(i);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) read(i);
     }
-    if constexpr (kPacked) {
-      starts.find(p.cu_seqlens, p.nseq, at_first, first - kHistory);
-      if ((p.initial_states == nullptr && p.dfinal_states == nullptr) || !starts.any()) {
-        bwd_tile<T, kWidth, kSilu, true>(p, parameters, starts, inputs, grads, sums);
-        store_tile();
-        continue;
+    commit_copies();
+    x += kBwdStep * x_stride, dy += kBwdStep * dy_stride;
+  };
+
+  unsigned before[kHistory][2] = {};
+#pragma unroll
+  for (int i = 0; i < kHistory; ++i) load_words_if(first > 0, x + (i - kHistory) * x_stride, before[i]);
+#pragma unroll
+  for (int i = 0; i < kBwdStages - 1; ++i) read_ahead(first + i * kBwdStep, stages + i * kStage);
+  float weight[kChannels][kWidth], bias[kChannels];
+  load_parameters<T, kWidth>(p, channel, weight, bias);
+
+  // Of the weights, then of the bias: of the latest tokens, and of all before them.
+  float sums[kWidth + 1][kChannels] = {};
+  typename Total<T>::type totals[kWidth + 1][kChannels] = {};
+  const auto add_sums = [&] {
+#pragma unroll
+    for (int k = 0; k <= kWidth; ++k) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) totals[k][c] += sums[k][c], sums[k][c] = 0.f;
+    }
+  };
+  // Of the latest tokens, a place each: token i of a step takes place i from the one kBwdStep before it.
+  float inputs[kBwdStep][kChannels], dsums[kBwdStep][kChannels];
+  const auto place = [](int i, int distance) { return (i + kBwdStep - distance) % kBwdStep; };
+
+  Sequence sequence = kPacked ? find_sequence(p.cu_seqlens, p.nseq, p.seqlen, first) : Sequence{row, 0, p.seqlen};
+  int from, whole_to;  // its tokens in this run; the last one at which a step can start that has no end in it
+  const auto start_sequence = [&](int token, bool is_run) {
+    from = max(first, sequence.begin);
+    whole_to = sequence.index >= 0 ? min(last, sequence.end) - kBwdStep : -1;
+#pragma unroll
+    for (int distance = 1; distance <= kHistory; ++distance) {
+      const int beyond = sequence.begin - (token - distance);  // the first token
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        float input = 0.f;
+        if (!is_run || beyond > 0) {
+          input = load_state<T>(p, p.initial_states, p.initial_strides, sequence.index, channel + c, kHistory - beyond);
+        } else if (!kPacked || sequence.index >= 0) {
+          input = element<T>(before[kHistory - distance], c);
+        }
+        inputs[place(0, distance)][c] = input, dsums[place(0, distance)][c] = 0.f;
       }
     }
-    // where a state is seen or has a gradient: token by token, the inputs once more out of L1
-    Sequence sequence{-1, p.seqlen, p.seqlen};
-    float later[kChannels][kHistory];
+  };
+  start_sequence(first, true);
+
+  // Token i of a step: its ds, and the dx of the token kHistory before it.
+  const auto compute = [&](int i, unsigned slot, bool is_own, bool writes, bool is_none) {
+    unsigned words[2][2];
+    load_shared(slot, words[0]), load_shared(slot + kSlot, words[1]);
+    clear_words_if(is_none, words[0], 2), clear_words_if(is_none, words[1], 2);  // may be NaN
+    float result[kChannels];
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      inputs[i][c] = element<T>(words[0], c);
+      const auto input = [&](int k) { return inputs[place(i, kHistory - k)][c]; };
+      const float sum = window_sum<T, kWidth>(bias[c], [&](int k) { return weight[c][k]; }, input);
+      dsums[i][c] = through_activation<T, kSilu>(element<T>(words[1], c), sum);
+      if (is_own) {
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) sums[k][c] = fmaf(dsums[i][c], input(k), sums[k][c]);
+        sums[kWidth][c] += dsums[i][c];
+      }
+      result[c] = weight[c][kHistory] * dsums[place(i, kHistory)][c];
+#pragma unroll
+      for (int k = kHistory - 1; k >= 0; --k) result[c] = fmaf(weight[c][k], dsums[place(i, k)][c], result[c]);
+    }
+    store_elements_if<T>(writes, dx, result);
+    dx += dx_stride;
+  };
+  // Behind the last token of a sequence, at `token`, ds is zero, and its last kHistory inputs are its final state.
+  const auto finish_sequence = [&](int token) {
+#pragma unroll
+    for (int i = 0; i < kHistory; ++i) {
+      const int written = token - kHistory + i;
+      if (written < from || written >= last) continue;
+      float result[kChannels];
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        result[c] = load_state<T>(p, p.dfinal_states, p.dfinal_strides, sequence.index, channel + c, i);
+#pragma unroll
+        for (int k = i + 1; k < kWidth; ++k) result[c] = fmaf(weight[c][k], dsums[place(i, k)][c], result[c]);
+      }
+      store_elements_if<T>(true, dx + i * dx_stride, result);
+    }
+  };
+
+  unsigned stage = stages;
 #pragma unroll 1
-    for (int i = count - 1; i >= 0; --i) {
-      const int token = first + i;
-      if (token < sequence.begin) {  // the last token of the tile, or of a sequence
-        sequence = kPacked ? find_sequence(p.cu_seqlens, p.nseq, p.seqlen, token) : at_first;
+  for (int token = first; token < last + kHistory;) {
+    read_ahead(token + (kBwdStages - 1) * kBwdStep, stage == stages ? stages + kLast : stage - kStage);
+    wait_for_copies<kBwdStages - 1>();
+    if (token <= whole_to) {
+#pragma unroll
+      for (int i = 0; i < kBwdStep; ++i) {
+        compute(i, stage + i * kToken, true, i >= kHistory || token + i >= from + kHistory, false);
+      }
+      token += kBwdStep;
+    } else if (token == last && sequence.index >= 0 && last + kHistory <= sequence.end) {
+#pragma unroll
+      for (int i = 0; i < kHistory; ++i) {
+        compute(i, stage + i * kToken, false, token + i >= from + kHistory, false);
+      }
+      token += kHistory;
+    } else {
+      // counted in tokens, the same of all threads: the addresses of slots are not, and then `token` takes registers
+#pragma unroll 1
+      for (int i = 0; i < kBwdStep && token < last + kHistory; ++i, ++token) {
+        if (token == sequence.end) {
+          finish_sequence(token);
+          if (token >= last) {
+            token = last + kHistory;  // nothing more of this run
+            break;
+          }
+          sequence = find_sequence(p.cu_seqlens, p.nseq, p.seqlen, token);
+          start_sequence(token, false);
+        }
+        compute(0, stage + i * kToken, token < last, token >= from + kHistory, kPacked && sequence.index < 0);
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) {
 #pragma unroll
-          for (int k = 0; k < kHistory; ++k) later[c][k] = 0.f;
-        }
-      }
-      unsigned grad[2] = {};
-      if (!kPacked || sequence.index >= 0) {  // what belongs to no sequence may be NaN
-        const auto before = [&](int c, int distance) {
-          return load_state<T>(p, p.initial_states, p.initial_strides, sequence.index, channel + c,
-                               kHistory - distance);
-        };
-        float window[kWidth][kChannels];
-        load_words_if(true, dy + i * dy_stride, grad);
-        load_window<T, kWidth, kChannels>(x + i * x_stride, x_stride, token, sequence, before, window);
-        // the last kHistory inputs of a sequence are its final state
-        const int column = kHistory - (sequence.end - token);
-#pragma unroll
-        for (int j = 0; j < kChannels / 2; ++j) {
-          float w[2][kWidth], b[2], result[2];
-          parameters.pair(p, j, w, b);
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const auto input = [&](int k) { return window[k][2 * j + c]; };
-            result[c] = bwd_step<T, kWidth, kSilu>(w[c], b[c], element<T>(grad, 2 * j + c), input, AllSeen{}, AllSeen{},
-                                                   i < kOwn, 2 * j + c, later[2 * j + c], sums);
-            if (column >= 0) {
-              result[c] +=
-                  load_state<T>(p, p.dfinal_states, p.dfinal_strides, sequence.index, channel + 2 * j + c, column);
-            }
+          for (int k = 1; k < kBwdStep; ++k) {
+            inputs[k][c] = inputs[(k + 1) % kBwdStep][c], dsums[k][c] = dsums[(k + 1) % kBwdStep][c];
           }
-          set_pair<T>(grad, j, result[0], result[1]);
         }
       }
-      store_words_if(i < kOwn, dx + i * dx_stride, grad);
     }
+    if (token % kBwdTerms == 0) add_sums();
+    stage = stage == stages + kLast ? stages : stage + kStage;
   }
+  add_sums();
+  wait_for_copies();  // of tokens that were not needed
 
-  // the first group adds the sums of the others in their order
-  __shared__ float2 shared[kBwdGroups][kWidth + 1][kChannels / 2][kBwdColumns];
-#pragma unroll
-  for (int k = 0; k <= kWidth; ++k) {
-#pragma unroll
-    for (int j = 0; j < kChannels / 2; ++j) {
-      shared[threadIdx.y][k][j][threadIdx.x] = make_float2(sums[k][2 * j], sums[k][2 * j + 1]);
-    }
-  }
-  __syncthreads();
-  if (threadIdx.y > 0) return;
   float* partials = static_cast<float*>(p.partials) + static_cast<int64>(cta) * p.dim + channel;
 #pragma unroll
-  for (int k = 0; k <= kWidth; ++k, partials += static_cast<int64>(p.batch) * p.ctas * p.dim) {
+  for (int k = 0; k <= kWidth; ++k, partials += static_cast<int64>(p.batch) * p.runs * p.dim) {
 #pragma unroll
-    for (int j = 0; j < kChannels / 2; ++j) {
-      float2 sum = make_float2(0.f, 0.f);
-#pragma unroll
-      for (int group = 0; group < kBwdGroups; ++group) {
-        const float2 part = shared[group][k][j][threadIdx.x];
-        sum.x += part.x, sum.y += part.y;
-      }
-      reinterpret_cast<float2*>(partials)[j] = sum;
+    for (int c = 0; c < kChannels; c += 2) {
+      reinterpret_cast<float2*>(partials)[c / 2] = make_float2(float(totals[k][c]), float(totals[k][c + 1]));
     }
   }
 }
@@ -256,13 +277,13 @@ __global__ void __launch_bounds__(kBwdColumns* kBwdGroups, sizeof(T) == 2 ? 3 : 
 inline constexpr int kSumChannels = 32;
 inline constexpr int kSumRows = 8;
 
-// dweight and dbias: the sums of all CTAs. Warp w of a block adds rows w, w + kSumRows, .. and then the warps are
+// dweight and dbias: the sums of all runs. Warp w of a block adds rows w, w + kSumRows, .. and then the warps are
 // added.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kSumChannels* kSumRows)
     conv1d_bwd_sum_kernel(const __grid_constant__ Conv1dBwdParams p) {
   const int channel = blockIdx.x * kSumChannels + threadIdx.x, k = blockIdx.y;
-  const int num_rows = p.batch * p.ctas;
+  const int num_rows = p.batch * p.runs;
   float sum = 0.f;
   if (channel < p.dim) {
     const float* partials = static_cast<const float*>(p.partials) + static_cast<int64>(k) * num_rows * p.dim + channel;

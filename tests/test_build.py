@@ -341,13 +341,11 @@ def test_config_is_a_pure_function_of_the_problem():
     assert config(0, 2, alignment=16) == Config(channels=8, columns=64)
     assert hybrid_ops.explain("causal_conv1d", impl="torch").config == {}
 
-    assert bwd_config(1, 8192, 10240, 4, 132, 2) == BwdConfig(ctas=79)  # 4 tiles a thread, 8 generations
-    assert bwd_config(8, 2048, 6144, 4, 132, 2) == BwdConfig(ctas=16)  # 5 tiles, 8 generations
-    assert bwd_config(1, 2048, 10240, 4, 132, 2) == BwdConfig(ctas=9)  # 9 tiles, one generation
-    assert bwd_config(1, 512, 10240, 4, 132, 2) == BwdConfig(ctas=7)  # 3 tiles, one generation
-    assert bwd_config(1, 8192, 10240, 4, 132, 2, packed=True) == BwdConfig(ctas=69)  # 6 smaller tiles, 7 generations
-    assert bwd_config(1, 1, 8, 2, 132, 4) == BwdConfig(ctas=1)
-    assert bwd_config(0, 0, 0, 4, 132, 2) == BwdConfig(ctas=0)
+    assert bwd_config(1, 8192, 10240, 132, 2) == BwdConfig(run_tokens=432)  # 19 runs of 40 columns of CTAs
+    assert bwd_config(8, 2048, 6144, 132, 2) == BwdConfig(run_tokens=512)  # 4 runs of 8 x 24
+    assert bwd_config(1, 512, 10240, 132, 2) == BwdConfig(run_tokens=28)
+    assert bwd_config(1, 1, 8, 132, 4) == BwdConfig(run_tokens=4)
+    assert bwd_config(0, 0, 0, 132, 2) == BwdConfig(run_tokens=4)
 
 
 def test_rows_by_their_alignment():

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 
 import hybrid_ops
+from hybrid_ops._csrc import conv1d as csrc
 from hybrid_ops.reference import conv1d as reference
 
 from .budget import assert_within, to_numpy
@@ -73,6 +74,17 @@ def test_conv1d_backward_gpu(case):
 @settings(max_examples=20)
 @given(case=cases(CPU_DTYPES, max_seqlen=150, dims=(8, 300), widths=(2, 4)))
 def test_conv1d_backward_cuda_gpu(case):
+    check_backward(for_cuda(case), "cuda", "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["dense", "cu_seqlens"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("run_tokens", [60, 532])
+def test_conv1d_backward_of_long_runs_gpu(form, dtype, run_tokens, monkeypatch):
+    """A thread of a large problem walks so many tokens; here the runs would be shorter."""
+    monkeypatch.setattr(csrc, "bwd_config", lambda *problem: csrc.BwdConfig(run_tokens))
+    case = PLAIN | dict(form=form, dtype=dtype, state_dtype=dtype, seqlen=531, lengths=[60, 0, 3, 250, 218], dim=64)
     check_backward(for_cuda(case), "cuda", "cuda")
 
 

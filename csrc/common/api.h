@@ -39,7 +39,7 @@ struct Conv1dBwdArgs {
   std::array<std::int64_t, 2> dy_strides, x_strides, dx_strides;                  // batch, token
   std::array<std::int64_t, 3> initial_strides, dfinal_strides, dinitial_strides;  // sequence, channel, column
   bool silu;
-  int ctas;  // that share a batch row's tiles
+  int run_tokens;  // that a thread walks
 };
 
 // What an SSD scan is made of, but for the addresses: made once for all calls of a kind.

@@ -5,13 +5,21 @@ namespace hybrid_ops {
 
 // kBytes, 4, 8 or 16, to shared memory; both aligned to as many.
 template <int kBytes>
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+__device__ __forceinline__ void copy_async(unsigned target, const void* global) {
   if constexpr (kBytes == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global) : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(global), "n"(kBytes) : "memory");
   }
+}
+
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  copy_async<kBytes>(static_cast<unsigned>(__cvta_generic_to_shared(shared)), global);
+}
+
+__device__ __forceinline__ void load_shared(unsigned address, unsigned (&words)[2]) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(address) : "memory");
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -26,6 +34,12 @@ __device__ __forceinline__ void wait_for_copies(int pending) {
   } else {
     asm volatile("cp.async.wait_group 1;" ::: "memory");
   }
+}
+
+// Until at most kPending of them are under way.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 }  // namespace hybrid_ops

@@ -79,6 +79,16 @@ void launch_kernel(void (*kernel)(Params), dim3 grid, int block, int shared, cud
   check(cudaLaunchKernelEx(&config, kernel, p), "cudaLaunchKernelEx");
 }
 
+// Before a kernel's launch: how many percent of L1 are to be shared memory, of which it may otherwise find as little as
+// the kernel before it left, and have fewer CTAs at a time.
+template <auto kKernel>
+void prefer_shared_memory(int percent, int device) {
+  static std::array<std::atomic<bool>, 64> done{};  // by device
+  if (done.at(device)) return;
+  check(cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, percent), "cudaFuncSetAttribute");
+  done.at(device) = true;
+}
+
 // Whether four neighbours of a row of tokens always lie in one aligned piece of memory; strides of elements, last of
 // neighbours.
 inline bool vectors_aligned(std::uintptr_t pointer, const std::array<std::int64_t, 4>& strides, DType dtype) {
