@@ -28,6 +28,7 @@ def cases(on_gpu: bool) -> Iterator[Case]:
     yield conv1d("nano3", 2048, 8, strided=True)
     yield conv1d("nano2", 8192, 1, strided=True)
     yield conv1d_bwd("super", 8192, 1)
+    yield conv1d_bwd("super", 8192, 1, strided=False)
     yield conv1d_bwd("super", 65536, 1)
     yield conv1d_bwd("nano3", 2048, 8)
     for batch in (1, 128, 512):
@@ -90,15 +91,16 @@ def conv1d(model: str, seqlen: int, batch: int, *, strided: bool = False, sequen
     )
 
 
-def conv1d_bwd(model: str, seqlen: int, batch: int, tp: int = 1) -> Case:
-    """All gradients by the operator itself, without autograd; x is a slice of in_proj's output."""
+def conv1d_bwd(model: str, seqlen: int, batch: int, tp: int = 1, *, strided: bool = True) -> Case:
+    """All gradients by the operator itself, without autograd. `strided`: x is a slice of in_proj's output."""
     mixer = mixer_of(model, tp)
     dim = mixer.conv_dim
 
     def make(device: torch.device, generator: torch.Generator) -> Tensors:
+        width, start = (mixer.in_proj, mixer.inner) if strided else (dim, 0)
         return {
             "dy": randn(generator, batch, seqlen, dim),
-            "x": randn(generator, batch, seqlen, mixer.in_proj)[..., mixer.inner : mixer.inner + dim],
+            "x": randn(generator, batch, seqlen, width)[..., start : start + dim],
             "weight": randn(generator, dim, WIDTH) * 0.5,
             "bias": randn(generator, dim) * 0.5,
         }
@@ -113,7 +115,7 @@ def conv1d_bwd(model: str, seqlen: int, batch: int, tp: int = 1) -> Case:
     return Case(
         op="conv1d_bwd",
         public="causal_conv1d",
-        name=prefill(model, seqlen, batch, "strided", *sharded(tp)),
+        name=prefill(model, seqlen, batch, *(["strided"] if strided else []), *sharded(tp)),
         dtype=torch.bfloat16,
         make=make,
         call=call,
@@ -128,7 +130,7 @@ def conv1d_bwd(model: str, seqlen: int, batch: int, tp: int = 1) -> Case:
 
 
 def conv1d_update(model: str, batch: int, tp: int = 1, *, channel_last: bool = False) -> Case:
-    """`channel_last`: in the pool of windows channels are neighbours, as in vLLM's; else the tokens of a channel are."""
+    """`channel_last`: in the pool of windows channels are neighbours, as in vLLM's; else a channel's tokens are."""
     dim, dtype = mixer_of(model, tp).conv_dim, torch.bfloat16
 
     def make(device: torch.device, generator: torch.Generator) -> Tensors:
