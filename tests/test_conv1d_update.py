@@ -168,7 +168,7 @@ def check_sequences_of_a_thread(device):
         before = before.transpose(1, 2) if layout else before
         slots = int32(8, -1, 0, 2, 9, 1, 7).to(device)
         results = []
-        for sequences in (1, 4):
+        for sequences in (1, 2):
             pool, y = before.clone(), torch.full_like(x, float("nan"))
             arguments, config = (x, pool, weight, bias, slots), csrc.Config(sequences)
             csrc.causal_conv1d_update(*arguments, y, True, -1, config)(*arguments, None, None, y)
