@@ -99,11 +99,12 @@ struct SsdConfig {
   static constexpr int kBarrierBytes = 512;
   static constexpr int kLimit = 233472 / kCtas - 2048;  // a CTA's shared memory, less what the system and aligning take
 
+  // of B and C as many as leave room for those of x, z, of which more than kMost were no faster
   static constexpr int kGroupStages = kStatesOnly ? 4 : kHalves == 2 ? 2 : kHeadBytes > kTileBytes ? 3 : 4;
+  static constexpr int kMost = kReaders == 1 ? 8 : 4;
   static constexpr int kFixedBytes =
       kGroupStages * kGroupBytes + kBuffers * kStateBytes + kReaders * kOutputBytes + kBarrierBytes;
   static constexpr int kFitting = (kLimit - kFixedBytes) / (kHeadBytes + kPerTokenBytes);
-  static constexpr int kMost = kReaders == 1 ? 8 : 4;  // more were no faster
   static constexpr int kStages = kFitting > kMost ? kMost : kFitting;
   static_assert(kStages >= 2);
   static constexpr int kPrefetched = kGroupStages == 2 ? 6 : 0;  // chunks that come into the L2 cache before
