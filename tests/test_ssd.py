@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 import hybrid_ops
 from hybrid_ops import _device
 from hybrid_ops._csrc import ssd as csrc
+from hybrid_ops.bench import ssd as bench
+from hybrid_ops.bench.cases import MODELS, mixer_of
 from hybrid_ops.reference import ssd as reference
 
 from .budget import assert_within, to_numpy
@@ -258,6 +260,16 @@ def test_cuda_configuration(monkeypatch):
     monkeypatch.setattr(_device, "choose", lambda impl, device, refusal: ("cuda", "as told"))
     explained = hybrid_ops.explain("ssd_chunk_scan", device="cpu", dtype=torch.bfloat16, nheads=16)
     assert explained.config == dict(segment_chunks=16, parts=2)
+
+
+@pytest.mark.parametrize("ways", [1, 8])
+@pytest.mark.parametrize("model", [name for name in MODELS if name != "tiny"])
+def test_cuda_takes_every_model(model, ways):
+    """x, B and C as they are: slices of the convolution's output, whole or of one of 8 GPUs."""
+    mixer = mixer_of(model, ways)
+    tensors = bench.inputs(mixer, torch.Generator().manual_seed(0), 1, 64)
+    x, A, B, C = (tensors[name] for name in "xABC")
+    assert csrc.refusal(x, A, B, C, None, None, (), torch.empty_like(x), None, (), 0) is None
 
 
 @contextlib.contextmanager
