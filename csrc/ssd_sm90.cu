@@ -35,29 +35,54 @@ TensorMap tensor_map(std::uintptr_t data, const std::array<std::int64_t, 4>& siz
   return map;
 }
 
+// CTAs that share a sequence are a group; so many run at once.
+std::int64_t count_groups(const SsdArgs& a) {
+  return std::min(a.nseq * a.nheads, std::int64_t{a.num_sms / a.segments});
+}
+
+// Bytes of the pieces, behind which the flags lie, and of these: see ssd_segments.cuh.
+std::array<std::int64_t, 2> workspace_parts(const SsdArgs& a) {
+  if (a.segments == 1) return {0, 0};
+  const std::int64_t walkers = (a.headdim > 64 ? 2 : 1) * (a.dstate > kStates ? 2 : 1);
+  const std::int64_t each = 2 * count_groups(a) * walkers;
+  return {each * (a.segments + 1) * kPieceFloats * 4, each * a.segments * a.segments * 4 * 8};
+}
+
 template <typename Config>
-void launch(const SsdParams& p, int num_sms, int device, cudaStream_t stream) {
-  const int units = p.slots * (Config::kStatesOnly ? p.parts : 1) * p.nheads;
-  allow_shared_memory<ssd_kernel<Config>>(Config::kSharedBytes, device);
-  launch_kernel(ssd_kernel<Config>, std::min(units, num_sms * Config::kCtas), Config::kThreads, Config::kSharedBytes,
-                stream, !Config::kStatesOnly && p.segment_chunks > 0, p);
+void launch(const SsdParams& p, const SsdArgs& a, Target target) {
+  allow_shared_memory<ssd_kernel<Config>>(Config::kSharedBytes, target.device);
+  cudaLaunchAttribute together{};  // CTAs that share a sequence wait for each other
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  const cudaLaunchConfig_t config{
+      .gridDim = dim3(static_cast<unsigned>(count_groups(a) * a.segments)),
+      .blockDim = dim3(Config::kThreads),
+      .dynamicSmemBytes = Config::kSharedBytes,
+      .stream = reinterpret_cast<cudaStream_t>(target.stream),
+      .attrs = &together,
+      .numAttrs = Config::kSplit ? 1u : 0u,
+  };
+  check(cudaLaunchKernelEx(&config, ssd_kernel<Config>, p), "ssd_kernel");
+}
+
+template <int kFeatures, int kHalves, bool kGated>
+void launch_split(const SsdParams& p, const SsdArgs& a, Target target) {
+  if (a.segments > 1) return launch<SsdConfig<kFeatures, kHalves, kGated, true>>(p, a, target);
+  launch<SsdConfig<kFeatures, kHalves, kGated, false>>(p, a, target);
 }
 
 template <int kFeatures, int kHalves>
-void launch_all(const SsdParams& p, bool gated, int num_sms, int device, cudaStream_t stream) {
-  if (p.segment_chunks > 0) {
-    launch<SsdConfig<kFeatures, kHalves, false, true>>(p, num_sms, device, stream);
-    const unsigned blocks = (p.headdim * p.dstate / 4 + 255) / 256;
-    launch_kernel(ssd_join_kernel, dim3(blocks, p.nheads, p.nseq), 256, 0, stream, true, p);
-  }
-  if (gated) {
-    launch<SsdConfig<kFeatures, kHalves, true, false>>(p, num_sms, device, stream);
-  } else {
-    launch<SsdConfig<kFeatures, kHalves, false, false>>(p, num_sms, device, stream);
-  }
+void launch_gated(const SsdParams& p, bool gated, const SsdArgs& a, Target target) {
+  if (gated) return launch_split<kFeatures, kHalves, true>(p, a, target);
+  launch_split<kFeatures, kHalves, false>(p, a, target);
 }
 
 }  // namespace
+
+std::int64_t ssd_workspace(const SsdArgs& a) {
+  const auto [pieces, flags] = workspace_parts(a);
+  return pieces + flags;
+}
 
 void ssd_fwd(const SsdArgs& a, const SsdTensors& t, Target target) {
   const auto floats = [](std::uintptr_t data, DType dtype) {
@@ -87,13 +112,12 @@ void ssd_fwd(const SsdArgs& a, const SsdTensors& t, Target target) {
   p.final = states(t.final, a.final_dtype, a.state_strides[1], t.write_slots);
   p.interval = states(t.interval, a.interval_dtype, a.state_strides[2], t.interval_slots);
   p.interval_base = reinterpret_cast<const int*>(t.interval_base);
-  p.segment_states = reinterpret_cast<float*>(t.segments);
-  if (t.segments != 0) p.segment_decay = p.segment_states + a.nheads * a.slots * a.parts * a.headdim * a.dstate;
+  p.segments = a.segments;
+  p.pieces = reinterpret_cast<float*>(t.workspace);
+  p.flags = reinterpret_cast<uint64*>(t.workspace + workspace_parts(a)[0]);
+  p.ticket = a.ticket;
   p.dt_min = a.dt_min;
   p.dt_max = a.dt_max;
-  p.segment_chunks = a.segment_chunks;
-  p.parts = a.parts;
-  p.slots = a.slots;
   p.seqlen = static_cast<int>(a.seqlen);
   p.nseq = static_cast<int>(a.nseq);
   p.nheads = static_cast<int>(a.nheads);
@@ -107,12 +131,11 @@ void ssd_fwd(const SsdArgs& a, const SsdTensors& t, Target target) {
   p.dt_softplus = a.dt_softplus;
 
   const DeviceGuard guard(target.device);
-  const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
   const bool gated = t.z != 0;
-  if (a.dstate > kStates) return launch_all<64, 2>(p, gated, a.num_sms, target.device, stream);
-  if (a.headdim > 80) return launch_all<128, 1>(p, gated, a.num_sms, target.device, stream);
-  if (a.headdim > 64) return launch_all<80, 1>(p, gated, a.num_sms, target.device, stream);
-  return launch_all<64, 1>(p, gated, a.num_sms, target.device, stream);
+  if (a.dstate > kStates) return launch_gated<64, 2>(p, gated, a, target);
+  if (a.headdim > 80) return launch_gated<128, 1>(p, gated, a, target);
+  if (a.headdim > 64) return launch_gated<80, 1>(p, gated, a, target);
+  return launch_gated<64, 1>(p, gated, a, target);
 }
 
 }  // namespace hybrid_ops

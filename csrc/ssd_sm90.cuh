@@ -19,6 +19,7 @@
 
 #include "common/ssd_inputs.cuh"
 #include "common/ssd_outputs.cuh"
+#include "common/ssd_segments.cuh"
 
 namespace hybrid_ops {
 
@@ -28,10 +29,6 @@ namespace hybrid_ops {
 __device__ __forceinline__ bool find_slot(const SsdParams& p, const int* slots, int64 place, int64& slot) {
   slot = slots == nullptr ? place : slots[place];
   return slots == nullptr || (slot >= 0 && slot < p.num_slots && slot != p.null_slot);
-}
-
-__device__ __forceinline__ States segment_states(const SsdParams& p) {
-  return {p.segment_states, DType::float32, static_cast<int64>(p.nheads) * p.headdim * p.dstate, nullptr};
 }
 
 // A thread's part of a state: rows `feature` and `feature` + 8, columns 8 j + 2 (lane % 4) + {0, 1} from `left` on.
@@ -66,29 +63,24 @@ __device__ __forceinline__ void store_state(const SsdParams& p, const States& st
 }
 
 // The dtype is looked at once: with a branch for every pair the loads would wait for each other.
-__device__ __forceinline__ void load_state(const SsdParams& p, const Unit& unit, int head, int feature, int left,
+__device__ __forceinline__ void load_state(const SsdParams& p, const Unit& unit, int feature, int left,
                                            float (&state)[kStates / 2]) {
 #pragma unroll
   for (int i = 0; i < kStates / 2; ++i) state[i] = 0.f;
-  States states = p.initial;
-  int64 slot = static_cast<int64>(unit.slot) * p.parts;
-  if (p.segment_chunks > 0 && unit.chunks > 0) {
-    // also what enters the first segment: the pool may have the sequence's last state already, from another CTA
-    states = segment_states(p);
-  } else if (states.data == nullptr || !find_slot(p, states.slots, unit.sequence, slot)) {
-    return;
-  }
+  const States& states = p.initial;
+  int64 slot;
+  if (states.data == nullptr || !find_slot(p, states.slots, unit.sequence, slot)) return;
   const int64 base = slot * states.stride;
   if (states.dtype == DType::float32) {
     const float* source = static_cast<const float*>(states.data) + base;
-    for_each_pair(p, head, feature, left, [&](int i, int64 place) {
+    for_each_pair(p, unit.head, feature, left, [&](int i, int64 place) {
       const float2 pair = *reinterpret_cast<const float2*>(source + place);
       state[i] = pair.x;
       state[i + 1] = pair.y;
     });
   } else {
     const unsigned short* source = static_cast<const unsigned short*>(states.data) + base;
-    for_each_pair(p, head, feature, left, [&](int i, int64 place) {
+    for_each_pair(p, unit.head, feature, left, [&](int i, int64 place) {
       state[i] = __uint_as_float(*reinterpret_cast<const uint32*>(source + place));
     });
 #pragma unroll
@@ -99,14 +91,6 @@ __device__ __forceinline__ void load_state(const SsdParams& p, const Unit& unit,
       state[i] = brain ? low_half(pair) : __low2float(half);
       state[i + 1] = brain ? high_half(pair) : __high2float(half);
     }
-  }
-}
-
-// X^T of a warp's 16 features, of tokens 16 k .. in x[k]: an operand of wgmma.
-__device__ __forceinline__ void load_x(uint32 (&x)[4][4], uint32 tile, int warp, int lane) {
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    load_matrices_transposed(x[k], swizzled(tile, 16 * k + lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2));
   }
 }
 
@@ -123,7 +107,7 @@ __device__ __forceinline__ bool find_target(const SsdParams& p, const Unit& unit
   if (copy == 1) {
     target = p.final;
     return target.data != nullptr && c == unit.chunks && unit.first + c * kChunk >= unit.end &&
-           find_slot(p, target.slots, unit.sequence, slot);
+           (unit.chunks > 0 || unit.begin == unit.end) && find_slot(p, target.slots, unit.sequence, slot);
   }
   target = p.interval;
   if (target.data == nullptr || c == 0) return false;
@@ -137,131 +121,57 @@ __device__ __forceinline__ bool find_target(const SsdParams& p, const Unit& unit
          find_slot(p, target.slots, place, slot);
 }
 
-// What enters a chunk, in bfloat16, to where the next products find it, if anything reads these rows.
-template <typename Config>
-__device__ __forceinline__ void pass_on(uint32 columns, const float (&state)[kStates / 2], int row, int lane) {
-#pragma unroll
-  for (int j = 0; j < kStates / 8; j += 2) {  // columns 8 j to 8 j + 15
-    store_matrices(swizzled(columns + j / 8 * Config::kColumnBytes, row + lane % 16, j % 8 + lane / 16),
-                   pack_bf16(state[4 * j], state[4 * j + 1]), pack_bf16(state[4 * j + 2], state[4 * j + 3]),
-                   pack_bf16(state[4 * j + 4], state[4 * j + 5]), pack_bf16(state[4 * j + 6], state[4 * j + 7]));
-  }
-}
-
-// x of a warp's 16 features times the tokens' weights. The two parts of a weight make it one rounding.
-__device__ __forceinline__ void load_scaled_x(uint32 (&x)[4][4], uint32 tile, uint32 weights, int warp, int lane) {
-  load_x(x, tile, warp, lane);
-  float parts[16];
-  load_tokens(parts, weights, lane);
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    const int pair = i / 4 * 4 + i % 4 / 2 * 2;  // of tokens
-    x[i / 4][i % 4] = scale_bf16(x[i / 4][i % 4], __float_as_uint(parts[pair]), __float_as_uint(parts[pair + 1]));
-  }
-}
-
-// The state of the 64 features of a tile, or of one half of their columns, from chunk to chunk.
+// The state of a walker's features and columns, from chunk to chunk.
 template <typename Config>
 __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemory<Config>& shared, int walker) {
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-  const int tile = walker / Config::kHalves, half = walker % Config::kHalves;
-  const int row = 64 * tile + 16 * warp;  // the warp's first feature
-  const int feature = row + lane / 4;     // the thread's, and feature + 8
-  const int left = half * kStates;
-  const bool never = p.nseq < 0;
-  float state[kStates / 2];
-  float log_decay = 0.f;
-  uint32 x[4][4];  // the next chunk's x, scaled
-  float a_last;    // log2 of what it leaves of the state
-
-  const auto prepare = [&](uint32 iteration) {
-    const int s = iteration % Config::kStages;
-    shared.wait_for_inputs(iteration);
-    load_scaled_x(x, shared.x(s, tile), shared.per_token(s, kWeight), warp, lane);
-    a_last = load_shared(shared.per_token(s, kA) + place_of(kChunk - 1) * 4);
-    __syncwarp();
-    if (lane == 0) arrive(shared.empty(s));
-  };
-
-  const auto walk_chunk = [&](uint32 iteration, bool last) {
-    const uint32 group = shared.group(iteration);
-    uint32 now[4][4];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      now[i / 4][i % 4] = Config::kAhead ? copy_operand(x[i / 4][i % 4], never) : x[i / 4][i % 4];
-    }
-    if constexpr (Config::kStatesOnly) {
-      log_decay += a_last;
-    } else {
-      const int buffer = iteration % Config::kBuffers;
-      wait(shared.state_empty(buffer), (iteration / Config::kBuffers + 1) & 1);
-      if (row < Config::kFeatures) {
-        const uint32 columns = shared.state(buffer) + half * (kStates / 64) * Config::kColumnBytes;
-        pass_on<Config>(columns, state, row, lane);
-      }
-    }
-    const float keep = exp2_fast(a_last);
-#pragma unroll
-    for (int i = 0; i < kStates / 2; ++i) state[i] *= keep;
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {  // S += (scaled X)^T B
-      const uint32 B = group + half * (kStates / 64) * Config::kTileBytes;
-      wgmma<true>(state, now[k], swizzled_operand(B, k * 2048, Config::kTileBytes), true);
-    }
-    wgmma_commit();
-    if constexpr (!Config::kStatesOnly) {
-      fence_async_proxy();
-      __syncwarp();
-      if (lane == 0) arrive(shared.state_full(iteration % Config::kBuffers));
-    }
-    if (Config::kAhead && !last) prepare(iteration + 1);
-    wgmma_wait<0>();
-    keep_operands(now, never, group);
-    __syncwarp();
-    if (lane == 0) arrive(shared.group_empty(iteration));
-    if (!Config::kAhead && !last) prepare(iteration + 1);
-  };
-
-  if (!Config::kStatesOnly && p.segment_chunks > 0) wait_for_kernel_before();  // for the states of segments
-  uint32 iteration = 0;
+  Walker<Config> w{shared, walker / Config::kHalves, walker % Config::kHalves, warp, lane, p.nseq < 0};
+  const int feature = 64 * w.tile + 16 * warp + lane / 4;  // the thread's first, and feature + 8
+  const int left = w.half * kStates;
+  uint32 iteration = 0, found = 0, round = 0;
   for_each_unit<Config>(p, [&](const Unit& unit) {
-    if (unit.chunks > 0) prepare(iteration);
-    if constexpr (Config::kStatesOnly) {
-#pragma unroll
-      for (int i = 0; i < kStates / 2; ++i) state[i] = 0.f;
-      log_decay = 0.f;
-      for (int c = 0; c < unit.chunks; ++c, ++iteration) walk_chunk(iteration, c + 1 == unit.chunks);
-      store_state(p, segment_states(p), unit.slot, unit.head, feature, left, state);
-      if (thread == 0 && walker == 0) {
-        p.segment_decay[static_cast<int64>(unit.slot) * p.nheads + unit.head] = log_decay;
+    if constexpr (Config::kSplit) {
+      const Pieces<Config> pieces{p, walker, round};
+      if (unit.finding) {
+        if (pieces.rank() == 0 && p.initial.data != nullptr) {
+          load_state(p, unit, feature, left, w.state);
+          pieces.store(p.segments, w);
+        }
+        find_state(w, unit, iteration, 0);
+        pieces.hand_on(w);
+        iteration += unit.chunks;
+        found += unit.chunks;
+        return;
       }
+      pieces.enter(w);
+      if (unit.chunks > 0) w.template prepare<false>(iteration);  // not before: registers are few
+      ++round;
     } else {
-      load_state(p, unit, unit.head, feature, left, state);
-      int c = 0;
-      do {  // from state to state that is kept: what stores them would be in the way of the loop over chunks
-        for (const int stop = next_stop(p, unit, c); c < stop; ++c, ++iteration) {
-          walk_chunk(iteration, c + 1 == unit.chunks);
-        }
-#pragma unroll 1
-        for (int copy = 0; copy < 2; ++copy) {
-          States target;
-          int64 slot;
-          if (find_target(p, unit, c, copy, target, slot)) {
-            store_state(p, target, slot, unit.head, feature, left, state);
-          }
-        }
-      } while (c < unit.chunks);
+      if (unit.chunks > 0) w.template prepare<false>(iteration);
+      load_state(p, unit, feature, left, w.state);
     }
+    int c = 0;
+    do {  // from state to state that is kept: what stores them would be in the way of the loop over chunks
+      for (const int stop = next_stop(p, unit, c); c < stop; ++c, ++iteration) {
+        w.template walk<false>(iteration, iteration - found, iteration + 1, c + 1 == unit.chunks);
+      }
+#pragma unroll 1
+      for (int copy = 0; copy < 2; ++copy) {
+        States target;
+        int64 slot;
+        if (find_target(p, unit, c, copy, target, slot)) {
+          store_state(p, target, slot, unit.head, feature, left, w.state);
+        }
+      }
+    } while (c < unit.chunks);
   });
 }
 
 // ---------------------------------------------------------------------------------------------------- the kernel
 
 template <typename Config>
-__global__ void __launch_bounds__(Config::kThreads, Config::kCtas) ssd_kernel(const __grid_constant__ SsdParams p) {
+__global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_constant__ SsdParams p) {
   extern __shared__ unsigned char raw_shared[];
-  if constexpr (Config::kStatesOnly) let_next_begin();
   const SharedMemory<Config> shared{(shared_address(raw_shared) + 1023) & ~1023u};
   // the same in all lanes, which the compiler must see to let products run side by side
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), warp = threadIdx.x / 32;
@@ -270,10 +180,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas) ssd_kernel(co
     for (int s = 0; s < Config::kStages; ++s) {
       init_barrier(shared.loaded(s), 1);
       init_barrier(shared.full(s), 1);
-      init_barrier(shared.empty(s), 4 * Config::kWalkers + (Config::kStatesOnly ? 0 : 4));
+      init_barrier(shared.empty(s), 4 * (Config::kWalkers + 1));
     }
     for (int g = 0; g < Config::kGroupStages; ++g) {
-      init_barrier(shared.group_empty(g), 4 * Config::kWalkers + (Config::kStatesOnly ? 0 : 4));
+      init_barrier(shared.group_empty(g), 4 * (Config::kWalkers + 1));
     }
     for (int buffer = 0; buffer < Config::kBuffers; ++buffer) {
       init_barrier(shared.state_full(buffer), 4 * Config::kWalkers);
@@ -293,63 +203,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas) ssd_kernel(co
       if (threadIdx.x == 0) copy_chunks<Config>(p, shared);
     } else if (warp <= 2) {
       make_decays<Config>(p, shared, warp - 1);
-    } else if constexpr (!Config::kStatesOnly) {
+    } else {
       store_chunks<Config>(p, shared);
     }
   } else if (warpgroup <= Config::kWalkers) {
     take_registers<Config::kWalkerRegisters>();
     walk_states<Config>(p, shared, warpgroup - 1);
-  } else if constexpr (!Config::kStatesOnly) {
+  } else {
     take_registers<Config::kReaderRegisters>();
     make_outputs<Config>(p, shared, warpgroup - 1 - Config::kWalkers);
   }
-}
-
-// Between the states of the segments and the scan: from what each part adds to the state that enters each segment. A
-// thread has four elements of a sequence's state. What several parts add is loaded at once, before anything is stored.
-__global__ void __launch_bounds__(256) ssd_join_kernel(const __grid_constant__ SsdParams p) {
-  constexpr int kAtOnce = 8;
-  let_next_begin();
-  const int sequence = blockIdx.z, head = blockIdx.y;
-  const int elements = p.headdim * p.dstate, element = (blockIdx.x * 256 + threadIdx.x) * 4;
-  if (element >= elements) return;
-  Unit unit;
-  find_sequence(p, sequence, unit);
-  const int64 place = static_cast<int64>(head) * elements + element;
-  float4 state = {};
-  int64 slot;
-  if (p.initial.data != nullptr && find_slot(p, p.initial.slots, sequence, slot)) {
-    const Floats source{p.initial.data, p.initial.dtype};
-    slot = slot * p.initial.stride + place;
-    state = make_float4(source[slot], source[slot + 1], source[slot + 2], source[slot + 3]);
-  }
-  const int64 first = static_cast<int64>(first_slot(p, sequence)) * p.parts;
-  const auto states_of = [&](int part) {
-    return reinterpret_cast<float4*>(p.segment_states + (first + part) * p.nheads * elements + place);
-  };
-  wait_for_kernel_before();
-  // the last segment's parts lead nowhere
-  const int parts = max((unit.chunks + p.segment_chunks - 1) / p.segment_chunks - 1, 0) * p.parts;
-  for (int part = 0; part < parts; part += kAtOnce) {
-    float keep[kAtOnce];
-    float4 added[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (part + i >= parts) continue;
-      keep[i] = exp2f(p.segment_decay[(first + part + i) * p.nheads + head]);
-      added[i] = *states_of(part + i);
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (part + i >= parts) continue;
-      if ((part + i) % p.parts == 0) *states_of(part + i) = state;
-      state.x = fmaf(state.x, keep[i], added[i].x);
-      state.y = fmaf(state.y, keep[i], added[i].y);
-      state.z = fmaf(state.z, keep[i], added[i].z);
-      state.w = fmaf(state.w, keep[i], added[i].w);
-    }
-  }
-  if (unit.chunks > 0) *states_of(parts) = state;
 }
 
 }  // namespace hybrid_ops

@@ -50,7 +50,6 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<80, 1, false, false>>",
         "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<128, 1, false, true>>",
         "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<64, 2, true, false>>",
-        "hybrid_ops::ssd_join_kernel",
     ],
     "ssd_update_sm90.cuh": [
         "hybrid_ops::ssd_update_one_kernel<float, 128, 2, false>",

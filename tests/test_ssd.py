@@ -228,17 +228,19 @@ WIDE = dict(headdims=st.sampled_from([8, 40, 64]), dstates=st.sampled_from([136,
     ("chosen", "sizes"),
     [
         (None, {}),
-        ((0, 1), {}),
-        ((2, 1), {}),
-        ((3, 2), {}),
+        (1, {}),
+        (2, {}),
+        (3, {}),
+        (8, {}),
         (None, WIDE),
-        ((2, 2), WIDE),
+        (2, WIDE),
+        (5, WIDE),
     ],
 )
 @settings(max_examples=15)
 @given(data=st.data())
 def test_ssd_cuda(chosen, sizes, data):
-    """As it is chosen; and whole sequences, or segments of 2 or 3 chunks."""
+    """As it is chosen; and whole sequences, or so many segments of each."""
     case = data.draw(cases(**CUDA_CASES | sizes))
     assume(case["dtype"] == torch.bfloat16 and case["batch"] * sum(case["lengths"]) > 0)
     assume(case["layout"] == "packed" or case["lengths"][0] > 0)
@@ -248,18 +250,17 @@ def test_ssd_cuda(chosen, sizes, data):
 
 def test_cuda_configuration(monkeypatch):
     """Segments where heads and sequences do not fill the GPU; what `explain` says of it."""
-    Config = csrc.Config
-    assert csrc.config(1, 8192, 128, 64, 128, False, 132) == Config(segment_chunks=0, parts=1)  # Super
-    assert csrc.config(8, 16384, 64, 64, 128, False, 132) == Config(segment_chunks=0, parts=1)  # Nemotron 3 Nano
-    assert csrc.config(1, 8192, 64, 64, 128, False, 132) == Config(segment_chunks=64, parts=4)
-    assert csrc.config(1, 8192, 16, 64, 128, False, 132) == Config(segment_chunks=16, parts=2)  # Super by 8 GPUs
-    assert csrc.config(1, 8192, 16, 80, 128, False, 132) == Config(segment_chunks=16, parts=1)  # Nano v2 by 8 GPUs
-    assert csrc.config(1, 8192, 16, 64, 128, True, 132) == Config(segment_chunks=0, parts=1)
-    assert csrc.config(1, 512, 128, 64, 128, False, 132) == Config(segment_chunks=0, parts=1)
+    assert csrc.config(1, 8192, 128, 64, 128, False, 132) == (1,)  # Super
+    assert csrc.config(8, 16384, 64, 64, 128, False, 132) == (1,)  # Nemotron 3 Nano
+    assert csrc.config(1, 8192, 64, 64, 128, False, 132) == (2,)
+    assert csrc.config(1, 8192, 16, 64, 128, False, 132) == (8,)  # Super by 8 GPUs
+    assert csrc.config(1, 8192, 16, 80, 128, False, 132) == (8,)  # Nano v2 by 8 GPUs
+    assert csrc.config(1, 8192, 16, 64, 128, True, 132) == (1,)
+    assert csrc.config(1, 512, 128, 64, 128, False, 132) == (1,)
     monkeypatch.setattr(_device, "not_sm90", lambda device: None)
     monkeypatch.setattr(_device, "choose", lambda impl, device, refusal: ("cuda", "as told"))
     explained = hybrid_ops.explain("ssd_chunk_scan", device="cpu", dtype=torch.bfloat16, nheads=16)
-    assert explained.config == dict(segment_chunks=16, parts=2)
+    assert explained.config == dict(segments=8)
 
 
 @pytest.mark.parametrize("ways", [1, 8])
@@ -277,7 +278,7 @@ def configured(chosen):
     """Within it the CUDA kernel has this configuration, and nothing remembered is used."""
     with pytest.MonkeyPatch.context() as patch:
         if chosen is not None:
-            forced = functools.partial(csrc.ssd_chunk_scan.__wrapped__, chosen=csrc.Config(*chosen))
+            forced = functools.partial(csrc.ssd_chunk_scan.__wrapped__, chosen=csrc.Config(chosen))
             patch.setattr(csrc, "ssd_chunk_scan", forced)
             public = sys.modules["hybrid_ops.ssd"]
             patch.setattr(public, "_check", public._check.__wrapped__)
@@ -302,7 +303,7 @@ def test_batch_invariant_cuda():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("chosen", [(0, 1), (2, 2)])
+@pytest.mark.parametrize("chosen", [1, 2, 3])
 def test_neighbours_may_hold_anything_cuda(chosen):
     """Sequences of a packed batch are copied in boxes that reach into each other."""
     torch.manual_seed(0)
@@ -332,7 +333,7 @@ def test_neighbours_may_hold_anything_cuda(chosen):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("chosen", "dstate"), [((0, 1), 128), ((4, 3), 128), ((0, 1), 256)])
+@pytest.mark.parametrize(("chosen", "dstate"), [(1, 128), (2, 128), (8, 128), (1, 256), (4, 256)])
 def test_same_bits_cuda(chosen, dstate):
     """Every time, 1000 times: a race would show."""
     torch.manual_seed(0)
@@ -367,7 +368,7 @@ def test_segments_in_place_cuda():
         options = dict(ssm_state=pool, read_slots=slots, write_slots=write_slots, cu_seqlens=cu_seqlens, impl="cuda")
         return hybrid_ops.ssd_chunk_scan(x, dt, A, B, C, **options), pool[write_slots.long()]
 
-    with configured((1, 1)):
+    with configured(4):
         expected = run(slots + len(lengths))
         for _ in range(50):
             with torch.cuda.stream(beside):  # so that some CTAs begin late

@@ -54,17 +54,19 @@ struct SsdArgs {
   bool dt_softplus;
   float dt_min, dt_max;
   int null_slot;
-  int segment_chunks, parts, slots;  // chunks of a segment (0: sequences are not split), its parts, places for segments
+  int segments;          // of a sequence, each walked by a CTA of its own; 1: sequences are not split
+  std::uint64_t ticket;  // any number that memory is unlikely to hold
   int num_sms;
 };
 
 struct SsdTensors {
   std::uintptr_t x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, seq_offsets, read_slots, write_slots,
       interval_slots, y, final, interval, interval_base;
-  std::uintptr_t segments;  // float32: (slots, parts, nheads, headdim, dstate), then (slots, parts, nheads)
+  std::uintptr_t workspace;  // bytes, as many as ssd_workspace says, of any content
 };
 
 // ssd_sm90.cu
+std::int64_t ssd_workspace(const SsdArgs& args);
 void ssd_fwd(const SsdArgs& args, const SsdTensors& tensors, Target target);
 
 // All of a decoding step but its pointers, which change from call to call: made once for each signature.

@@ -31,6 +31,10 @@ __device__ __forceinline__ void arrive(uint32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+__device__ __forceinline__ void arrive(uint32 barrier, uint32 count) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
 __device__ __forceinline__ void arrive_expecting(uint32 barrier, uint32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -78,15 +82,6 @@ __device__ __forceinline__ void store_counted(uint32 destination, float value, u
                "r"(__float_as_uint(value)), "r"(barrier)
                : "memory");
 }
-
-// ------------------------------------------------------------------------------------- kernels behind each other
-// Launched `early` (common/launch.cuh), a kernel may begin before the one before it in the stream has ended.
-
-// Once every CTA of this kernel has called it, or has ended, the next one may begin.
-__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-// Until the kernel before has ended, and all it wrote is seen.
-__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // ---------------------------------------------------------------------------------------------------------- TMA
 

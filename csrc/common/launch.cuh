@@ -61,24 +61,6 @@ void allow_shared_memory(int bytes, int device) {
   most = bytes;
 }
 
-// A kernel<<<grid, block, shared, stream>>>(p) that, if `early`, may begin before the kernel before it has ended
-// (programmatic dependent launch); it waits for that one itself, where it needs what that wrote.
-template <typename Params>
-void launch_kernel(void (*kernel)(Params), dim3 grid, int block, int shared, cudaStream_t stream, bool early,
-                   const Params& p) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = early ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, p), "cudaLaunchKernelEx");
-}
-
 // Before a kernel's launch: how many percent of L1 are to be shared memory, of which it may otherwise find as little as
 // the kernel before it left, and have fewer CTAs at a time.
 template <auto kKernel>

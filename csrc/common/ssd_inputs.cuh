@@ -12,7 +12,7 @@ __device__ __forceinline__ void prefetch_chunk(const SsdParams& p, const Unit& u
   const int token = unit.first + c * kChunk, group = unit.head / p.heads_per_group;
   if (unit.head == group * p.heads_per_group) {
 #pragma unroll 1
-    for (int i = 0; i < Config::kGroupLoads; ++i) {
+    for (int i = 0; i < 2 * Config::kGroupTiles; ++i) {
       const TensorMap& map = i < Config::kGroupTiles ? p.B_map : p.C_map;
       prefetch_box(map, i % Config::kGroupTiles * 64, group, token, unit.row);
     }
@@ -28,28 +28,30 @@ template <typename Config>
 __device__ __forceinline__ void copy_chunks(const SsdParams& p, const SharedMemory<Config>& shared) {
   for_each_chunk<Config>(
       p, [](const Unit&, uint32) {},
-      [&](const Unit& unit, int c, uint32 iteration) {
-        const int s = iteration % Config::kStages;
+      [&](const Unit& unit, int i, uint32 iteration) {
+        const int s = iteration % Config::kStages, c = chunk_at<Config>(unit, i);
+        const bool whole = !Config::kSplit || !unit.finding;  // else x and B are all it takes
         const uint32 loaded = shared.loaded(s);
         const int token = unit.first + c * kChunk, group = unit.head / p.heads_per_group;
         wait(shared.empty(s), (iteration / Config::kStages + 1) & 1);
-        arrive_expecting(loaded, Config::kHeadBytes + Config::kGroupBytes);
+        arrive_expecting(loaded, whole ? Config::kHeadBytes + Config::kGroupBytes : Config::kZ + Config::kC);
 #pragma unroll
         for (int tile = 0; tile < Config::kTiles; ++tile) {
           load_box(shared.x(s, tile), p.x_map, loaded, 64 * tile, unit.head, token, unit.row);
-          if constexpr (Config::kGated) {
+          if (Config::kGated && whole) {
             load_box(shared.z(s, tile), p.z_map, loaded, 64 * tile, unit.head, token, unit.row);
           }
         }
         wait(shared.group_empty(iteration), (iteration / Config::kGroupStages + 1) & 1);
 #pragma unroll 4
-        for (int i = 0; i < Config::kGroupLoads; ++i) {
-          const TensorMap& map = i < Config::kGroupTiles ? p.B_map : p.C_map;
-          const uint32 place = shared.group(iteration) + i * Config::kTileBytes;
-          load_box(place, map, loaded, i % Config::kGroupTiles * 64, group, token, unit.row);
+        for (int tile = 0; tile < 2 * Config::kGroupTiles; ++tile) {
+          if (tile >= Config::kGroupTiles && !whole) break;
+          const TensorMap& map = tile < Config::kGroupTiles ? p.B_map : p.C_map;
+          const uint32 place = shared.group(iteration) + tile * Config::kTileBytes;
+          load_box(place, map, loaded, tile % Config::kGroupTiles * 64, group, token, unit.row);
         }
         if constexpr (Config::kPrefetched > 0) {
-          if (c + Config::kPrefetched < unit.chunks) prefetch_chunk<Config>(p, unit, c + Config::kPrefetched);
+          if (whole && c + Config::kPrefetched < unit.chunks) prefetch_chunk<Config>(p, unit, c + Config::kPrefetched);
         }
       });
 }
@@ -78,14 +80,22 @@ __device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemo
   const int lane = threadIdx.x % 32;
   float A = 0.f, bias = 0.f;
   Element coming[2];  // dt of the next chunk, as it is stored: a conversion would wait for it
-  const auto load = [&](const Unit& unit, int c) {
-    const int token = unit.first + c * kChunk + 2 * lane;
+  const auto load = [&](const Unit& unit, int i) {
+    const int token = unit.first + chunk_at<Config>(unit, i) * kChunk + 2 * lane;
     const int64 offset = unit.row * p.dt_strides[0] + token * p.dt_strides[1] + unit.head * p.dt_strides[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const bool present = token + i >= unit.begin && token + i < unit.end;
-      coming[i] = load_bits(p.dt.data, p.dt.dtype, offset + i * p.dt_strides[1], present);
+    for (int next = 0; next < 2; ++next) {
+      const bool present = token + next >= unit.begin && token + next < unit.end;
+      coming[next] = load_bits(p.dt.data, p.dt.dtype, offset + next * p.dt_strides[1], present);
     }
+  };
+  // where the walker waits for nothing else as long
+  const auto prefetch = [&](const Unit& unit, int c) {
+    const int token = unit.first + c * kChunk + 2 * lane;
+    if (c >= unit.chunks || token < unit.begin || token >= unit.end) return;
+    const int64 offset = unit.row * p.dt_strides[0] + token * p.dt_strides[1] + unit.head * p.dt_strides[2];
+    prefetch_bits(p.dt.data, p.dt.dtype, offset);
+    if (token + 1 < unit.end) prefetch_bits(p.dt.data, p.dt.dtype, offset + p.dt_strides[1]);
   };
   const auto step = [&](const Unit& unit, int token, int i) {
     float dt = from_bits(coming[i], p.dt.dtype) + bias;
@@ -100,12 +110,13 @@ __device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemo
         A = p.A[unit.head] * 1.4426950408889634f;
         bias = p.dt_bias.data == nullptr ? 0.f : p.dt_bias[unit.head * p.dt_bias_stride];
       },
-      [&](const Unit& unit, int c, uint32 iteration) {
+      [&](const Unit& unit, int i, uint32 iteration) {
         if (iteration % 2 != worker) return;
         const int s = iteration % Config::kStages;
-        const int first = unit.first + c * kChunk, token = first + 2 * lane;
+        const int first = unit.first + chunk_at<Config>(unit, i) * kChunk, token = first + 2 * lane;
         const float dt0 = step(unit, token, 0), dt1 = step(unit, token + 1, 1);
-        load(unit, c + 2);
+        load(unit, i + 2);
+        if constexpr (Config::kDtPrefetched > 0) prefetch(unit, i + 2 + Config::kDtPrefetched);
         const float a0 = dt0 * A;
         float sum = a0 + dt1 * A;
 #pragma unroll

@@ -1,7 +1,7 @@
 // What leaves a chunk of the SSD scan: y, made by the readers, and stored by a warp of warpgroup 0.
 #pragma once
 
-#include "common/ssd_problem.cuh"
+#include "common/ssd_segments.cuh"
 
 namespace hybrid_ops {
 
@@ -89,25 +89,50 @@ __device__ __forceinline__ void finish_rows(uint32 (&x)[Config::kFeatures / 16][
   }
 }
 
+// Like for_each_chunk for who makes y: find(unit, iteration) where only a state is to be found, and else enter(unit),
+// and chunk(unit, c, iteration, turn) for every chunk, of which it is the `turn`-th.
+template <typename Config, typename Find, typename Enter, typename Chunk>
+__device__ __forceinline__ void for_each_scanned(const SsdParams& p, Find find, Enter enter, Chunk chunk) {
+  uint32 iteration = 0, found = 0;
+  for_each_unit<Config>(p, [&](const Unit& unit) {
+    if constexpr (Config::kSplit) {
+      if (unit.finding) {
+        find(unit, iteration);
+        iteration += unit.chunks;
+        found += unit.chunks;
+        return;
+      }
+    }
+    enter(unit);
+    for (int c = 0; c < unit.chunks; ++c, ++iteration) chunk(unit, c, iteration, iteration - found);
+  });
+}
+
 // y of every kReaders-th chunk.
 template <typename Config>
 __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMemory<Config>& shared, uint32 reader) {
   constexpr int kSteps = Config::kGroupTiles * 4;  // of 16 columns of B, C and states
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  const int row = 16 * warp + lane % 16;                 // of a lane's rows in loads and stores of matrices
+  int row = 16 * warp + lane % 16;                       // of a lane's rows in loads and stores of matrices
   const int place = place_of(16 * warp + lane / 4) * 4;  // of its first row in products; of row + 8 the next but one
   const bool never = p.nseq < 0, D_per_feature = p.D.data != nullptr && p.D_strides[1] != 0;
   float D = 0.f;
-  for_each_chunk<Config>(
+  for_each_scanned<Config>(
       p,
-      [&](const Unit& unit, uint32) {
+      [&](const Unit& unit, uint32 iteration) {
+        Walker<Config> finder{shared, 0, 0, warp, lane, never};
+        find_state(finder, unit, iteration, 1 + reader);
+      },
+      [&](const Unit& unit) {
         if (p.D.data != nullptr && !D_per_feature) D = p.D[unit.head * p.D_strides[0]];
       },
-      [&](const Unit& unit, int, uint32 iteration) {
-        if (iteration % Config::kReaders != reader) return;
+      [&](const Unit& unit, int, uint32 iteration, uint32 turn) {
+        if (turn % Config::kReaders != reader) return;
+        // addresses made of it would be in registers throughout, of which there is none left
+        if constexpr (Config::kSplit && Config::kHalves == 2) asm volatile("" : "+r"(row));
         const int s = iteration % Config::kStages;
         const uint32 group = shared.group(iteration);
-        const int buffer = iteration % Config::kBuffers;
+        const int buffer = turn % Config::kBuffers;
         uint32 c[kSteps][4], m[4][4], x[Config::kFeatures / 16][4];
         float cb[32], y[Config::kFeatures / 2];  // C B^T [64, 64]; Y [64, P]
         shared.wait_for_inputs(iteration);
@@ -123,7 +148,7 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
                             load_shared(shared.per_token(s, kA) + place + 8)};
         float b[16];
         load_tokens(b, shared.per_token(s, kB), lane);
-        wait(shared.state_full(buffer), (iteration / Config::kBuffers) & 1);
+        wait(shared.state_full(buffer), (turn / Config::kBuffers) & 1);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {  // C S^T
@@ -162,7 +187,7 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
         finish_rows<Config>(x, skip, y, shared.z(s, 0), row, lane);
         __syncwarp();
         if (lane == 0) arrive(shared.empty(s));
-        wait(shared.y_empty(reader), (iteration / Config::kReaders + 1) & 1);
+        wait(shared.y_empty(reader), (turn / Config::kReaders + 1) & 1);
 #pragma unroll
         for (int j = 0; j < Config::kFeatures / 16; ++j) {
           store_matrices(row_of_tiles<Config>(shared.y(reader, 0), j, row, lane), x[j][0], x[j][1], x[j][2], x[j][3]);
@@ -177,12 +202,12 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
 template <typename Config>
 __device__ __forceinline__ void store_chunks(const SsdParams& p, const SharedMemory<Config>& shared) {
   const int lane = threadIdx.x % 32;
-  for_each_chunk<Config>(
-      p, [](const Unit&, uint32) {},
-      [&](const Unit& unit, int c, uint32 iteration) {
-        const int token = unit.first + c * kChunk, reader = iteration % Config::kReaders;
+  for_each_scanned<Config>(
+      p, [](const Unit&, uint32) {}, [](const Unit&) {},
+      [&](const Unit& unit, int c, uint32, uint32 turn) {
+        const int token = unit.first + c * kChunk, reader = turn % Config::kReaders;
         const int low = max(unit.begin - token, 0), high = min(unit.end - token, kChunk);
-        wait(shared.y_full(reader), (iteration / Config::kReaders) & 1);
+        wait(shared.y_full(reader), (turn / Config::kReaders) & 1);
         if (high - low == kChunk) {
           if (lane == 0) {
             fence_async_proxy();

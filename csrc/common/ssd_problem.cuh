@@ -38,13 +38,11 @@ struct SsdParams {
   const int* seq_offsets;  // (nseq,) or null: a sequence's first token has this position
   States initial, final, interval;
   const int* interval_base;  // (nseq,) or null: a packed sequence's first row of `interval`
-  float* segment_states;  // (slots, parts, nheads, headdim, dstate): what a part of a segment adds to the state; then,
-                          // in part 0, the state that enters the segment
-  float* segment_decay;   // (slots, parts, nheads): log2 of what is left of a state after a part
+  int segments;              // of a sequence, each walked by a CTA of its own; 1: sequences are not split
+  float* pieces;             // what these CTAs tell each other, see ssd_segments.cuh: states and decays,
+  uint64* flags;             // and that they are there,
+  uint64 ticket;             // by this number
   float dt_min, dt_max;
-  int segment_chunks;  // chunks of a segment; 0: sequences are not split
-  int parts;           // of a segment, whose states are made side by side
-  int slots;           // places for segments, or sequences
   int seqlen, nseq, nheads, headdim, dstate, heads_per_group;
   int num_slots, null_slot, num_intervals, state_interval;
   bool dt_softplus;
@@ -58,35 +56,36 @@ constexpr int kStates = 128;  // columns of a state that a warpgroup has: dstate
 constexpr int kTokens = 4 * 20;
 __device__ __forceinline__ int place_of(int token) { return token % 8 / 2 * 20 + token / 8 * 2 + token % 2; }
 
-template <int kFeatures_, int kHalves_, bool kGated_, bool kStatesOnly_>
+template <int kFeatures_, int kHalves_, bool kGated_, bool kSplit_>
 struct SsdConfig {
   static constexpr int kFeatures = kFeatures_;  // of a head, padded: 64, 80 or 128
   static constexpr int kHalves = kHalves_;      // 2: a state is too wide for one warpgroup
   static constexpr bool kGated = kGated_;
-  static constexpr bool kStatesOnly = kStatesOnly_;  // the segments' states, without y
+  static constexpr bool kSplit = kSplit_;  // several CTAs share a sequence of a head, each a segment
 
   static constexpr int kTiles = (kFeatures + 63) / 64;  // of 64 features
   static constexpr int kWalkers = kTiles * kHalves;     // warpgroups with a part of the state
   // and those that make y, each of every so many chunks; the second would have no registers beside two walkers
-  static constexpr int kReaders = kStatesOnly ? 0 : kWalkers == 1 ? 2 : 1;
+  static constexpr int kReaders = kWalkers == 1 ? 2 : 1;
   static constexpr int kThreads = 128 * (1 + kWalkers + kReaders);
-  static constexpr int kCtas = kStatesOnly && kWalkers == 1 ? 2 : 1;  // of a multiprocessor: as registers allow
+  // warpgroups that find what enters a segment, each by chunks of its own: one or both walkers, or a walker and a
+  // reader
+  static constexpr int kFinders = kWalkers == 1 ? 2 : 1;
   // a walker prepares the next x while its product runs, at the price of copies, where readers are not what binds
   static constexpr bool kAhead = kReaders != 1;
 
   // of 512 for a thread of each warpgroup together; all with which ptxas spills nothing
   static constexpr int kProducerRegisters = 48;
-  static constexpr int kWalkerRegisters = kReaders == 2 ? 152 : 144;
+  static constexpr int kWalkerRegisters = kReaders == 2 ? 160 : 144;
   static constexpr int kReaderRegisters = kReaders == 2 ? 152 : 176;
 
   static constexpr int kTileBytes = kChunk * 64 * 2;          // 64 tokens of 128 bytes, swizzled
   static constexpr int kGroupTiles = kHalves * kStates / 64;  // of B, and of C
-  static constexpr int kGroupLoads = kGroupTiles * (kStatesOnly ? 1 : 2);
 
   // Two rings of stages: B and C, which are free again as soon as they are multiplied, and x, z and the three of
   // `PerToken`, which stay until y is made. Bytes of a stage:
   static constexpr int kC = kGroupTiles * kTileBytes;  // from its beginning
-  static constexpr int kGroupBytes = kGroupLoads * kTileBytes;
+  static constexpr int kGroupBytes = 2 * kC;
   static constexpr int kZ = kTiles * kTileBytes;  // from its beginning
   static constexpr int kHeadBytes = kZ * (kGated ? 2 : 1);
   static constexpr int kPerTokenBytes = 3 * kTokens * 4;
@@ -97,17 +96,20 @@ struct SsdConfig {
   static constexpr int kBuffers = kReaders;                 // of states that enter a chunk
   static constexpr int kOutputBytes = kTiles * kTileBytes;  // of each reader
   static constexpr int kBarrierBytes = 512;
-  static constexpr int kLimit = 233472 / kCtas - 2048;  // a CTA's shared memory, less what the system and aligning take
+  static constexpr int kLimit = 231424;  // a CTA's shared memory, less what the system and aligning take
 
   // of B and C as many as leave room for those of x, z, of which more than kMost were no faster
-  static constexpr int kGroupStages = kStatesOnly ? 4 : kHalves == 2 ? 2 : kHeadBytes > kTileBytes ? 3 : 4;
+  static constexpr int kGroupStages = kHalves == 2 ? 2 : kHeadBytes > kTileBytes ? 3 : 4;
   static constexpr int kMost = kReaders == 1 ? 8 : 4;
   static constexpr int kFixedBytes =
       kGroupStages * kGroupBytes + kBuffers * kStateBytes + kReaders * kOutputBytes + kBarrierBytes;
   static constexpr int kFitting = (kLimit - kFixedBytes) / (kHeadBytes + kPerTokenBytes);
   static constexpr int kStages = kFitting > kMost ? kMost : kFitting;
-  static_assert(kStages >= 2);
-  static constexpr int kPrefetched = kGroupStages == 2 ? 6 : 0;  // chunks that come into the L2 cache before
+  // who takes every second chunk finds it in every second stage, and so misses no phase of a barrier
+  static_assert(kStages >= 2 && kStages % kFinders == 0 && kStages % kReaders == 0);
+  // chunks that come into the L2 cache before: all of them where stages are too few for the latency of memory, and dt
+  static constexpr int kPrefetched = kGroupStages == 2 ? 6 : 0;
+  static constexpr int kDtPrefetched = kReaders == 2 && !kSplit ? 6 : 0;
   static constexpr int kSharedBytes = kFixedBytes + kStages * (kHeadBytes + kPerTokenBytes) + 1024;
 };
 
@@ -150,6 +152,8 @@ struct SharedMemory {
   __device__ __forceinline__ uint32 state_empty(int buffer) const { return state_full(Config::kBuffers) + 8 * buffer; }
   __device__ __forceinline__ uint32 y_full(int reader) const { return state_empty(Config::kBuffers) + 8 * reader; }
   __device__ __forceinline__ uint32 y_empty(int reader) const { return y_full(Config::kReaders) + 8 * reader; }
+  // of what a reader has found, beside its state
+  __device__ __forceinline__ uint32 found_decay() const { return y_empty(Config::kReaders); }
 
   // Until chunk `iteration` lies in its stages.
   __device__ __forceinline__ void wait_for_inputs(uint32 iteration) const {
@@ -176,6 +180,10 @@ __device__ __forceinline__ void load_shared4(float* v, uint32 address) {
 __device__ __forceinline__ void load_tokens(float (&numbers)[16], uint32 tokens, int lane) {
 #pragma unroll
   for (int i = 0; i < 16; i += 4) load_shared4(numbers + i, tokens + lane % 4 * 80 + i * 4);
+}
+
+__device__ __forceinline__ void store_shared(uint32 address, float x) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
 }
 
 __device__ __forceinline__ void store_shared2(uint32 address, float x, float y) {
@@ -211,13 +219,13 @@ __device__ __forceinline__ uint32 swizzled(uint32 tile, int row, int column) {
 
 // ---------------------------------------------------------------------------------------------------- work units
 
-// A head's sequence, or a segment of one.
+// A head's sequence, or a stretch of one.
 struct Unit {
   int sequence, row, begin, end;  // its tokens [begin, end) of a batch row
-  int first;                      // token at the first place of this segment's first chunk; may lie before `begin`
+  int first;                      // token at the first place of this stretch's first chunk; may lie before `begin`
   int position;                   // of that place, from the beginning of the sequence, and seq_offsets
-  int chunks, slot, segment;
-  int head;
+  int chunks, head;
+  bool finding;  // only the state that its chunks lead to is asked for
 };
 
 // The tokens of a sequence, and where its chunks begin: at multiples of kChunk, counted from seq_offsets.
@@ -231,67 +239,59 @@ __device__ __forceinline__ void find_sequence(const SsdParams& p, int sequence, 
   unit.first = unit.begin - lead;
   unit.position = offset - lead;
   unit.chunks = (lead + unit.end - unit.begin + kChunk - 1) / kChunk;
+  unit.finding = false;
 }
 
-// A sequence's first place for segments: those of different sequences never meet.
-__device__ __forceinline__ int first_slot(const SsdParams& p, int sequence) {
-  if (p.segment_chunks == 0) return sequence;
-  if (p.cu_seqlens == nullptr) return sequence * (p.slots / p.nseq);
-  return min(max(p.cu_seqlens[sequence], 0), p.seqlen) / (p.segment_chunks * kChunk) + 2 * sequence;
+// A sequence is cut into segments, and what lies before the last one into pieces: a segment each, or halves of the only
+// one, so that nobody is idle. Each CTA first finds what a piece adds to the state.
+__device__ __forceinline__ int pieces_before(int segment, int segments) {
+  return segments == 2 ? 2 * segment : segment;
 }
 
-// False where there is nothing to do.
-template <typename Config>
-__device__ __forceinline__ bool find_unit(const SsdParams& p, int index, Unit& unit) {
-  const int parts = Config::kStatesOnly ? p.parts : 1;
-  const int part = index / p.nheads % parts;
-  unit.slot = index / p.nheads / parts;
-  unit.head = index % p.nheads;
-  int low = 0, high = p.nseq;  // the last sequence whose first slot is not beyond this one
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (first_slot(p, middle) <= unit.slot) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  find_sequence(p, low, unit);
-  unit.segment = unit.slot - first_slot(p, low);
-  if (p.segment_chunks == 0) return true;
-  int first_chunk = unit.segment * p.segment_chunks, length = p.segment_chunks;
-  const bool last = first_chunk + length >= unit.chunks;
-  if (unit.segment > 0 && first_chunk >= unit.chunks) return false;
-  int last_chunk = min(first_chunk + length, unit.chunks);
-  if (Config::kStatesOnly) {  // of every segment but the last, in parts
-    if (last) return false;
-    unit.slot = unit.slot * parts + part;
-    length = (length + parts - 1) / parts;
-    first_chunk += part * length;
-    last_chunk = min(first_chunk + length, last_chunk);
-  }
-  unit.first += first_chunk * kChunk;
-  unit.position += first_chunk * kChunk;
-  unit.chunks = max(last_chunk - first_chunk, 0);
-  return true;
+// A CTA's piece of a sequence, or its segment.
+__device__ __forceinline__ Unit cut(const SsdParams& p, const Unit& sequence, bool finding) {
+  const int size = p.segments, rank = blockIdx.x % size, segment = (sequence.chunks + size - 1) / size;
+  const int piece = size == 2 ? (segment + 1) / 2 : segment, before = segment * (size - 1);
+  const int length = finding ? piece : segment, end = min(finding ? before : segment * size, sequence.chunks);
+  const int from = min(rank * length, end), to = min(from + length, end);
+  Unit unit = sequence;
+  unit.first += from * kChunk;
+  unit.position += from * kChunk;
+  unit.chunks = to - from;
+  unit.finding = finding;
+  return unit;
 }
 
+// body(unit) for every sequence of every head of this CTA, or for its piece and then its segment of each.
 template <typename Config, typename Body>
 __device__ __forceinline__ void for_each_unit(const SsdParams& p, Body body) {
-  const int count = p.slots * (Config::kStatesOnly ? p.parts : 1) * p.nheads;
-  for (int index = blockIdx.x; index < count; index += gridDim.x) {
+  const int size = Config::kSplit ? p.segments : 1, stretches = Config::kSplit ? 2 : 1;
+  for (int step = 0;; ++step) {
+    const int index = (blockIdx.x + step / stretches * gridDim.x) / size;
+    if (index >= p.nseq * p.nheads) return;
     Unit unit;
-    if (find_unit<Config>(p, index, unit)) body(unit);
+    find_sequence(p, index / p.nheads, unit);
+    unit.head = index % p.nheads;
+    body(Config::kSplit ? cut(p, unit, step % 2 == 0) : unit);
   }
 }
 
-// chunk(unit, c, iteration) for every chunk of every unit of this CTA; all roles count alike.
+// The i-th chunk of a unit in the order in which they are loaded: finders, who each have neighbours, take turns.
+template <typename Config>
+__device__ __forceinline__ int chunk_at(const Unit& unit, int i) {
+  if (!Config::kSplit || !unit.finding || Config::kFinders == 1) return i;
+  const int finder = i % Config::kFinders;
+  return finder * (unit.chunks / Config::kFinders) + min(finder, unit.chunks % Config::kFinders) + i / Config::kFinders;
+}
+
+// chunk(unit, i, iteration) for every chunk of every unit of this CTA, in the order in which they are loaded; all roles
+// count alike.
 template <typename Config, typename Enter, typename Chunk>
 __device__ __forceinline__ void for_each_chunk(const SsdParams& p, Enter enter, Chunk chunk) {
   uint32 iteration = 0;
   for_each_unit<Config>(p, [&](const Unit& unit) {
     enter(unit, iteration);
-    for (int c = 0; c < unit.chunks; ++c, ++iteration) chunk(unit, c, iteration);
+    for (int i = 0; i < unit.chunks; ++i, ++iteration) chunk(unit, i, iteration);
   });
 }
 

@@ -15,46 +15,37 @@ CHUNK = 64  # kChunk of csrc/ssd_sm90.cuh
 
 
 class Config(NamedTuple):
-    segment_chunks: int  # a sequence is cut into segments of so many chunks, which run side by side; 0: it is not
-    parts: int  # of a segment, whose states are found side by side before
+    segments: int  # of a sequence, which run side by side in a cluster
 
 
-# microseconds, of an H100: of a block for a chunk; for a chunk's state alone, where a multiprocessor has one such block
-# or two; and of a launch, and of two more for segments, beside their chunks
-_CHUNK_US, _STATE_US, _TWO_STATES_US, _LAUNCH_US, _SEGMENTS_US = 0.96, 0.6, 0.9, 8.0, 12.0
+# microseconds, of an H100, of a chunk of one head: of its y, and of its state alone; by how many warpgroups walk a
+# state, and of how many columns each
+_CHUNK_US = {"headdim 64": (0.96, 0.65), "headdim 128": (1.3, 0.95), "dstate 256": (1.7, 0.8)}
+# of a launch; of CTAs that tell each other their states, and of each of these states
+_LAUNCH_US, _EXCHANGE_US, _STATE_US = 8.0, 3.0, 0.55
 
 
 @functools.cache
 def config(
     nseq: int, total: int, nheads: int, headdim: int, dstate: int, batch_invariant: bool, num_sms: int
 ) -> Config:
-    """For `total` tokens of `nseq` sequences: segments where there are too few blocks, one for each sequence's head,
-    and where that saves more time than it takes to find the states that enter them."""
+    """For `total` tokens of `nseq` sequences: segments where there are too few sequences' heads for all
+    multiprocessors, and where that saves more time than it takes to find the states that enter them."""
     if batch_invariant:
-        return Config(segment_chunks=0, parts=1)
-    blocks = nseq * nheads
+        return Config(segments=1)
+    kind = "dstate 256" if dstate > 128 else "headdim 128" if headdim > 64 else "headdim 64"
+    chunk, state = _CHUNK_US[kind]
     chunks = -(-total // (CHUNK * max(nseq, 1)))
-    walkers = (2 if headdim > 64 else 1) * (2 if dstate > 128 else 1)  # see kWalkers of csrc/common/ssd_problem.cuh
-    shared = 2 if walkers == 1 else 1  # blocks of a multiprocessor that find states
-
-    def parts_of(segments: int) -> int:
-        return max(1, min(4, shared * num_sms // (blocks * max(1, segments - 1))))
 
     def cost(segments: int) -> float:
-        length, waves = -(-chunks // segments), -(-blocks * segments // num_sms)
-        scan = waves * length * _CHUNK_US * walkers + _LAUNCH_US
+        length, rounds = -(-chunks // segments), -(-nseq * nheads // (num_sms // segments))
         if segments == 1:
-            return scan
-        parts = parts_of(segments)
-        finding = blocks * (segments - 1) * parts
-        state = _STATE_US if finding <= num_sms else _TWO_STATES_US
-        waves = -(-finding // (shared * num_sms))
-        return scan + waves * -(-length // parts) * state * walkers + _SEGMENTS_US
+            return rounds * length * chunk + _LAUNCH_US
+        found = -(-length // 2) if segments == 2 else length  # see pieces_before of csrc/common/ssd_problem.cuh
+        exchange = _EXCHANGE_US + _STATE_US * (segments - 1)
+        return rounds * (length * chunk + found * state + exchange) + _LAUNCH_US
 
-    segments = min(range(1, 17), key=cost)
-    if segments == 1:
-        return Config(segment_chunks=0, parts=1)
-    return Config(segment_chunks=-(-chunks // segments), parts=parts_of(segments))
+    return Config(segments=min(range(1, min(16, num_sms) + 1), key=cost))
 
 
 def refusal(
@@ -147,11 +138,6 @@ def ssd_chunk_scan(
     num_sms = _device.num_sms(index)
     if chosen is None:
         chosen = config(nseq, batch * seqlen, nheads, headdim, dstate, batch_invariant, num_sms)
-    places, length = nseq, chosen.segment_chunks
-    if length and cu_seqlens is None:
-        places = nseq * -(-(seqlen // CHUNK + 2) // length)  # a sequence may begin and end within a chunk
-    elif length:
-        places = seqlen // (CHUNK * length) + 2 * nseq
     states = sources(initial_states, final_states, interval_states, ssm_state, read_slots, write_slots, interval_slots)
     num_intervals = 0
     if interval_slots is not None:
@@ -174,23 +160,24 @@ def ssd_chunk_scan(
         dt_min=dt_min,
         dt_max=dt_max,
         null_slot=null_slot,
-        config=(length, chosen.parts, places, num_sms),
+        segments=chosen.segments,
+        num_sms=num_sms,
     )
-    floats = places * chosen.parts * nheads * (headdim * dstate + 1) if length else 0  # states of segments, and decays
+    bytes_beside = launch.workspace
 
     def run(*arguments: Any) -> None:
         *inputs, initial, _, cu_seqlens, offsets, read, write, interval_slots, y, final, interval, pool = arguments[:19]
-        base = segments = None
+        base = workspace = None
         if interval is not None:
             interval.zero_()
             if cu_seqlens is not None:
                 base = first_interval(cu_seqlens, offsets, state_interval)
         if pool is not None:
             initial, final, interval = sources(initial, final, interval, pool, read, write, interval_slots)
-        if floats:
-            segments = y.new_empty(floats, dtype=torch.float32)
+        if bytes_beside:
+            workspace = y.new_empty(bytes_beside, dtype=torch.uint8)
         indices = (cu_seqlens, offsets, read, write, interval_slots)
-        tensors = (*inputs, initial, *indices, y, final, interval, base, segments)
+        tensors = (*inputs, initial, *indices, y, final, interval, base, workspace)
         launch(tensors, index, torch._C._cuda_getCurrentRawStream(index))
 
     return run
