@@ -130,6 +130,8 @@ void ssd_fwd(const SsdArgs& a, const SsdTensors& t, Target target) {
   p.state_interval = static_cast<int>(a.state_interval);
   p.dt_softplus = a.dt_softplus;
 
+  // a warp waits for all segments at once, a lane for each
+  if (a.segments < 1 || a.segments > 32) throw std::runtime_error("ssd: segments must be 1 to 32");
   const DeviceGuard guard(target.device);
   const bool gated = t.z != 0;
   if (a.dstate > kStates) return launch_gated<64, 2>(p, gated, a, target);
