@@ -6,32 +6,21 @@
 namespace hybrid_ops {
 namespace {
 
-constexpr int kThreads = 128;
-
-template <typename T, int kWidth, bool kColumnsTogether, int kSequences>
-void launch(const Conv1dUpdateParams& p, cudaStream_t stream) {
-  constexpr int kChannelsOfBlock = kThreads * 16 / sizeof(T);
-  const dim3 grid((p.dim + kChannelsOfBlock - 1) / kChannelsOfBlock, (p.batch + kSequences - 1) / kSequences);
-  conv1d_update_kernel<T, kWidth, kColumnsTogether, kSequences, kThreads><<<grid, kThreads, 0, stream>>>(p);
-  check(cudaGetLastError(), "conv1d_update_kernel");
-}
-
 template <typename T, int kWidth>
-void launch_sequences(const Conv1dUpdateParams& p, int sequences, cudaStream_t stream) {
+void launch(const Conv1dUpdateParams& p, const Conv1dUpdateArgs& a, cudaStream_t stream) {
   const bool together = kWidth == 2 || p.state_column_stride == 1;
-  switch (sequences) {
-    case 1: return together ? launch<T, kWidth, true, 1>(p, stream) : launch<T, kWidth, false, 1>(p, stream);
-    case 2: return together ? launch<T, kWidth, true, 2>(p, stream) : launch<T, kWidth, false, 2>(p, stream);
-    default: throw std::runtime_error("conv1d_update: sequences must be 1 or 2, got " + std::to_string(sequences));
-  }
+  const auto kernel = together ? conv1d_update_kernel<T, kWidth, true> : conv1d_update_kernel<T, kWidth, false>;
+  const int channels = a.threads * kUpdateChannels;  // of a CTA
+  kernel<<<dim3((p.dim + channels - 1) / channels, a.batch), a.threads, 0, stream>>>(p);
+  check(cudaGetLastError(), "conv1d_update_kernel");
 }
 
 template <typename T>
 void launch_width(const Conv1dUpdateParams& p, const Conv1dUpdateArgs& a, cudaStream_t stream) {
   switch (a.width) {
-    case 2: return launch_sequences<T, 2>(p, a.sequences, stream);
-    case 3: return launch_sequences<T, 3>(p, a.sequences, stream);
-    case 4: return launch_sequences<T, 4>(p, a.sequences, stream);
+    case 2: return launch<T, 2>(p, a, stream);
+    case 3: return launch<T, 3>(p, a, stream);
+    case 4: return launch<T, 4>(p, a, stream);
     default: throw std::runtime_error("conv1d_update: width must be 2, 3 or 4, got " + std::to_string(a.width));
   }
 }
@@ -52,7 +41,6 @@ void conv1d_update(const Conv1dUpdateArgs& a, const Conv1dUpdatePointers& pointe
       .x_stride = static_cast<int>(a.x_stride),
       .y_stride = static_cast<int>(a.y_stride),
       .slots_stride = static_cast<int>(a.slots_stride),
-      .batch = static_cast<int>(a.batch),
       .dim = static_cast<int>(a.dim),
       .nslots = static_cast<int>(a.nslots),
       .null_slot = a.null_slot,

@@ -1,15 +1,15 @@
 // The next token of each sequence through the causal depthwise convolution, the windows in a pool of slots.
 //
-// A thread owns the channels of 16 bytes of x, for kSequences sequences: their loads are all under way before the first
-// is used, and the weights are read once for all. A slot holds kWidth - 1 columns. Where the columns of a channel are
-// neighbours, a lane's part of the slot is kWidth - 1 pieces of 16 bytes, which the warp loads and stores in the order
-// of memory and exchanges through shared memory; where channels are, each column is a piece by itself.
+// A thread owns four channels of one sequence, and shares nothing with others. It asks for x, weights and bias while it
+// waits for the slot, and for the kWidth - 1 columns as soon as that is there; only then it uses any of them.
 #pragma once
 
-#include "common/bits.cuh"
 #include "common/conv1d.cuh"
+#include "common/dtype.h"
 
 namespace hybrid_ops {
+
+inline constexpr int kUpdateChannels = 4;  // of a thread
 
 struct Conv1dUpdateParams {
   const void* x;       // (batch, dim), unit stride in dim
@@ -21,126 +21,95 @@ struct Conv1dUpdateParams {
   int64 state_slot_stride;
   int state_column_stride;  // 1: the columns of a channel are neighbours; else the channels of a column
   int x_stride, y_stride, slots_stride;
-  int batch, dim, nslots, null_slot;
+  int dim, nslots, null_slot;
   DType weight_dtype, bias_dtype;
   bool silu;
 };
 
-template <typename T, int kWidth, bool kColumnsTogether, int kSequences, int kThreads>
-__global__ void __launch_bounds__(kThreads) conv1d_update_kernel(const __grid_constant__ Conv1dUpdateParams p) {
-  constexpr int kChannels = 16 / sizeof(T);
+// kCount elements of a parameter, one behind the other: asked for as they lie in memory, numbers when they are used.
+template <int kCount>
+struct ParameterRun {
+  static constexpr int kWordsOf16Bits = kCount / 2;
+  static constexpr int kWords = kWordsOf16Bits % 4 == 0 ? 4 : 2;  // of a load
+  unsigned words[kCount / kWords][kWords] = {};
+
+  __device__ __forceinline__ void load(const void* data, DType dtype, int first) {
+    const bool wide = dtype == DType::float32;
+    const char* const source = static_cast<const char*>(data) + static_cast<int64>(first) * (wide ? 4 : 2);
+#pragma unroll
+    for (int i = 0; i < kCount / kWords; ++i) {
+      load_words_if(data != nullptr && (wide || i < kWordsOf16Bits / kWords), source + i * kWords * 4, words[i]);
+    }
+  }
+
+  // A branch for each dtype: to choose for each element costs more than all else that is done with it.
+  __device__ __forceinline__ void get(DType dtype, float (&values)[kCount]) const {
+    if (dtype == DType::float32) return get_as<float>(values);
+    if (dtype == DType::bfloat16) return get_as<__nv_bfloat16>(values);
+    get_as<__half>(values);
+  }
+
+ private:
+  template <typename U>
+  __device__ __forceinline__ void get_as(float (&values)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = element<U>(&words[0][0], i);
+  }
+};
+
+template <typename T, int kWidth, bool kColumnsTogether>
+__global__ void conv1d_update_kernel(const __grid_constant__ Conv1dUpdateParams p) {
+  constexpr int kChannels = kUpdateChannels;
   constexpr int kPieces = kWidth - 1;
-  constexpr int kOfWarp = 32 * kPieces;  // pieces
-  __shared__ uint4 exchanged[kThreads / 32][kSequences][kColumnsTogether ? kOfWarp : 1];
-  auto& exchange = exchanged[threadIdx.x / 32];
-  const int lane = threadIdx.x % 32;
-  const int channel = (blockIdx.x * kThreads + threadIdx.x) * kChannels;
-  const bool has_channels = channel < p.dim;
+  constexpr int kWords = kChannels * sizeof(T) / 4;
+  const int b = blockIdx.y;
+  const int channel = (blockIdx.x * blockDim.x + threadIdx.x) * kChannels;
+  if (channel >= p.dim) return;
 
-  // the j-th piece of this lane: its first element in the slot, and whether the slot has it
+  const int slot = p.slots == nullptr ? b : p.slots[static_cast<int64>(b) * p.slots_stride];
+  unsigned x[kWords] = {}, result[kWords] = {}, window[kPieces][kWords] = {};
+  load_words_if(true, static_cast<const T*>(p.x) + static_cast<int64>(b) * p.x_stride + channel, x);
+  ParameterRun<kChannels * kWidth> weight_run;
+  ParameterRun<kChannels> bias_run;
+  weight_run.load(p.weight, p.weight_dtype, channel * kWidth);
+  bias_run.load(p.bias, p.bias_dtype, channel);
+  T* const y = static_cast<T*>(p.y) + static_cast<int64>(b) * p.y_stride + channel;
+  if (slot < 0 || slot >= p.nslots || (p.slots != nullptr && slot == p.null_slot)) {  // padding
+    store_words_if(true, y, result);
+    return;
+  }
+
+  T* const state = static_cast<T*>(p.conv_state) + slot * p.state_slot_stride;
   const auto piece = [&](int j) {
-    if (!kColumnsTogether) return static_cast<int64>(j) * p.state_column_stride + channel;
-    return static_cast<int64>((channel - lane * kChannels) * kPieces + (j * 32 + lane) * kChannels);
+    return kColumnsTogether ? state + channel * kPieces + j * kChannels
+                            : state + static_cast<int64>(j) * p.state_column_stride + channel;
   };
-  const auto has_piece = [&](int j) {
-    return kColumnsTogether ? piece(j) < static_cast<int64>(p.dim) * kPieces : has_channels;
-  };
-
-  int slots[kSequences];
 #pragma unroll
-  for (int s = 0; s < kSequences; ++s) {
-    const int b = min(static_cast<int>(blockIdx.y) * kSequences + s, p.batch - 1);
-    slots[s] = p.slots == nullptr ? b : p.slots[static_cast<int64>(b) * p.slots_stride];
-  }
-  T* states[kSequences];  // null: padding
-  uint4 x[kSequences], window[kSequences][kPieces];
-#pragma unroll
-  for (int s = 0; s < kSequences; ++s) {
-    const int b = blockIdx.y * kSequences + s;
-    states[s] = nullptr;
-    if (b >= p.batch) continue;
-    if (has_channels) {
-      x[s] = *reinterpret_cast<const uint4*>(static_cast<const T*>(p.x) + static_cast<int64>(b) * p.x_stride + channel);
-    }
-    const int slot = slots[s];
-    if (slot >= 0 && slot < p.nslots && (p.slots == nullptr || slot != p.null_slot)) {
-      states[s] = static_cast<T*>(p.conv_state) + slot * p.state_slot_stride;
-    }
-  }
-#pragma unroll
-  for (int s = 0; s < kSequences; ++s) {
-#pragma unroll
-    for (int j = 0; j < kPieces; ++j) {
-      if (states[s] != nullptr && has_piece(j)) {
-        window[s][j] = __ldcs(reinterpret_cast<const uint4*>(states[s] + piece(j)));
-      }
-    }
-  }
-
+  for (int j = 0; j < kPieces; ++j) load_words_if(true, piece(j), window[j]);
   float weight[kChannels * kWidth], bias[kChannels];
-  if (has_channels) {
-    Bits<kChannels * kWidth> weight_bits;
-    load_runs<kChannels * kWidth, kChannels * kWidth, 0>(p.weight, p.weight_dtype, 0, channel * kWidth, 1, true,
-                                                         weight_bits);
-    runs_to_float(weight_bits, p.weight_dtype, true, weight);
-  }
+  weight_run.get(p.weight_dtype, weight);
+  bias_run.get(p.bias_dtype, bias);
+
+  const T* const token = reinterpret_cast<const T*>(x);
+  const auto at = [&](int c, int k) -> T& {
+    return reinterpret_cast<T*>(window)[kColumnsTogether ? c * kPieces + k : k * kChannels + c];
+  };
+  float sums[kChannels];
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
-    bias[c] = from_bits(load_bits(p.bias, p.bias_dtype, channel + c, p.bias != nullptr && has_channels), p.bias_dtype);
-  }
-
-  if constexpr (kColumnsTogether) {  // from the order of memory to each lane's channels
+    const float sum = window_sum<T, kWidth>(
+        bias[c], [&](int k) { return weight[c * kWidth + k]; },
+        [&](int k) { return to_float(k < kPieces ? at(c, k) : token[c]); });
+    sums[c] = p.silu ? sum * sigmoid<T>(sum) : sum;
 #pragma unroll
-    for (int s = 0; s < kSequences; ++s) {
-#pragma unroll
-      for (int j = 0; j < kPieces; ++j) exchange[s][j * 32 + lane] = window[s][j];
-    }
-    __syncwarp();
+    for (int k = 0; k + 1 < kPieces; ++k) at(c, k) = at(c, k + 1);
+    at(c, kPieces - 1) = token[c];
   }
 #pragma unroll
-  for (int s = 0; s < kSequences; ++s) {
-    const int b = blockIdx.y * kSequences + s;
-    if (b >= p.batch || !has_channels) break;
-    T* y = static_cast<T*>(p.y) + static_cast<int64>(b) * p.y_stride + channel;
-    if (states[s] == nullptr) {
-      *reinterpret_cast<uint4*>(y) = make_uint4(0, 0, 0, 0);
-      continue;
-    }
-    if constexpr (kColumnsTogether) {
+  for (int j = 0; j < kChannels / 2; ++j) set_pair<T>(result, j, sums[2 * j], sums[2 * j + 1]);
+  store_words_if(true, y, result);
 #pragma unroll
-      for (int j = 0; j < kPieces; ++j) window[s][j] = exchange[s][lane * kPieces + j];
-    }
-    T* old = reinterpret_cast<T*>(window[s]);
-    const auto at = [&](int c, int k) -> T& { return old[kColumnsTogether ? c * kPieces + k : k * kChannels + c]; };
-    const T* tokens = reinterpret_cast<const T*>(&x[s]);
-    uint4 result;
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      const float sum = window_sum<T, kWidth>(
-          bias[c], [&](int k) { return weight[c * kWidth + k]; },
-          [&](int k) { return to_float(k < kPieces ? at(c, k) : tokens[c]); });
-      reinterpret_cast<T*>(&result)[c] = T(p.silu ? sum * sigmoid<T>(sum) : sum);
-#pragma unroll
-      for (int k = 0; k + 1 < kPieces; ++k) at(c, k) = at(c, k + 1);
-      at(c, kPieces - 1) = tokens[c];
-    }
-    *reinterpret_cast<uint4*>(y) = result;
-    if constexpr (kColumnsTogether) {  // each lane to where it read
-#pragma unroll
-      for (int j = 0; j < kPieces; ++j) exchange[s][lane * kPieces + j] = window[s][j];
-    }
-  }
-  if constexpr (kColumnsTogether) __syncwarp();
-#pragma unroll
-  for (int s = 0; s < kSequences; ++s) {
-    if (states[s] == nullptr) continue;
-#pragma unroll
-    for (int j = 0; j < kPieces; ++j) {
-      if (!has_piece(j)) continue;
-      const uint4 moved = kColumnsTogether ? exchange[s][j * 32 + lane] : window[s][j];
-      __stcs(reinterpret_cast<uint4*>(states[s] + piece(j)), moved);
-    }
-  }
+  for (int j = 0; j < kPieces; ++j) store_words_if(true, piece(j), window[j]);
 }
 
 }  // namespace hybrid_ops

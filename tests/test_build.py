@@ -41,9 +41,9 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::conv1d_final_states_kernel<__nv_bfloat16>",
     ],
     "conv1d_update_sm90.cuh": [
-        "hybrid_ops::conv1d_update_kernel<__nv_bfloat16, 4, true, 2, 128>",
-        "hybrid_ops::conv1d_update_kernel<__half, 3, false, 2, 128>",
-        "hybrid_ops::conv1d_update_kernel<float, 2, true, 1, 128>",
+        "hybrid_ops::conv1d_update_kernel<__nv_bfloat16, 4, true>",
+        "hybrid_ops::conv1d_update_kernel<__half, 3, false>",
+        "hybrid_ops::conv1d_update_kernel<float, 2, true>",
     ],
     "ssd_sm90.cuh": [
         "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<64, 1, true, false>>",
@@ -393,4 +393,4 @@ def test_config_of_ssd_replay():
 def test_config_of_conv1d_update():
     from hybrid_ops._csrc.conv1d_update import config
 
-    assert [config(batch, 10240, 2, 132).sequences for batch in (1, 32, 64, 512)] == [1, 1, 2, 2]
+    assert [config(batch, 10240, 132).threads for batch in (1, 6, 7, 512)] == [32, 32, 128, 128]

@@ -145,7 +145,7 @@ def for_cuda(case):
         pytest.skip("the CUDA extension is not built")
     batch = len(case["lengths"])
     taken = dict(form="single", lengths=[1] * batch, spare=0, rollback=None, width=2 + case["width"] % 3, offset=16)
-    taken |= dict(state_dtype=case["dtype"], dim=8 * (1 + case["dim"] // 8))
+    taken |= dict(state_dtype=case["dtype"], dim=4 * (1 + case["dim"] // 4))
     taken["pool"] = "channel-last" if case["pool"] == "channel-last" else "contiguous"
     taken["out"] = None if case["out"] == "strided" else case["out"]
     return case | taken
@@ -158,19 +158,19 @@ def test_update_cuda_gpu(case):
     check_update(for_cuda(case), "cuda", "cuda")
 
 
-def check_sequences_of_a_thread(device):
-    """However many sequences a thread has, and whatever is padding among them: the same bits."""
+def check_threads_of_a_cta(device):
+    """However many threads a CTA has, and whatever is padding among its sequences: the same bits."""
     torch.manual_seed(0)
     for dtype, layout in ((torch.float32, 0), (torch.bfloat16, 0), (torch.float16, 1)):
-        batch, dim, nslots = 7, 264, 9
+        batch, dim, nslots = 7, 268, 9
         x, weight, bias = (torch.randn(*s, device=device).to(dtype) for s in ((batch, dim), (dim, 4), (dim,)))
         before = torch.randn(nslots, *((3, dim) if layout else (dim, 3)), device=device).to(dtype)
         before = before.transpose(1, 2) if layout else before
         slots = int32(8, -1, 0, 2, 9, 1, 7).to(device)
         results = []
-        for sequences in (1, 2):
+        for threads in (32, 128):
             pool, y = before.clone(), torch.full_like(x, float("nan"))
-            arguments, config = (x, pool, weight, bias, slots), csrc.Config(sequences)
+            arguments, config = (x, pool, weight, bias, slots), csrc.Config(threads)
             csrc.causal_conv1d_update(*arguments, y, True, -1, config)(*arguments, None, None, y)
             results.append((y, pool))
         assert (results[0][0][[1, 4]] == 0).all()
@@ -193,9 +193,11 @@ def test_what_the_cuda_kernel_takes():
     assert "width - 1 columns" in refusal(state=torch.empty(5, 16, 4))
     assert "contiguous weights" in refusal(weight=torch.empty(4, 16).T)
     assert "side by side" in refusal(state=torch.empty(5, 16, 4)[..., 1:])
-    assert "16 bytes" in refusal(torch.empty(3, 18), torch.empty(5, 18, 3))
-    assert "16 bytes" in refusal(torch.empty(3, 17)[:, 1:])
+    assert refusal(torch.empty(3, 12).half(), torch.empty(5, 12, 3).half(), torch.empty(12, 4)) is None
+    assert "multiples of 4" in refusal(torch.empty(3, 18), torch.empty(5, 18, 3))
+    assert "multiples of 4" in refusal(torch.empty(3, 17)[:, 1:])
     assert "begin at multiples" in refusal(torch.empty(49)[1:].view(3, 16))
+    assert "begin at multiples" in refusal(bias=torch.empty(17)[1:])
     with pytest.raises(RuntimeError, match="widths 2 to 4"):
         hybrid_ops.explain("causal_conv1d_update", impl="cuda", width=5)
 
@@ -203,7 +205,7 @@ def test_what_the_cuda_kernel_takes():
 @pytest.mark.gpu
 def test_sequences_of_a_thread_gpu():
     for_cuda(dict(lengths=[], width=4, dim=8, dtype=None, pool=None, out=None))
-    check_sequences_of_a_thread("cuda")
+    check_threads_of_a_cta("cuda")
 
 
 @pytest.mark.gpu

@@ -11,14 +11,15 @@ from . import DTYPES
 
 
 class Config(NamedTuple):
-    sequences: int  # of a thread
+    threads: int  # of a CTA, each with four channels of a sequence
 
 
-def config(batch: int, dim: int, itemsize: int, num_sms: int) -> Config:
-    """Two sequences share a thread's weights where its blocks, of 2048 bytes of x, would be more than 4 for each
-    multiprocessor with one. (By their registers 5 of two fit on one, 7 of one.)"""
-    blocks = -(-dim * itemsize // 2048) * batch
-    return Config(sequences=2 if blocks > 4 * num_sms else 1)
+_VECTOR = 4  # kUpdateChannels
+
+
+def config(batch: int, dim: int, num_sms: int) -> Config:
+    """CTAs of 128 threads; of a warp where so many would leave multiprocessors idle."""
+    return Config(threads=32 if batch * -(-dim // (128 * _VECTOR)) < num_sms else 128)
 
 
 def refusal(
@@ -37,19 +38,19 @@ def refusal(
         return (
             f"the CUDA kernel takes x and conv_state of one dtype of 32 or 16 bits, not {x.dtype}, {conv_state.dtype}"
         )
-    (batch, dim), (_, _, state_len), number = x.shape, conv_state.shape, 16 // x.element_size()
+    (batch, dim), (_, _, state_len) = x.shape, conv_state.shape
     if not 2 <= weight.shape[1] <= 4 or state_len != weight.shape[1] - 1:
         return f"the CUDA kernel has widths 2 to 4 and width - 1 columns, not {weight.shape[1]} and {state_len}"
     if not weight.is_contiguous() or (bias is not None and not bias.is_contiguous()):
         return "the CUDA kernel takes contiguous weights"
     slot, channel, column = conv_state.stride()
-    if (channel, column) != (state_len, 1) and (channel != 1 or (state_len > 1 and column % number)):
+    if (channel, column) != (state_len, 1) and (channel != 1 or (state_len > 1 and column % _VECTOR)):
         return "the CUDA kernel needs the columns of each channel, or the channels of each column, side by side"
     rows = (x.stride(0), y.stride(0), slot)
-    if dim % number or x.stride(1) != 1 or y.stride(1) != 1 or any(row % number for row in rows):
-        return "the CUDA kernel needs rows of x, y and conv_state of, and at, multiples of 16 bytes"
-    if any(t.data_ptr() % 16 for t in (x, conv_state, weight, y)):
-        return "the CUDA kernel needs x, conv_state, weight and y to begin at multiples of 16 bytes"
+    if dim % _VECTOR or x.stride(1) != 1 or y.stride(1) != 1 or any(row % _VECTOR for row in rows):
+        return f"the CUDA kernel needs rows of x, y and conv_state of, and at, multiples of {_VECTOR} elements"
+    if any(t is not None and t.data_ptr() % 16 for t in (x, conv_state, weight, bias, y)):
+        return "the CUDA kernel needs x, conv_state, weight, bias and y to begin at multiples of 16 bytes"
     if batch > 65535 or max(x.stride(0), y.stride(0), column, conv_state.shape[0], 4 * dim) >= 2**31:
         return "the CUDA kernel counts sequences up to 65535, and all but slots in 32 bits"
     return None
@@ -74,14 +75,14 @@ def causal_conv1d_update(
     # with one column, that is channels side by side too
     column = 1 if conv_state.stride()[1:] == (state_len, 1) else conv_state.stride(2)
     if chosen is None:
-        chosen = config(batch, dim, x.element_size(), _device.num_sms(index))
+        chosen = config(batch, dim, _device.num_sms(index))
     launch = extension.Conv1dUpdate(
         dtypes=tuple(DTYPES[(x if t is None else t).dtype] for t in (x, weight, bias)),
         sizes=(batch, dim, weight.shape[1], nslots),
         strides=(conv_state.stride(0), column, x.stride(0), y.stride(0), 0 if slots is None else slots.stride(0)),
         null_slot=null_slot,
         silu=silu,
-        sequences=chosen.sequences,
+        threads=chosen.threads,
     )
 
     def run(*arguments: Any) -> None:
