@@ -6,10 +6,11 @@
 namespace hybrid_ops {
 namespace {
 
-template <typename T, int kWidth>
+template <typename T, int kWidth, bool kColumnsTogether>
 void launch(const Conv1dUpdateParams& p, const Conv1dUpdateArgs& a, cudaStream_t stream) {
-  const bool together = kWidth == 2 || p.state_column_stride == 1;
-  const auto kernel = together ? conv1d_update_kernel<T, kWidth, true> : conv1d_update_kernel<T, kWidth, false>;
+  const bool plain = a.weight_dtype == a.dtype && (p.bias == nullptr || a.bias_dtype == a.dtype);
+  const auto kernel = plain ? conv1d_update_kernel<T, kWidth, kColumnsTogether, true>
+                            : conv1d_update_kernel<T, kWidth, kColumnsTogether, false>;
   const int channels = a.threads * kUpdateChannels;  // of a CTA
   kernel<<<dim3((p.dim + channels - 1) / channels, a.batch), a.threads, 0, stream>>>(p);
   check(cudaGetLastError(), "conv1d_update_kernel");
@@ -17,10 +18,11 @@ void launch(const Conv1dUpdateParams& p, const Conv1dUpdateArgs& a, cudaStream_t
 
 template <typename T>
 void launch_width(const Conv1dUpdateParams& p, const Conv1dUpdateArgs& a, cudaStream_t stream) {
+  const bool together = p.state_column_stride == 1;
   switch (a.width) {
-    case 2: return launch<T, 2>(p, a, stream);
-    case 3: return launch<T, 3>(p, a, stream);
-    case 4: return launch<T, 4>(p, a, stream);
+    case 2: return launch<T, 2, true>(p, a, stream);
+    case 3: return together ? launch<T, 3, true>(p, a, stream) : launch<T, 3, false>(p, a, stream);
+    case 4: return together ? launch<T, 4, true>(p, a, stream) : launch<T, 4, false>(p, a, stream);
     default: throw std::runtime_error("conv1d_update: width must be 2, 3 or 4, got " + std::to_string(a.width));
   }
 }
