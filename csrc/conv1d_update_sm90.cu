@@ -8,7 +8,8 @@ namespace {
 
 template <typename T, int kWidth, bool kColumnsTogether>
 void launch(const Conv1dUpdateParams& p, const Conv1dUpdateArgs& a, cudaStream_t stream) {
-  const bool plain = a.weight_dtype == a.dtype && (p.bias == nullptr || a.bias_dtype == a.dtype);
+  const bool aligned = reinterpret_cast<std::uintptr_t>(p.bias) % 16 == 0;  // as the weights are
+  const bool plain = a.weight_dtype == a.dtype && (p.bias == nullptr || (a.bias_dtype == a.dtype && aligned));
   const auto kernel = plain ? conv1d_update_kernel<T, kWidth, kColumnsTogether, true>
                             : conv1d_update_kernel<T, kWidth, kColumnsTogether, false>;
   const int channels = a.threads * kUpdateChannels;  // of a CTA

@@ -4,8 +4,8 @@
 // waits for the slot, and for the kWidth - 1 columns as soon as that is there; only then it uses any of them.
 #pragma once
 
+#include "common/bits.cuh"
 #include "common/conv1d.cuh"
-#include "common/dtype.h"
 
 namespace hybrid_ops {
 
@@ -26,21 +26,21 @@ struct Conv1dUpdateParams {
   bool silu;
 };
 
-// kCount elements of a parameter, one behind the other: asked for as they lie in memory, numbers when they are used.
-// kPlain: of dtype T, as the weights of a model in T are; else of any, which takes a third more instructions and half
-// more registers.
-template <typename T, bool kPlain, int kCount>
-struct ParameterRun {
+// The weights of a thread's channels: asked for as they lie in memory, numbers when they are used.
+template <typename T, int kWidth, bool kPlain>
+struct UpdateWeights {
+  static constexpr int kCount = kUpdateChannels * kWidth;
   static constexpr int kWordsOf16Bits = kCount / 2;
   static constexpr int kWords = kWordsOf16Bits % 4 == 0 ? 4 : 2;  // of a load
   unsigned words[kCount / kWords][kWords] = {};
 
-  __device__ __forceinline__ void load(const void* data, DType dtype, int first) {
-    const bool wide = kPlain ? sizeof(T) == 4 : dtype == DType::float32;
-    const char* const source = static_cast<const char*>(data) + static_cast<int64>(first) * (wide ? 4 : 2);
+  __device__ __forceinline__ void load(const Conv1dUpdateParams& p, int channel, bool present) {
+    const bool wide = kPlain ? sizeof(T) == 4 : p.weight_dtype == DType::float32;
+    const char* const source =
+        static_cast<const char*>(p.weight) + static_cast<int64>(channel) * kWidth * (wide ? 4 : 2);
 #pragma unroll
     for (int i = 0; i < kCount / kWords; ++i) {
-      load_words_if(data != nullptr && (wide || i < kWordsOf16Bits / kWords), source + i * kWords * 4, words[i]);
+      load_words_if(present && (wide || i < kWordsOf16Bits / kWords), source + i * kWords * 4, words[i]);
     }
   }
 
@@ -60,6 +60,8 @@ struct ParameterRun {
   }
 };
 
+// kPlain: weights and bias are of dtype T, as a model in T has them, and the bias is aligned; else they may be of any,
+// which takes a third more instructions and half more registers.
 template <typename T, int kWidth, bool kColumnsTogether, bool kPlain>
 __global__ void conv1d_update_kernel(const __grid_constant__ Conv1dUpdateParams p) {
   constexpr int kChannels = kUpdateChannels;
@@ -67,15 +69,21 @@ __global__ void conv1d_update_kernel(const __grid_constant__ Conv1dUpdateParams 
   constexpr int kWords = kChannels * sizeof(T) / 4;
   const int b = blockIdx.y;
   const int channel = (blockIdx.x * blockDim.x + threadIdx.x) * kChannels;
-  if (channel >= p.dim) return;
+  const bool present = channel < p.dim;  // a predicate of the loads: others would be moved behind the branch below
 
   const int slot = p.slots == nullptr ? b : p.slots[static_cast<int64>(b) * p.slots_stride];
   unsigned x[kWords] = {}, result[kWords] = {}, window[kPieces][kWords] = {};
-  load_words_if(true, static_cast<const T*>(p.x) + static_cast<int64>(b) * p.x_stride + channel, x);
-  ParameterRun<T, kPlain, kChannels * kWidth> weight_run;
-  ParameterRun<T, kPlain, kChannels> bias_run;
-  weight_run.load(p.weight, p.weight_dtype, channel * kWidth);
-  bias_run.load(p.bias, p.bias_dtype, channel);
+  load_words_if(present, static_cast<const T*>(p.x) + static_cast<int64>(b) * p.x_stride + channel, x);
+  UpdateWeights<T, kWidth, kPlain> weight_words;
+  weight_words.load(p, channel, present);
+  unsigned bias_words[kWords] = {};
+  Element bias_bits[kChannels];
+  load_words_if(kPlain && present && p.bias != nullptr, static_cast<const T*>(p.bias) + channel, bias_words);
+#pragma unroll
+  for (int c = 0; c < kChannels && !kPlain; ++c) {
+    bias_bits[c] = load_bits(p.bias, p.bias_dtype, channel + c, present && p.bias != nullptr);
+  }
+  if (!present) return;
   T* const y = static_cast<T*>(p.y) + static_cast<int64>(b) * p.y_stride + channel;
   if (slot < 0 || slot >= p.nslots || (p.slots != nullptr && slot == p.null_slot)) {  // padding
     store_words_if(true, y, result);
@@ -89,9 +97,8 @@ __global__ void conv1d_update_kernel(const __grid_constant__ Conv1dUpdateParams 
   };
 #pragma unroll
   for (int j = 0; j < kPieces; ++j) load_words_if(true, piece(j), window[j]);
-  float weight[kChannels * kWidth], bias[kChannels];
-  weight_run.get(p.weight_dtype, weight);
-  bias_run.get(p.bias_dtype, bias);
+  float weight[kChannels * kWidth];
+  weight_words.get(p.weight_dtype, weight);
 
   const T* const token = reinterpret_cast<const T*>(x);
   const auto at = [&](int c, int k) -> T& {
@@ -100,8 +107,9 @@ __global__ void conv1d_update_kernel(const __grid_constant__ Conv1dUpdateParams 
   float sums[kChannels];
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
+    const float bias = kPlain ? element<T>(bias_words, c) : from_bits(bias_bits[c], p.bias_dtype);
     const float sum = window_sum<T, kWidth>(
-        bias[c], [&](int k) { return weight[c * kWidth + k]; },
+        bias, [&](int k) { return weight[c * kWidth + k]; },
         [&](int k) { return to_float(k < kPieces ? at(c, k) : token[c]); });
     sums[c] = p.silu ? sum * sigmoid<T>(sum) : sum;
 #pragma unroll

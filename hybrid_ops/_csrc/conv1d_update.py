@@ -49,8 +49,8 @@ def refusal(
     rows = (x.stride(0), y.stride(0), slot)
     if dim % _VECTOR or x.stride(1) != 1 or y.stride(1) != 1 or any(row % _VECTOR for row in rows):
         return f"the CUDA kernel needs rows of x, y and conv_state of, and at, multiples of {_VECTOR} elements"
-    if any(t is not None and t.data_ptr() % 16 for t in (x, conv_state, weight, bias, y)):
-        return "the CUDA kernel needs x, conv_state, weight, bias and y to begin at multiples of 16 bytes"
+    if any(t.data_ptr() % 16 for t in (x, conv_state, weight, y)):
+        return "the CUDA kernel needs x, conv_state, weight and y to begin at multiples of 16 bytes"
     if batch > 65535 or max(x.stride(0), y.stride(0), column, conv_state.shape[0], 4 * dim) >= 2**31:
         return "the CUDA kernel counts sequences up to 65535, and all but slots in 32 bits"
     return None
