@@ -44,6 +44,7 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::conv1d_update_kernel<__nv_bfloat16, 4, true, true>",
         "hybrid_ops::conv1d_update_kernel<__half, 3, false, false>",
         "hybrid_ops::conv1d_update_kernel<float, 2, true, true>",
+        "hybrid_ops::conv1d_update_kernel<float, 4, false, false>",
     ],
     "ssd_sm90.cuh": [
         "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<64, 1, true, false>>",
