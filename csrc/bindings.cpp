@@ -154,7 +154,7 @@ PYBIND11_MODULE(_cuda, m) {
   py::class_<Conv1dUpdateArgs>(m, "Conv1dUpdate",
                                "An update of one signature; the groups hold what Conv1dUpdateArgs in api.h names.")
       .def(py::init([](std::array<int, 3> dtypes, std::array<std::int64_t, 4> sizes,
-                       std::array<std::int64_t, 5> strides, int null_slot, bool silu, int threads) {
+                       std::array<std::int64_t, 5> strides, int null_slot, bool silu) {
              const auto [batch, dim, width, nslots] = sizes;
              const auto [state_slot, state_column, x, y, slots] = strides;
              return Conv1dUpdateArgs{
@@ -172,11 +172,9 @@ PYBIND11_MODULE(_cuda, m) {
                  .slots_stride = slots,
                  .null_slot = null_slot,
                  .silu = silu,
-                 .threads = threads,
              };
            }),
-           py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("null_slot"), py::arg("silu"),
-           py::arg("threads"))
+           py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("null_slot"), py::arg("silu"))
       .def(
           "__call__",
           [](const Conv1dUpdateArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {

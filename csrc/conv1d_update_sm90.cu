@@ -7,13 +7,10 @@ namespace hybrid_ops {
 namespace {
 
 template <typename T, int kWidth, bool kColumnsTogether>
-void launch(const Conv1dUpdateParams& p, const Conv1dUpdateArgs& a, cudaStream_t stream) {
-  const bool aligned = reinterpret_cast<std::uintptr_t>(p.bias) % 16 == 0;  // as the weights are
-  const bool plain = a.weight_dtype == a.dtype && (p.bias == nullptr || (a.bias_dtype == a.dtype && aligned));
-  const auto kernel = plain ? conv1d_update_kernel<T, kWidth, kColumnsTogether, true>
-                            : conv1d_update_kernel<T, kWidth, kColumnsTogether, false>;
-  const int channels = a.threads * kUpdateChannels;  // of a CTA
-  kernel<<<dim3((p.dim + channels - 1) / channels, a.batch), a.threads, 0, stream>>>(p);
+void launch(const Conv1dUpdateParams& p, int batch, cudaStream_t stream) {
+  constexpr int kChannelsOfBlock = kUpdateThreads * kUpdateChannels;
+  const dim3 grid((p.dim + kChannelsOfBlock - 1) / kChannelsOfBlock, batch);
+  conv1d_update_kernel<T, kWidth, kColumnsTogether><<<grid, kUpdateThreads, 0, stream>>>(p);
   check(cudaGetLastError(), "conv1d_update_kernel");
 }
 
@@ -21,9 +18,9 @@ template <typename T>
 void launch_width(const Conv1dUpdateParams& p, const Conv1dUpdateArgs& a, cudaStream_t stream) {
   const bool together = p.state_column_stride == 1;
   switch (a.width) {
-    case 2: return launch<T, 2, true>(p, a, stream);
-    case 3: return together ? launch<T, 3, true>(p, a, stream) : launch<T, 3, false>(p, a, stream);
-    case 4: return together ? launch<T, 4, true>(p, a, stream) : launch<T, 4, false>(p, a, stream);
+    case 2: return launch<T, 2, true>(p, a.batch, stream);
+    case 3: return together ? launch<T, 3, true>(p, a.batch, stream) : launch<T, 3, false>(p, a.batch, stream);
+    case 4: return together ? launch<T, 4, true>(p, a.batch, stream) : launch<T, 4, false>(p, a.batch, stream);
     default: throw std::runtime_error("conv1d_update: width must be 2, 3 or 4, got " + std::to_string(a.width));
   }
 }

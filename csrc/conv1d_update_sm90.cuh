@@ -1,7 +1,7 @@
 // The next token of each sequence through the causal depthwise convolution, the windows in a pool of slots.
 //
-// A thread owns four channels of one sequence, and shares nothing with others. It asks for x, weights and bias while it
-// waits for the slot, and for the kWidth - 1 columns as soon as that is there; only then it uses any of them.
+// A thread owns four channels of one sequence, and shares nothing with others. It asks for all
+// that it reads before it uses any of it; for the kWidth - 1 columns as soon as the slot is there.
 #pragma once
 
 #include "common/bits.cuh"
@@ -10,6 +10,7 @@
 namespace hybrid_ops {
 
 inline constexpr int kUpdateChannels = 4;  // of a thread
+inline constexpr int kUpdateThreads = 64;
 
 struct Conv1dUpdateParams {
   const void* x;       // (batch, dim), unit stride in dim
@@ -27,26 +28,25 @@ struct Conv1dUpdateParams {
 };
 
 // The weights of a thread's channels: asked for as they lie in memory, numbers when they are used.
-template <typename T, int kWidth, bool kPlain>
+template <int kWidth>
 struct UpdateWeights {
   static constexpr int kCount = kUpdateChannels * kWidth;
   static constexpr int kWordsOf16Bits = kCount / 2;
   static constexpr int kWords = kWordsOf16Bits % 4 == 0 ? 4 : 2;  // of a load
   unsigned words[kCount / kWords][kWords] = {};
 
-  __device__ __forceinline__ void load(const Conv1dUpdateParams& p, int channel, bool present) {
-    const bool wide = kPlain ? sizeof(T) == 4 : p.weight_dtype == DType::float32;
+  __device__ __forceinline__ void load(const Conv1dUpdateParams& p, int channel) {
+    const bool wide = p.weight_dtype == DType::float32;
     const char* const source =
         static_cast<const char*>(p.weight) + static_cast<int64>(channel) * kWidth * (wide ? 4 : 2);
 #pragma unroll
     for (int i = 0; i < kCount / kWords; ++i) {
-      load_words_if(present && (wide || i < kWordsOf16Bits / kWords), source + i * kWords * 4, words[i]);
+      load_words_if(wide || i < kWordsOf16Bits / kWords, source + i * kWords * 4, words[i]);
     }
   }
 
   // A branch for each dtype: to choose for each element costs more than all else that is done with it.
   __device__ __forceinline__ void get(DType dtype, float (&values)[kCount]) const {
-    if (kPlain) return get_as<T>(values);
     if (dtype == DType::float32) return get_as<float>(values);
     if (dtype == DType::bfloat16) return get_as<__nv_bfloat16>(values);
     get_as<__half>(values);
@@ -60,30 +60,23 @@ struct UpdateWeights {
   }
 };
 
-// kPlain: weights and bias are of dtype T, as a model in T has them, and the bias is aligned; else they may be of any,
-// which takes a third more instructions and half more registers.
-template <typename T, int kWidth, bool kColumnsTogether, bool kPlain>
-__global__ void conv1d_update_kernel(const __grid_constant__ Conv1dUpdateParams p) {
+template <typename T, int kWidth, bool kColumnsTogether>
+__global__ void __launch_bounds__(kUpdateThreads) conv1d_update_kernel(const __grid_constant__ Conv1dUpdateParams p) {
   constexpr int kChannels = kUpdateChannels;
   constexpr int kPieces = kWidth - 1;
   constexpr int kWords = kChannels * sizeof(T) / 4;
   const int b = blockIdx.y;
-  const int channel = (blockIdx.x * blockDim.x + threadIdx.x) * kChannels;
-  const bool present = channel < p.dim;  // a predicate of the loads: others would be moved behind the branch below
+  const int channel = (blockIdx.x * kUpdateThreads + threadIdx.x) * kChannels;
+  if (channel >= p.dim) return;
 
   const int slot = p.slots == nullptr ? b : p.slots[static_cast<int64>(b) * p.slots_stride];
   unsigned x[kWords] = {}, result[kWords] = {}, window[kPieces][kWords] = {};
-  load_words_if(present, static_cast<const T*>(p.x) + static_cast<int64>(b) * p.x_stride + channel, x);
-  UpdateWeights<T, kWidth, kPlain> weight_words;
-  weight_words.load(p, channel, present);
-  unsigned bias_words[kWords] = {};
+  load_words_if(true, static_cast<const T*>(p.x) + static_cast<int64>(b) * p.x_stride + channel, x);
+  UpdateWeights<kWidth> weight_words;
+  weight_words.load(p, channel);
   Element bias_bits[kChannels];
-  load_words_if(kPlain && present && p.bias != nullptr, static_cast<const T*>(p.bias) + channel, bias_words);
 #pragma unroll
-  for (int c = 0; c < kChannels && !kPlain; ++c) {
-    bias_bits[c] = load_bits(p.bias, p.bias_dtype, channel + c, present && p.bias != nullptr);
-  }
-  if (!present) return;
+  for (int c = 0; c < kChannels; ++c) bias_bits[c] = load_bits(p.bias, p.bias_dtype, channel + c, p.bias != nullptr);
   T* const y = static_cast<T*>(p.y) + static_cast<int64>(b) * p.y_stride + channel;
   if (slot < 0 || slot >= p.nslots || (p.slots != nullptr && slot == p.null_slot)) {  // padding
     store_words_if(true, y, result);
@@ -107,9 +100,8 @@ __global__ void conv1d_update_kernel(const __grid_constant__ Conv1dUpdateParams 
   float sums[kChannels];
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
-    const float bias = kPlain ? element<T>(bias_words, c) : from_bits(bias_bits[c], p.bias_dtype);
     const float sum = window_sum<T, kWidth>(
-        bias, [&](int k) { return weight[c * kWidth + k]; },
+        from_bits(bias_bits[c], p.bias_dtype), [&](int k) { return weight[c * kWidth + k]; },
         [&](int k) { return to_float(k < kPieces ? at(c, k) : token[c]); });
     sums[c] = p.silu ? sum * sigmoid<T>(sum) : sum;
 #pragma unroll

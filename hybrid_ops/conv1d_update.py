@@ -162,9 +162,6 @@ def _choose(
     )
     refusal = _csrc_conv1d_update.refusal(x, state, weight, None, None, None, x)
     chosen, reason = _choice(impl, torch.device(device), refusal)
-    if chosen == "cuda":
-        sms = _device.num_sms_to_explain(device)
-        return Choice(chosen, _csrc_conv1d_update.config(batch, dim, sms)._asdict(), reason)
     if chosen != "triton":
         return Choice(chosen, {}, reason)
     from .triton_kernels import conv1d_update as kernels

@@ -41,10 +41,10 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::conv1d_final_states_kernel<__nv_bfloat16>",
     ],
     "conv1d_update_sm90.cuh": [
-        "hybrid_ops::conv1d_update_kernel<__nv_bfloat16, 4, true, true>",
-        "hybrid_ops::conv1d_update_kernel<__half, 3, false, false>",
-        "hybrid_ops::conv1d_update_kernel<float, 2, true, true>",
-        "hybrid_ops::conv1d_update_kernel<float, 4, false, false>",
+        "hybrid_ops::conv1d_update_kernel<__nv_bfloat16, 4, true>",
+        "hybrid_ops::conv1d_update_kernel<__half, 3, false>",
+        "hybrid_ops::conv1d_update_kernel<float, 2, true>",
+        "hybrid_ops::conv1d_update_kernel<float, 4, false>",
     ],
     "ssd_sm90.cuh": [
         "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<64, 1, true, false>>",
@@ -389,9 +389,3 @@ def test_config_of_ssd_replay():
     assert of(1, itemsize=2) == Config(rows=16, warps=2, heads=1)
     assert of(16, x_itemsize=4) == Config(rows=8, warps=4, heads=2)
     assert of(16, dstate=256) == Config(rows=4, warps=4, heads=2)
-
-
-def test_config_of_conv1d_update():
-    from hybrid_ops._csrc.conv1d_update import config
-
-    assert [config(batch, 10240, 132).threads for batch in (1, 6, 7, 512)] == [32, 32, 128, 128]

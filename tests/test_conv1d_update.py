@@ -1,4 +1,5 @@
 import doctest
+import itertools
 import random
 from pathlib import Path
 
@@ -158,26 +159,25 @@ def test_update_cuda_gpu(case):
     check_update(for_cuda(case), "cuda", "cuda")
 
 
-def check_threads_of_a_cta(device):
-    """However many threads a CTA has, whatever is padding among its sequences, and wherever the bias lies: the same
-    bits. (One that is not aligned takes the form for parameters of any dtype.)"""
+def check_parameters_of_any_dtype(device):
+    """Weights and bias of float32 or of 16 bits, the bias wherever it lies, beside x of each dtype and every width:
+    what torch says of their values, and pools that hold the same bits. Some sequences are padding."""
     torch.manual_seed(0)
-    for dtype, layout in ((torch.float32, 0), (torch.bfloat16, 0), (torch.float16, 1)):
-        batch, dim, nslots = 7, 268, 9
-        x, weight, bias = (torch.randn(*s, device=device).to(dtype) for s in ((batch, dim), (dim, 4), (dim,)))
-        before = torch.randn(nslots, *((3, dim) if layout else (dim, 3)), device=device).to(dtype)
-        before = before.transpose(1, 2) if layout else before
-        slots = int32(8, -1, 0, 2, 9, 1, 7).to(device)
-        results = []
-        for threads, skipped in ((32, 0), (128, 0), (128, 1)):
-            pool, y = before.clone(), torch.full_like(x, float("nan"))
-            placed = torch.cat((bias[:skipped], bias))[skipped:]
-            arguments, config = (x, pool, weight, placed, slots), csrc.Config(threads)
-            csrc.causal_conv1d_update(*arguments, y, True, -1, config)(*arguments, None, None, y)
-            results.append((y, pool))
-        assert (results[0][0][[1, 4]] == 0).all()
-        for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    dim, slots, inside = 268, int32(8, -1, 0, 2, 9, 1, 7).to(device), int32(8, -1, 0, 2, -1, 1, 7).to(device)
+    for dtype, weight_dtype, bias_dtype in itertools.product(CPU_DTYPES, repeat=3):
+        for width, layout in itertools.product((2, 3, 4), (0, 1)):
+            shapes = ((7, dim), (dim, width), (dim + 1,), (9, width - 1, dim) if layout else (9, dim, width - 1))
+            values = (torch.randn(*shape, device=device) for shape in shapes)
+            kinds = (dtype, weight_dtype, bias_dtype, dtype)
+            x, weight, bias, pool = (v.to(kind) for v, kind in zip(values, kinds, strict=True))
+            bias, pool = bias[1:], pool.transpose(1, 2) if layout else pool
+            expected_pool = pool.to(torch.float32, copy=True)  # its own: `float()` is the pool itself in float32
+            exact = (x.float(), expected_pool, weight.float(), bias.float())
+            expected = hybrid_ops.causal_conv1d_update(*exact, slots=inside, impl="torch")
+            y = hybrid_ops.causal_conv1d_update(x, pool, weight, bias, slots=slots, impl="cuda")
+            assert (y[[1, 4]] == 0).all()
+            torch.testing.assert_close(y, expected.to(dtype))
+            assert torch.equal(pool, expected_pool.to(dtype))
 
 
 def test_what_the_cuda_kernel_takes():
@@ -205,9 +205,9 @@ def test_what_the_cuda_kernel_takes():
 
 
 @pytest.mark.gpu
-def test_sequences_of_a_thread_gpu():
+def test_parameters_of_any_dtype_cuda_gpu():
     for_cuda(dict(lengths=[], width=4, dim=8, dtype=None, pool=None, out=None))
-    check_threads_of_a_cta("cuda")
+    check_parameters_of_any_dtype("cuda")
 
 
 @pytest.mark.gpu

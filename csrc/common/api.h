@@ -118,7 +118,6 @@ struct Conv1dUpdateArgs {
   std::int64_t state_slot_stride, state_column_stride, x_stride, y_stride, slots_stride;
   int null_slot;
   bool silu;
-  int threads;  // of a CTA
 };
 
 // x, conv_state, weight, bias, slots, y

@@ -1,7 +1,7 @@
 """Launcher of csrc/conv1d_update_sm90.cu, and what that kernel does not take."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,17 +9,7 @@ from torch import Tensor
 from .. import _checks, _device
 from . import DTYPES
 
-
-class Config(NamedTuple):
-    threads: int  # of a CTA, each with four channels of a sequence
-
-
 _VECTOR = 4  # kUpdateChannels
-
-
-def config(batch: int, dim: int, num_sms: int) -> Config:
-    """CTAs of 128 threads; of a warp where so many would leave multiprocessors idle."""
-    return Config(threads=32 if batch * -(-dim // (128 * _VECTOR)) < num_sms else 128)
 
 
 def refusal(
@@ -66,7 +56,6 @@ def causal_conv1d_update(
     y: Tensor,
     silu: bool,
     null_slot: int,
-    chosen: Config | None = None,
 ) -> Callable[..., None]:
     """What fills y and moves conv_state on, given the operator's arguments; for those of one signature."""
     extension = _device.cuda_extension()
@@ -74,15 +63,12 @@ def causal_conv1d_update(
     (batch, dim), (nslots, _, state_len), index = x.shape, conv_state.shape, x.device.index
     # with one column, that is channels side by side too
     column = 1 if conv_state.stride()[1:] == (state_len, 1) else conv_state.stride(2)
-    if chosen is None:
-        chosen = config(batch, dim, _device.num_sms(index))
     launch = extension.Conv1dUpdate(
         dtypes=tuple(DTYPES[(x if t is None else t).dtype] for t in (x, weight, bias)),
         sizes=(batch, dim, weight.shape[1], nslots),
         strides=(conv_state.stride(0), column, x.stride(0), y.stride(0), 0 if slots is None else slots.stride(0)),
         null_slot=null_slot,
         silu=silu,
-        threads=chosen.threads,
     )
 
     def run(*arguments: Any) -> None:
