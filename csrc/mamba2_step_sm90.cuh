@@ -184,8 +184,22 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
   StepRow* const rows = reinterpret_cast<StepRow*>(moved + (kMaxWidth - 1) * kShared);
   float2* const steps = reinterpret_cast<float2*>(rows + p.rows);
 
+  const uint32 barrier = shared_address(&arrived);
+  if (threadIdx.x == 0) {
+    init_barrier(barrier, 1);
+    fence_barrier_init();
+  }
+  cluster_arrive();
   __shared__ int slots[kMaxWarps];
-  const int b = blockIdx.y;               // the sequence
+  const int b = blockIdx.y;  // the sequence
+  wait_for_kernel_before();  // the first access to global memory comes behind it
+
+  // The slot comes as a copy, which is waited for alone: loads into registers share their counters, and the first of
+  // them would be waited for together with the last.
+  if (p.slots != nullptr && lane == 0) {
+    copy_async<4>(&slots[warp], p.slots + static_cast<int64>(b) * p.slots_stride);
+  }
+
   const int first = blockIdx.x * p.rows;  // feature of the CTA
   const int first_head = p.by_headdim.of(first);
   const int heads = p.by_headdim.of(first + p.rows - 1) - first_head + 1;
@@ -200,19 +214,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
   const int part = lane % L::kLanes, column = part * L::kPerLoad;
   const int tiles = p.rows / L::kTile;
 
-  const uint32 barrier = shared_address(&arrived);
-  if (threadIdx.x == 0) {
-    init_barrier(barrier, 1);
-    fence_barrier_init();
-  }
-  cluster_arrive();
-  wait_for_kernel_before();  // the first access to global memory comes behind it
-
-  // The slot comes as a copy, which is waited for alone: loads into registers share their counters, and the first of
-  // them would be waited for together with the last.
-  if (p.slots != nullptr && lane == 0) {
-    copy_async<4>(&slots[warp], p.slots + static_cast<int64>(b) * p.slots_stride);
-  }
   const int64 seed = kStochastic ? *p.seed : 0;
   const auto piece_of = [&](int stage, int r, int i) { return stages + stage * kPieces + 32 * (r * L::kLoads + i); };
   // what does not need the slot, all of it under way at once
