@@ -18,8 +18,7 @@
 //    launched early, it has waited for the one before it in turn, and so on: such a kernel must wait before it ends. In
 //    this one every thread of every CTA does, null slots too, which keeps the chain whole for the next.
 //  * It does not let the next kernel begin: that could only gain where the next one is launched early as well, which
-//  the
-//    products around a step are not, and it would hold the multiprocessors' room while this one runs.
+//    the products around a step are not, and it would hold the multiprocessors' room while this one runs.
 // In a CUDA graph the launch becomes a programmatic edge, if the node before is a kernel, and an ordinary one else.
 #pragma once
 

@@ -11,7 +11,8 @@ from . import DTYPES
 from .ssd_update import DSTATES
 
 MAX_WARPS = 16  # two CTAs of 64 registers a thread share a multiprocessor
-FILLED = 7 / 8  # of the multiprocessors: as good as one CTA for each
+FEW = 64  # CTAs, which leave half of a GPU's multiprocessors idle
+FILLED = 0.9  # of the multiprocessors' places for CTAs: nearly even
 MAX_ROWS = 2048  # of a CTA: its features are in shared memory
 
 
@@ -40,11 +41,11 @@ def config(
 ) -> Config | None:
     """The largest cluster, of 8 at most, whose CTAs have whole tiles, of heads of one group of B and C; None: no such.
 
-    With more than one sequence, of CTAs of 128 features where there are such: each convolves B and C anew. Half as many
-    CTAs, twice as large, are faster while there is one for each multiprocessor, or two, so that all are there at once
+    With more than one sequence, of CTAs of 128 features where there are such: each convolves B and C anew. But of two,
+    with at most 256 features each, where these give every multiprocessor one CTA, or two: all are there at once then,
     and a warp has several tiles to ask for ahead. A CTA has a warp for each tile and a thread for each channel that it
-    convolves, where there are as many. Of the tiles of a warp three are under way with one CTA on a multiprocessor, two
-    with two; more CTAs, which come one after the other, have enough under way with one.
+    convolves, where there are as many. Two tiles of a warp are under way where CTAs are few, more of the CTAs of two;
+    more CTAs have enough under way with one.
     """
     rows_of_tile = tile(dstate, itemsize, stochastic)
     if group_size % rows_per_group or headdim % max(4, rows_of_tile):  # with 4, no more heads than threads
@@ -63,12 +64,14 @@ def config(
     def ctas(cluster: int) -> int:
         return batch * nheads * headdim * cluster // group_size
 
-    if batch > 1 and cluster // 2 in clusters and FILLED * num_sms <= ctas(cluster // 2) <= 2 * num_sms:
-        cluster //= 2
+    places = next((n for n in (1, 2) if FILLED < ctas(2) / (n * num_sms) <= 1), 0)
+    even = places > 0 and 2 in clusters and group_size // 2 <= 256
+    if even:
+        cluster = 2
     rows = group_size // cluster
     tiles, channels = rows // rows_of_tile, 2 * dstate + rows
     warps = max(-(-tiles // -(-tiles // MAX_WARPS)), min(-(-channels // 32), MAX_WARPS))
-    most = 3 if ctas(cluster) <= num_sms else 2 if ctas(cluster) <= 2 * num_sms else 1
+    most = 4 - places if even else 2 if ctas(cluster) <= FEW else 1
     return Config(cluster, warps, stages=min(most, -(-tiles // warps)))
 
 
