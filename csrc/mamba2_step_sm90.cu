@@ -12,8 +12,12 @@ void launch(Mamba2StepParams p, const Mamba2StepArgs& a, Target target) {
   p.rows = p.group_size / a.cluster;
   p.stages = a.stages;
   const int heads = (p.rows + p.headdim - 1) / p.headdim;
+  // also for a cluster of one, without which its stores to itself are illegal instructions
   cudaLaunchAttribute cluster{.id = cudaLaunchAttributeClusterDimension};
   cluster.val.clusterDim = {static_cast<unsigned>(a.cluster), 1, 1};
+  cudaLaunchAttribute early{.id = cudaLaunchAttributeProgrammaticStreamSerialization};
+  early.val.programmaticStreamSerializationAllowed = 1;
+  std::array attributes{cluster, early};
   const int shared = a.warps * a.stages * L::kTile * kDstate * static_cast<int>(sizeof(State)) +
                      (kMaxWidth * 2 * kDstate + 4 * p.rows + 2 * (heads + heads % 2)) * static_cast<int>(sizeof(float));
   constexpr auto kernel = mamba2_step_kernel<State, kDstate, kStochastic, kUsual>;
@@ -23,8 +27,8 @@ void launch(Mamba2StepParams p, const Mamba2StepArgs& a, Target target) {
       .blockDim = dim3(32 * a.warps),
       .dynamicSmemBytes = static_cast<unsigned>(shared),
       .stream = reinterpret_cast<cudaStream_t>(target.stream),
-      .attrs = &cluster,
-      .numAttrs = 1,
+      .attrs = attributes.data(),
+      .numAttrs = attributes.size(),
   };
   check(cudaLaunchKernelEx(&config, kernel, p), "mamba2_step_kernel");
 }

@@ -9,6 +9,17 @@
 // All that crosses the cluster is a sum of squares from each warp, stored into every CTA with a count of bytes: no
 // fence waits for the states that were written meanwhile. It also says that its sender has read the windows of B and C,
 // which each CTA then moves on for a part of the channels.
+//
+// It is launched early: its CTAs come to a multiprocessor as soon as those of the kernel before have left, and do not
+// wait for that kernel to be flushed and for a launch behind it. Why that is right:
+//  * Until wait_for_kernel_before() a CTA touches nothing but its own registers and shared memory. All it reads or
+//    writes in global memory may be the work of the kernel before, also the slots and, in a chain of steps, the states.
+//  * That wait is for all of the kernel before and its writes, whether it let this one begin or ended. If it was itself
+//    launched early, it has waited for the one before it in turn, and so on: such a kernel must wait before it ends. In
+//    this one every thread of every CTA does, null slots too, which keeps the chain whole for the next.
+//  * It does not let the next kernel begin: that could only gain where the next one is launched early as well, which
+//    the products around a step are not, and it would hold the multiprocessors' room while this one runs.
+// In a CUDA graph the launch becomes a programmatic edge, if the node before is a kernel, and an ordinary one else.
 #pragma once
 
 #include "common/async_copies.cuh"
@@ -172,10 +183,18 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
   StepRow* const rows = reinterpret_cast<StepRow*>(moved + (kMaxWidth - 1) * kShared);
   float2* const steps = reinterpret_cast<float2*>(rows + p.rows);
 
-  // The slot comes as a copy, which is waited for alone: loads into registers share their counters, and the first of
-  // them would be waited for together with the last.
+  const uint32 barrier = shared_address(&arrived);
+  if (threadIdx.x == 0) {
+    init_barrier(barrier, 1);
+    fence_barrier_init();
+  }
+  cluster_arrive();
   __shared__ int slots[kMaxWarps];
   const int b = blockIdx.y;  // the sequence
+  wait_for_kernel_before();  // the first access to global memory comes behind it
+
+  // The slot comes as a copy, which is waited for alone: loads into registers share their counters, and the first of
+  // them would be waited for together with the last.
   if (p.slots != nullptr && lane == 0) {
     copy_async<4>(&slots[warp], p.slots + static_cast<int64>(b) * p.slots_stride);
   }
@@ -193,13 +212,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
   };
   const int part = lane % L::kLanes, column = part * L::kPerLoad;
   const int tiles = p.rows / L::kTile;
-
-  const uint32 barrier = shared_address(&arrived);
-  if (threadIdx.x == 0) {
-    init_barrier(barrier, 1);
-    fence_barrier_init();
-  }
-  cluster_arrive();
 
   const int64 seed = kStochastic ? *p.seed : 0;
   const auto piece_of = [&](int stage, int r, int i) { return stages + stage * kPieces + 32 * (r * L::kLoads + i); };

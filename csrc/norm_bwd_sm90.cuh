@@ -112,7 +112,12 @@ __global__ void __launch_bounds__(32 * kMaxNormWarps, 1) norm_bwd_kernel(const _
   RowRing ring(shared_address(barriers[warp_of_cta]), p.stages, part.row, p.step, p.rows, fill);
 
   float weight[kVectors][kCount], dweight[kVectors][kCount] = {};
-  load_norm_weight(part, p.weight, p.weight_fp32, weight);
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    NormWeight<T, kCount> bits;
+    if (part.has(i)) bits.load(p.weight, p.weight_fp32, part.column + part.place(i));
+    bits.get(p.weight_fp32, weight[i]);
+  }
   const int64 hidden = static_cast<int64>(p.groups) * p.group_size;
   int turn = 0;
   for (int row = part.row; row < p.rows; row += p.step) {

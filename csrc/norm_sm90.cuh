@@ -18,10 +18,17 @@ struct NormParams {
   bool weight_fp32;
 };
 
+// CTAs of a multiprocessor for which registers suffice, by the vectors of a lane: without the bound ptxas has loads
+// wait for fewer others, in more registers. One fewer where z is kept to the end, or x + residual is rounded.
+inline constexpr int kNormCtas[] = {0, 6, 5, 3, 3, 3, 2};
+inline constexpr int kMostEarlyWeights = 3;  // vectors of a lane whose weights have registers beside x and z
+
 template <typename T, typename Stream, Gate kGate, int kVectors>
-__global__ void __launch_bounds__(32 * kMaxNormWarps, 1) norm_kernel(const __grid_constant__ NormParams p) {
+__global__ void __launch_bounds__(32 * kMaxNormWarps, kNormCtas[kVectors] - (kGate == Gate::first ? 0 : 1))
+    norm_kernel(const __grid_constant__ NormParams p) {
   using Part = NormPart<T, Stream, kVectors>;
   constexpr int kCount = Part::kCount;
+  constexpr bool kWeightsEarly = kVectors <= kMostEarlyWeights;
   __shared__ NormSums<1> shared[kMaxNormWarps];
 
   const Part part(p.groups, p.group_size);
@@ -41,8 +48,14 @@ __global__ void __launch_bounds__(32 * kMaxNormWarps, 1) norm_kernel(const __gri
       second_raw[i] = load_once(reinterpret_cast<const Vector<Stream, kCount>*>(second + part.place(i)));
     }
   }
-  float weight[kVectors][kCount];  // only now: before it is converted it must be there, and the row is under way
-  load_norm_weight(part, p.weight, p.weight_fp32, weight);
+  NormWeight<T, kCount> weights[kVectors];
+  const auto load_weight = [&](int i) {
+    if (part.has(i)) weights[i].load(p.weight, p.weight_fp32, part.column + part.place(i));
+  };
+  if constexpr (kWeightsEarly) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) load_weight(i);
+  }
 
   float u[kVectors][kCount], squares[1] = {0.f};
 #pragma unroll
@@ -60,7 +73,7 @@ __global__ void __launch_bounds__(32 * kMaxNormWarps, 1) norm_kernel(const __gri
         const Vector<Stream, kCount> h = pack<Stream>(u[i]);
         unpack<Stream>(h, u[i]);
         Stream* const place = static_cast<Stream*>(p.h) + row * p.h_stride + part.column + part.place(i);
-        if (part.has(i)) *reinterpret_cast<Vector<Stream, kCount>*>(place) = h;
+        if (part.has(i)) store_vector(place, h);
       }
     }
 #pragma unroll
@@ -71,8 +84,11 @@ __global__ void __launch_bounds__(32 * kMaxNormWarps, 1) norm_kernel(const __gri
   const float rstd = 1.f / sqrtf(squares[0] / static_cast<float>(p.group_size) + p.eps);
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
+    float weight[kCount];
+    if (!kWeightsEarly) load_weight(i);
+    weights[i].get(p.weight_fp32, weight);
 #pragma unroll
-    for (int c = 0; c < kCount; ++c) u[i][c] *= rstd * weight[i][c];
+    for (int c = 0; c < kCount; ++c) u[i][c] *= rstd * weight[c];
     if constexpr (kGate == Gate::last) {
       float z[kCount];
       unpack<Stream>(second_raw[i], z);
@@ -80,7 +96,7 @@ __global__ void __launch_bounds__(32 * kMaxNormWarps, 1) norm_kernel(const __gri
       for (int c = 0; c < kCount; ++c) u[i][c] *= z[c] * sigmoid<Stream>(z[c]);
     }
     T* const place = static_cast<T*>(p.y) + row * p.y_stride + part.column + part.place(i);
-    if (part.has(i)) *reinterpret_cast<Vector<T, kCount>*>(place) = pack<T>(u[i]);
+    if (part.has(i)) store_vector(place, pack<T>(u[i]));
   }
 }
 

@@ -254,7 +254,7 @@ def _choose(
     chosen, reason = _device.choose(impl, torch.device(device), refusal)
     if chosen == "cuda":
         sizes = (state_dtype.itemsize, rounding == "stochastic", group_size, d_inner // ngroups)
-        config = _csrc_mamba2_step.config(batch, nheads, headdim, dstate, *sizes)
+        config = _csrc_mamba2_step.config(batch, nheads, headdim, dstate, *sizes, _device.num_sms_to_explain(device))
         assert config is not None  # or it would have refused
         return Choice(chosen, config._asdict(), reason)
     if chosen != "triton":

@@ -346,25 +346,39 @@ def test_configurations(heads, dstate, itemsize, stochastic):
     nheads, headdim, ngroups = heads
     rows_per_group = nheads * headdim // ngroups
     for group_size in {rows_per_group, nheads * headdim}:
-        for batch in (1, 64):
-            sizes = (batch, nheads, headdim, dstate, itemsize, stochastic, group_size, rows_per_group)
+        for batch in (1, 4, 8, 16, 64):
+            sizes = (batch, nheads, headdim, dstate, itemsize, stochastic, group_size, rows_per_group, 132)
             cluster, warps, stages = csrc.config(*sizes)
             rows, tile = group_size // cluster, csrc.tile(dstate, itemsize, stochastic)
             assert rows * cluster == group_size
             assert rows % tile == rows_per_group % rows == headdim % tile == 0
             assert 1 <= cluster <= 8
             assert 1 <= warps <= 16
-            assert stages == 1 or rows // tile > warps
+            assert 1 <= stages <= min(3, -(-rows // tile // warps))
             shared = 4 * (8 * dstate + 4 * rows + 2 * -(-rows // headdim)) + warps * stages * tile * dstate * itemsize
-            assert shared + 1024 <= 113 * 1024
+            at_once = 2 if batch * nheads * headdim // rows > 132 else 1  # CTAs on a multiprocessor
+            assert at_once * (shared + 2048) <= 227 * 1024
 
 
 def test_config_of_nemotron():
-    def of(batch, nheads):
-        return tuple(csrc.config(batch, nheads, 64, 128, 4, False, nheads * 8, nheads * 8))
+    def of(batch, nheads, headdim=64):
+        group_size = nheads * headdim // 8
+        return tuple(csrc.config(batch, nheads, headdim, 128, 4, False, group_size, group_size, 132))
 
-    assert [of(batch, 64) for batch in (1, 2, 4, 512)] == [(8, 16, 1), (4, 16, 2), (4, 16, 1), (4, 16, 1)]
-    assert [of(batch, 128) for batch in (1, 2, 512)] == [(8, 16, 2), (8, 16, 1), (8, 16, 1)]
+    nano3 = {
+        1: (8, 16, 1),
+        2: (4, 16, 2),
+        4: (4, 16, 1),
+        8: (2, 16, 3),
+        12: (4, 16, 1),
+        16: (2, 16, 2),
+        32: (4, 16, 1),
+        64: (4, 16, 1),
+    }
+    assert {batch: of(batch, 64) for batch in nano3} == nano3
+    large = {1: (8, 16, 2), 2: (8, 16, 1), 4: (8, 16, 1), 8: (8, 16, 1), 16: (8, 16, 1), 64: (8, 16, 1)}
+    assert {batch: of(batch, 128) for batch in large} == large
+    assert [of(batch, 128, 80) for batch in (1, 8, 64)] == [(8, 14, 2), (8, 14, 1), (8, 14, 1)]
 
 
 def test_docs():

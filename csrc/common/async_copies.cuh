@@ -27,12 +27,14 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 // Until all of this thread's have arrived.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Until at most `pending` of this thread's groups, 0 or 1, are under way.
+// Until at most `pending` of this thread's groups, 0 to 2, are under way.
 __device__ __forceinline__ void wait_for_copies(int pending) {
   if (pending == 0) {
     asm volatile("cp.async.wait_group 0;" ::: "memory");
-  } else {
+  } else if (pending == 1) {
     asm volatile("cp.async.wait_group 1;" ::: "memory");
+  } else {
+    asm volatile("cp.async.wait_group 2;" ::: "memory");
   }
 }
 

@@ -44,27 +44,34 @@ struct NormPart {
   __device__ __forceinline__ bool has(int i) const { return place(i) < elements; }
 };
 
-template <typename T, typename Stream, int kVectors>
-__device__ __forceinline__ void load_norm_weight(const NormPart<T, Stream, kVectors>& part, const void* weight,
-                                                 bool is_fp32, float (&w)[kVectors][kNormVector<T, Stream>]) {
-  constexpr int kCount = kNormVector<T, Stream>;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int first = part.column + part.place(i);
-    if (!part.has(i)) {
-#pragma unroll
-      for (int c = 0; c < kCount; ++c) w[i][c] = 0.f;
-    } else if (is_fp32) {
+// The weights of a vector as bits, of T or float32, until they are used: as numbers they would have to be there at
+// once.
+template <typename T, int kCount>
+struct NormWeight {
+  unsigned bits[kCount] = {};
+
+  __device__ __forceinline__ void load(const void* weight, bool is_fp32, int first) {
+    if (is_fp32) {
 #pragma unroll
       for (int c = 0; c < kCount; c += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(static_cast<const float*>(weight) + first + c);
-        w[i][c] = four.x, w[i][c + 1] = four.y, w[i][c + 2] = four.z, w[i][c + 3] = four.w;
+        *reinterpret_cast<uint4*>(bits + c) =
+            *reinterpret_cast<const uint4*>(static_cast<const float*>(weight) + first + c);
       }
     } else {
-      unpack<T>(*reinterpret_cast<const Vector<T, kCount>*>(static_cast<const T*>(weight) + first), w[i]);
+      *reinterpret_cast<Vector<T, kCount>*>(bits) =
+          *reinterpret_cast<const Vector<T, kCount>*>(static_cast<const T*>(weight) + first);
     }
   }
-}
+
+  __device__ __forceinline__ void get(bool is_fp32, float (&w)[kCount]) const {
+    if (is_fp32) {
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) w[c] = __uint_as_float(bits[c]);
+    } else {
+      unpack<T>(*reinterpret_cast<const Vector<T, kCount>*>(bits), w);
+    }
+  }
+};
 
 // Sums over the threads of a team, in the same order in all of them. `shared` is the team's; its halves take turns, so
 // that one barrier a call is enough.

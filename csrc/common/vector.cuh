@@ -51,6 +51,16 @@ __device__ __forceinline__ void unpack(const Vector<T, 8>& raw, float (&values)[
   unpack<T>(make_uint2(raw.z, raw.w), reinterpret_cast<float (&)[4]>(values[4]));
 }
 
+// A vector to global memory by one instruction: one that was made of words and is assigned through a pointer, LLVM
+// stores word by word.
+__device__ __forceinline__ void store_vector(void* place, const uint2& v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(place), "r"(v.x), "r"(v.y) : "memory");
+}
+__device__ __forceinline__ void store_vector(void* place, const uint4& v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(place), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 // One rounding to nearest per value, two values per instruction.
 template <typename T>
 __device__ __forceinline__ Vector<T> pack(const float (&values)[kPerVector]);

@@ -12,6 +12,7 @@ from .ssd_update import DSTATES
 
 MAX_WARPS = 16  # two CTAs of 64 registers a thread share a multiprocessor
 FEW = 64  # CTAs, which leave half of a GPU's multiprocessors idle
+FILLED = 0.9  # of the multiprocessors' places for CTAs: nearly even
 MAX_ROWS = 2048  # of a CTA: its features are in shared memory
 
 
@@ -36,12 +37,15 @@ def config(
     stochastic: bool,
     group_size: int,
     rows_per_group: int,
+    num_sms: int,
 ) -> Config | None:
     """The largest cluster, of 8 at most, whose CTAs have whole tiles, of heads of one group of B and C; None: no such.
 
-    With more than one sequence, of CTAs of 128 features where there are such: each convolves B and C anew. A CTA has a
-    warp for each tile and a thread for each channel that it convolves, where there are as many. Two tiles of a warp are
-    under way where CTAs are few; more CTAs have enough under way with one.
+    With more than one sequence, of CTAs of 128 features where there are such: each convolves B and C anew. But of two,
+    with at most 256 features each, where these give every multiprocessor one CTA, or two: all are there at once then,
+    and a warp has several tiles to ask for ahead. A CTA has a warp for each tile and a thread for each channel that it
+    convolves, where there are as many. Two tiles of a warp are under way where CTAs are few, more of the CTAs of two;
+    more CTAs have enough under way with one.
     """
     rows_of_tile = tile(dstate, itemsize, stochastic)
     if group_size % rows_per_group or headdim % max(4, rows_of_tile):  # with 4, no more heads than threads
@@ -56,11 +60,19 @@ def config(
     if not clusters:
         return None
     cluster = next((c for c in clusters if batch == 1 or group_size // c >= 128), clusters[0])
+
+    def ctas(cluster: int) -> int:
+        return batch * nheads * headdim * cluster // group_size
+
+    places = next((n for n in (1, 2) if FILLED < ctas(2) / (n * num_sms) <= 1), 0)
+    even = places > 0 and 2 in clusters and group_size // 2 <= 256
+    if even:
+        cluster = 2
     rows = group_size // cluster
     tiles, channels = rows // rows_of_tile, 2 * dstate + rows
     warps = max(-(-tiles // -(-tiles // MAX_WARPS)), min(-(-channels // 32), MAX_WARPS))
-    few = batch * nheads * headdim // rows <= FEW
-    return Config(cluster, warps, stages=2 if few and tiles > warps else 1)
+    most = 4 - places if even else 2 if ctas(cluster) <= FEW else 1
+    return Config(cluster, warps, stages=min(most, -(-tiles // warps)))
 
 
 def rows_per_group(zxbcdt: Tensor, state: Tensor) -> int:
@@ -103,7 +115,7 @@ def refusal(
     if state.data_ptr() % 16 or conv_weight.data_ptr() % 16:
         return "the CUDA kernel needs state and conv_weight to begin at multiples of 16 bytes"
     # either rounding: what one takes, the other does
-    problem = (1, nheads, headdim, dstate, state.element_size(), False, group_size, rows_per_group(zxbcdt, state))
+    problem = (1, nheads, headdim, dstate, state.element_size(), False, group_size, rows_per_group(zxbcdt, state), 1)
     if config(*problem) is None:
         return (
             "the CUDA kernel needs norm groups of whole groups of B and C, in up to 8 equal parts of whole heads of "
@@ -148,7 +160,7 @@ def mamba2_step(
     rows = rows_per_group(zxbcdt, state)
     if chosen is None:
         problem = (batch, nheads, headdim, dstate, state.element_size(), seed is not None, group_size, rows)
-        chosen = config(*problem)
+        chosen = config(*problem, _device.num_sms(index))
     tensors = (zxbcdt, conv_state, state, conv_weight, conv_bias, D, dt_bias, norm_weight)
     launch = extension.Mamba2Step(
         dtypes=tuple(DTYPES[(zxbcdt if t is None else t).dtype] for t in tensors),
