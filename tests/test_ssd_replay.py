@@ -414,9 +414,13 @@ def test_what_the_kernel_of_one_token_takes():
         B, C = torch.empty(2, 2, 2, 128 + offset, dtype=dtype)[..., offset:]
         return csrc.takes_one(state, cache.x, steps, (x, None, z), (B, C))
 
-    assert takes() and takes(torch.float16)
-    assert not takes(torch.float32) and not takes(dtype=torch.float16) and not takes(steps=2)
-    assert not takes(offset=2) and not takes(offset=1)
+    assert takes()
+    assert takes(torch.float16)
+    assert not takes(torch.float32)
+    assert not takes(dtype=torch.float16)
+    assert not takes(steps=2)
+    assert not takes(offset=2)
+    assert not takes(offset=1)
     assert takes(pool=torch.empty(3, 8, 64, 128, dtype=torch.float16)[:, ::2])
     assert not takes(pool=torch.empty(3, 4, 64, 256, dtype=torch.float16)[..., :128])
     x = torch.empty(2, 4, 66, dtype=torch.bfloat16)[..., 2:]  # pairs suffice for x
