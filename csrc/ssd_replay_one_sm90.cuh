@@ -8,7 +8,8 @@
 //   B_j . C        [tokens, dstate] [dstate, 1]      S C                      [rows, dstate] [dstate, 1]
 //   sum_j w_j x_j  [rows, tokens] [tokens, 1]        sum_j w_j x_j (outer) B_j  [rows, tokens] [tokens, dstate]
 //
-// Weights are float32, and go into a product as the sum of two bfloat16.
+// Weights are float32, and go into a product as sums of bfloat16: for y, of 8 bits itself, of two; for the state, where
+// terms may cancel and random bits meet the rest, w_j B_j as the sum of three, all bits of a float32.
 //
 // No CTA needs another. Every one reads ring[slot] first and is counted there afterwards, by an addition far above the
 // number: both are of one place, and so never change their order. The last one counted knows that all have read, and
@@ -59,14 +60,11 @@ __device__ __forceinline__ uint32 word_of(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// Two float32 as sums of two bfloat16 each: 16 bits of them.
-struct Split {
-  uint32 high, low;
-};
-
-__device__ __forceinline__ Split split(float first, float second) {
-  const uint32 high = pack_pair(first, second);
-  return {high, pack_pair(first - low_float(high), second - high_float(high))};
+// Takes from two float32 what a pair of bfloat16 holds of them.
+__device__ __forceinline__ uint32 take_pair(float& first, float& second) {
+  const uint32 pair = pack_pair(first, second);
+  first -= low_float(pair), second -= high_float(pair);
+  return pair;
 }
 
 // C for products with states in float16, which has fewer exponents: times a power of two, by which its largest element
@@ -245,17 +243,15 @@ __global__ void __maxnreg__(kN == 256 ? 255 : 160) ssd_replay_one_kernel(const _
   };
   float w[4];
   of_tokens(lane < n ? weight : 0.f, w);
+  const auto input = [&](int i, int k) {  // of x in products i, register k of the lane
+    return __byte_perm(word_of(x[k / 2 * 2], i), word_of(x[k / 2 * 2 + 1], i), k % 2 ? 0x7632 : 0x5410);
+  };
   float X[4][4] = {};  // sum_j w_j x_j of the cached tokens
-  {
-    const Split low = split(w[0], w[1]), high = split(w[2], w[3]);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32 x0 = word_of(x[0], i), x1 = word_of(x[1], i), x2 = word_of(x[2], i), x3 = word_of(x[3], i);
-      const uint32 a0 = __byte_perm(x0, x1, 0x5410), a1 = __byte_perm(x0, x1, 0x7632);
-      const uint32 a2 = __byte_perm(x2, x3, 0x5410), a3 = __byte_perm(x2, x3, 0x7632);
-      mma<Token>(X[i], a0, a1, a2, a3, low.high, high.high);
-      mma<Token>(X[i], a0, a1, a2, a3, low.low, high.low);
-    }
+  for (int part = 0; part < 2; ++part) {
+    const uint32 b0 = take_pair(w[0], w[1]), b1 = take_pair(w[2], w[3]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) mma<Token>(X[i], input(i, 0), input(i, 1), input(i, 2), input(i, 3), b0, b1);
   }
   float factor = 1.f;
   if constexpr (kIsHalf<State>) factor = to_half(C, g / 2 % 2, t % 2);
@@ -285,10 +281,10 @@ __global__ void __maxnreg__(kN == 256 ? 255 : 160) ssd_replay_one_kernel(const _
     float sum = sum_of(t, r);
     // the other part of C is in the neighbour's columns
     if constexpr (kIsHalf<State>) sum = sum * factor + __shfl_xor_sync(~0u, sum_of(t ^ 1, r) * factor, 1);
-    const float input = r == 0 ? low_float(new_x) : high_float(new_x);
+    const float own_x = r == 0 ? low_float(new_x) : high_float(new_x);
     sum = fmaf(sum, decay, choose(X, t, 2 * r));
-    sum = fmaf(new_weight, input, sum);
-    results[r] = fmaf(from_bits(D[r], p.D_dtype), input, sum);
+    sum = fmaf(new_weight, own_x, sum);
+    results[r] = fmaf(from_bits(D[r], p.D_dtype), own_x, sum);
     if (p.z != nullptr) results[r] *= silu(r == 0 ? low_float(z) : high_float(z));
   }
   if (present) *reinterpret_cast<uint32*>(y) = pack_pair(results[0], results[1]);
@@ -297,38 +293,38 @@ __global__ void __maxnreg__(kN == 256 ? 255 : 160) ssd_replay_one_kernel(const _
   // the state through the cached tokens
   const int64 seed = kStochastic ? *p.seed : 0;
   of_tokens(weigh(dt, A, n - 1, decay), w);
-  Split inputs[4][4];  // w_j x_j
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-#pragma unroll
-    for (int k = 0; k < 4; k += 2) {
-      const uint32 x0 = word_of(x[k], i), x1 = word_of(x[k + 1], i);
-      inputs[i][k] = split(w[k] * low_float(x0), w[k + 1] * low_float(x1));
-      inputs[i][k + 1] = split(w[k] * high_float(x0), w[k + 1] * high_float(x1));
-    }
-  }
 #pragma unroll 1
   for (int s = 0; s < kSteps; ++s) {
     uint4 B[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) B[k] = load_B(token_of(k), 32 * s + g / 2 * 8);
+    uint32 weighed[4][3][2];  // w_j B_j, of each two columns
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      float v[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const uint32 pair = word_of(B[k], q);
+        v[k] = w[k] * (odd ? high_float(pair) : low_float(pair));
+      }
+#pragma unroll
+      for (auto& part : weighed[q]) part[0] = take_pair(v[0], v[1]), part[1] = take_pair(v[2], v[3]);
+    }
     const int column = 32 * s + 8 * t;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float rows[2][8];
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {  // of the lane's columns, two
-        const uint32 take = odd ? 0x7632 : 0x5410;
-        const uint32 b0 = __byte_perm(word_of(B[0], q), word_of(B[1], q), take);
-        const uint32 b1 = __byte_perm(word_of(B[2], q), word_of(B[3], q), take);
+      for (int q = 0; q < 4; ++q) {
         float d[4];
         unpack_word<State>(word_of(state_at(i, 0, column), q), d);
         unpack_word<State>(word_of(state_at(i, 1, column), q), d + 2);
 #pragma unroll
         for (float& value : d) value *= decay;
-        const Split(&a)[4] = inputs[i];
-        mma<Token>(d, a[0].high, a[1].high, a[2].high, a[3].high, b0, b1);
-        mma<Token>(d, a[0].low, a[1].low, a[2].low, a[3].low, b0, b1);
+#pragma unroll
+        for (const auto& part : weighed[q]) {
+          mma<Token>(d, input(i, 0), input(i, 1), input(i, 2), input(i, 3), part[0], part[1]);
+        }
         rows[0][2 * q] = d[0], rows[0][2 * q + 1] = d[1];
         rows[1][2 * q] = d[2], rows[1][2 * q + 1] = d[3];
       }
