@@ -2,6 +2,7 @@
 
 #include "common/api.h"
 #include "common/launch.cuh"
+#include "ssd_replay_one_sm90.cuh"
 
 namespace hybrid_ops {
 namespace {
@@ -17,6 +18,16 @@ void launch(const SsdReplayParams& p, const SsdReplayArgs& a, Target target) {
   check(cudaGetLastError(), "ssd_replay_kernel");
 }
 
+template <typename State, int kDstate, bool kStochastic>
+void launch_one(const SsdReplayParams& p, const SsdReplayArgs& a, Target target) {
+  const dim3 grid((p.headdim + kOneRows - 1) / kOneRows, p.nheads, a.batch);
+  constexpr auto kernel = ssd_replay_one_kernel<State, kDstate, kStochastic>;
+  allow_shared_memory<kernel>(kOneShared<State, kDstate>, target.device);
+  prefer_shared_memory<kernel>(100, target.device);
+  kernel<<<grid, 32, kOneShared<State, kDstate>, reinterpret_cast<cudaStream_t>(target.stream)>>>(p);
+  check(cudaGetLastError(), "ssd_replay_one_kernel");
+}
+
 template <typename State, int kDstate, int kRows, int kItem>
 void launch_rounding(const SsdReplayParams& p, const SsdReplayArgs& a, Target target) {
   if constexpr (sizeof(State) == 2) {
@@ -30,6 +41,12 @@ template <typename State, int kDstate>
 void launch_rows(const SsdReplayParams& p, const SsdReplayArgs& a, Target target) {
   constexpr int kRow = sizeof(State) * kDstate;  // bytes
   constexpr int kFew = kRow == 1024 || kRow == 128 ? 4 : 8;
+  if constexpr (sizeof(State) == 2) {
+    if (a.rows == kOneRows) {
+      if (p.seed != nullptr) return launch_one<State, kDstate, true>(p, a, target);
+      return launch_one<State, kDstate, false>(p, a, target);
+    }
+  }
   if (a.rows == kFew) {
     if (a.dtype == DType::float32) return launch_rounding<State, kDstate, kFew, 4>(p, a, target);
     return launch_rounding<State, kDstate, kFew, 2>(p, a, target);

@@ -399,6 +399,8 @@ def _explain(
     refusal = _device.not_sm90(where) or _csrc_ssd_replay.refusal(state, *kept, tokens, batch, ())
     chosen, reason = _device.choose(impl, where, refusal)
     if chosen == "cuda":
+        if _csrc_ssd_replay.takes_one(state, kept[0], tokens, (), ()):
+            return Choice(chosen, _csrc_ssd_replay.ONE._asdict(), reason)
         sms = _device.num_sms_to_explain(device)
         problem = (headdim, dstate, state_dtype.itemsize, dtype.itemsize, nheads, ngroups, batch)
         return Choice(chosen, _csrc_ssd_replay.config(*problem, sms)._asdict(), reason)
@@ -410,7 +412,7 @@ def _explain(
 
 
 explains("ssd_replay_update")(_explain)
-explains("ssd_replay_materialize")(_explain)
+explains("ssd_replay_materialize")(lambda **problem: _explain(**problem | dict(tokens=0)))
 
 
 def _ssd_replay_update(

@@ -67,6 +67,12 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::ssd_replay_kernel<__nv_bfloat16, 256, 8, 2, true>",
         "hybrid_ops::ssd_replay_kernel<__half, 64, 4, 4, true>",
     ],
+    "ssd_replay_one_sm90.cuh": [
+        "hybrid_ops::ssd_replay_one_kernel<__nv_bfloat16, 128, false>",
+        "hybrid_ops::ssd_replay_one_kernel<__half, 128, true>",
+        "hybrid_ops::ssd_replay_one_kernel<__nv_bfloat16, 64, true>",
+        "hybrid_ops::ssd_replay_one_kernel<__half, 256, false>",
+    ],
     "mamba2_step_sm90.cuh": [
         "hybrid_ops::mamba2_step_kernel<float, 128, false, true>",
         "hybrid_ops::mamba2_step_kernel<float, 256, false, false>",

@@ -406,6 +406,36 @@ def test_what_the_cuda_kernel_takes():
         assert "rows of state" in refusal(pool=pool)
 
 
+def test_what_the_kernel_of_one_token_takes():
+    def takes(state_dtype=torch.bfloat16, dtype=torch.bfloat16, steps=1, offset=0, pool=None):
+        state = torch.empty(3, 4, 64, 128, dtype=state_dtype) if pool is None else pool
+        cache = hybrid_ops.ReplayCache.new(3, 4, 64, 2, 128, dtype=dtype)
+        x, z = torch.empty(2, 2, 4, 64 + offset, dtype=dtype)[..., offset:]
+        B, C = torch.empty(2, 2, 2, 128 + offset, dtype=dtype)[..., offset:]
+        return csrc.takes_one(state, cache.x, steps, (x, None, z), (B, C))
+
+    assert takes()
+    assert takes(torch.float16)
+    assert not takes(torch.float32)
+    assert not takes(dtype=torch.float16)
+    assert not takes(steps=2)
+    assert not takes(offset=2)
+    assert not takes(offset=1)
+    assert takes(pool=torch.empty(3, 8, 64, 128, dtype=torch.float16)[:, ::2])
+    assert not takes(pool=torch.empty(3, 4, 64, 256, dtype=torch.float16)[..., :128])
+    x = torch.empty(2, 4, 66, dtype=torch.bfloat16)[..., 2:]  # pairs suffice for x
+    cache = hybrid_ops.ReplayCache.new(3, 4, 64, 2, 128)
+    assert csrc.takes_one(torch.empty(3, 4, 64, 128).half(), cache.x.bfloat16(), 1, (x,), ())
+
+
+@pytest.mark.gpu
+@settings(max_examples=30)
+@given(case=cases([torch.bfloat16, torch.float16], headdims=(8, 24, 64, 136), max_groups=3, steps=24))
+def test_stream_of_one_token_gpu(case):
+    one = dict(dtype=torch.bfloat16, tokens=[None, 1] * 12)
+    check_stream(for_cuda(case) | one, implementation("cuda"), "cuda")
+
+
 def test_docs():
     page = Path(__file__).parent.parent / "docs" / "ssd_replay.md"
     names = dict(torch=torch, hybrid_ops=hybrid_ops)

@@ -1,4 +1,4 @@
-"""Launcher of csrc/ssd_replay_sm90.cu, and what that kernel does not take."""
+"""Launcher of csrc/ssd_replay_sm90.cu, and what its kernels do not take."""
 
 import math
 from collections.abc import Callable
@@ -16,6 +16,33 @@ class Config(NamedTuple):
     rows: int  # of a lane, in a warp's tile
     warps: int  # of a block
     heads: int  # of a block, of one group
+
+
+ONE = Config(rows=64, warps=1, heads=1)  # of csrc/ssd_replay_one_sm90.cuh: rows of a warp
+
+
+def takes_one(
+    state: Tensor, cache_x: Tensor, steps: int, tokens: tuple[Tensor | None, ...], columns: tuple[Tensor, ...]
+) -> bool:
+    """Whether a problem that is not refused is one for the kernel of one token, csrc/ssd_replay_one_sm90.cuh.
+
+    That has tokens in bfloat16, whose rows begin where its loads need it: those of `tokens` (x, z, y) at multiples of 4
+    bytes, of `columns` (B and C) of 16; and states of 16 bits, where each head's are neighbours.
+    """
+    pieces = [(t, 4) for t in tokens if t is not None] + [(t, 16) for t in columns]
+    return (
+        (steps, cache_x.dtype, state.element_size()) == (1, torch.bfloat16, 2)
+        and state.stride(2) == state.shape[3]
+        and all(t.dtype == torch.bfloat16 and _in_pieces(t, size) for t, size in pieces)
+    )
+
+
+def _in_pieces(tensor: Tensor, size: int) -> bool:
+    """Whether rows are of neighbours, and begin at multiples of `size` bytes."""
+    number = size // tensor.element_size()
+    return (
+        tensor.stride(-1) == 1 and not any(s % number for s in tensor.stride()[:-1]) and tensor.data_ptr() % size == 0
+    )
 
 
 def tile(rows: int, dstate: int, itemsize: int) -> int:
@@ -96,6 +123,8 @@ def ssd_replay_update(
 ) -> Callable[..., None]:
     """What fills y and moves cache and state on, given the operator's arguments; for those of one signature."""
     batch, steps = x.shape[0], x.shape[1] if x.dim() == 4 else 1
+    if chosen is None and takes_one(state, cache_x, steps, (x, z, y), (B, C)):
+        chosen = ONE
     tokens = [None if t is None else t.stride() for t in (x, z)]
     tokens += [t.stride() for t in (y, dt, B, C)]
     launch = _launcher(
