@@ -83,6 +83,10 @@ __device__ __forceinline__ void store_counted(uint32 destination, float value, u
                : "memory");
 }
 
+// Of a kernel that is launched early (programmatic dependent launch): until the kernel before has ended, and all it
+// wrote is seen.
+__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // ---------------------------------------------------------------------------------------------------------- TMA
 
 // Neighbours in memory into shared memory; `barrier` counts their bytes, a multiple of 16.

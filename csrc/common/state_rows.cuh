@@ -26,12 +26,25 @@ struct Layout {
   static_assert(kRows <= kLanes);
 };
 
+// States pass through the L2 cache once, and are the first to leave it, read or written.
+__device__ __forceinline__ unsigned long long passing() {
+  unsigned long long policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 __device__ __forceinline__ uint4 load_state(const void* pointer) {
   uint4 raw;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
-               : "l"(pointer));
+               : "l"(pointer), "l"(passing()));
   return raw;
+}
+
+__device__ __forceinline__ void store_state(void* pointer, const uint4& raw) {
+  asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(pointer), "r"(raw.x), "r"(raw.y),
+               "r"(raw.z), "r"(raw.w), "l"(passing())
+               : "memory");
 }
 
 template <typename State>
@@ -129,7 +142,7 @@ __device__ __forceinline__ void store_columns(State* row, int column, const floa
       packed = make_uint4(pack_word<State>(v), pack_word<State>(v + kPerWord), pack_word<State>(v + 2 * kPerWord),
                           pack_word<State>(v + 3 * kPerWord));
     }
-    __stcs(reinterpret_cast<uint4*>(row + column + i * L::kStep), packed);
+    store_state(row + column + i * L::kStep, packed);
   }
 }
 
