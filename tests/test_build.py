@@ -158,7 +158,7 @@ def test_every_header_is_compiled():
     device_headers = {h for h in headers() if not h.startswith("common/")}
     assert device_headers == set(KERNELS), "name the kernels of each .cuh in KERNELS"
     device_code = [(CSRC / h).read_text() for h in set(headers()) - HOST_HEADERS]
-    included = {name for text in device_code for name in re.findall(r'#include "(.*[.]cuh)"', text)}
+    included = {name for text in device_code for name in re.findall(r'#include "(common/.*[.]cuh)"', text)}
     assert {h for h in headers() if h.startswith("common/")} == included | HOST_HEADERS
 
 

@@ -142,7 +142,11 @@ __device__ __forceinline__ void store_columns(State* row, int column, const floa
       packed = make_uint4(pack_word<State>(v), pack_word<State>(v + kPerWord), pack_word<State>(v + 2 * kPerWord),
                           pack_word<State>(v + 3 * kPerWord));
     }
-    store_state(row + column + i * L::kStep, packed);
+    if constexpr (kStochastic) {  // which has no registers for a policy
+      __stcs(reinterpret_cast<uint4*>(row + column + i * L::kStep), packed);
+    } else {
+      store_state(row + column + i * L::kStep, packed);
+    }
   }
 }
 
