@@ -89,7 +89,7 @@ __device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemo
       coming[next] = load_bits(p.dt.data, p.dt.dtype, offset + next * p.dt_strides[1], present);
     }
   };
-  // where the walker waits for nothing else as long
+  // into the L2 cache, where it pays: see kDtPrefetched
   const auto prefetch = [&](const Unit& unit, int c) {
     const int token = unit.first + c * kChunk + 2 * lane;
     if (c >= unit.chunks || token < unit.begin || token >= unit.end) return;

@@ -15,7 +15,7 @@ CHUNK = 64  # kChunk of csrc/ssd_sm90.cuh
 
 
 class Config(NamedTuple):
-    segments: int  # of a sequence, which run side by side in a cluster
+    segments: int  # of a sequence, which run side by side
 
 
 # microseconds, of an H100, of a chunk of one head: of its y, and of its state alone; by how many warpgroups walk a
