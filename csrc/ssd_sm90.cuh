@@ -137,7 +137,7 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
           load_state(p, unit, feature, left, w.state);
           pieces.store(p.segments, w);
         }
-        find_state(w, unit, iteration, 0);
+        find_state(p, w, unit, iteration, 0);
         pieces.hand_on(w);
         iteration += unit.chunks;
         found += unit.chunks;

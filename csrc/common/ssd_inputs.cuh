@@ -74,86 +74,124 @@ __device__ __forceinline__ void clear_rows(uint32 tile, int low, int high, int l
   }
 }
 
-// Every other chunk's a, b and weights, from dt, by one of two warps. A lane has two neighbouring tokens.
+// A warp that makes a, b and weights of chunks from dt. A lane has two neighbouring tokens.
 template <typename Config>
-__device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemory<Config>& shared, uint32 worker) {
-  const int lane = threadIdx.x % 32;
-  float A = 0.f, bias = 0.f;
-  Element coming[2];  // dt of the next chunk, as it is stored: a conversion would wait for it
-  const auto load = [&](const Unit& unit, int i) {
+struct DecayMaker {
+  const SsdParams& p;
+  const SharedMemory<Config>& shared;
+  int lane = threadIdx.x % 32;
+  float A = 0.f, bias = 0.f;  // of the head
+  Element coming[2];          // dt of the warp's next chunk, as it is stored: a conversion would wait for it
+
+  __device__ __forceinline__ DecayMaker(const SsdParams& p, const SharedMemory<Config>& shared)
+      : p(p), shared(shared) {}
+
+  // Before the unit's chunks of this warp, of which the first is the i-th.
+  __device__ __forceinline__ void enter(const Unit& unit, int i) {
+    load(unit, i);
+    A = p.A[unit.head] * 1.4426950408889634f;
+    bias = p.dt_bias.data == nullptr ? 0.f : p.dt_bias[unit.head * p.dt_bias_stride];
+  }
+
+  // Chunk i of the unit, whose next one of this warp is `stride` further.
+  __device__ __forceinline__ void make(const Unit& unit, int i, uint32 iteration, int stride) {
+    const int s = iteration % Config::kStages;
+    const int first = unit.first + chunk_at<Config>(unit, i) * kChunk, token = first + 2 * lane;
+    const float dt0 = step(unit, token, 0), dt1 = step(unit, token + 1, 1);
+    load(unit, i + stride);
+    if constexpr (Config::kDtPrefetched > 0) prefetch(unit, i + stride + Config::kDtPrefetched);
+    const float a0 = dt0 * A;
+    float sum = a0 + dt1 * A;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const float before = __shfl_up_sync(~0u, sum, distance);
+      if (lane >= distance) sum += before;
+    }
+    float before = __shfl_up_sync(~0u, sum, 1);
+    if (lane == 0) before = 0.f;
+    const float last = __shfl_sync(~0u, sum, 31);
+    const float first_a = before + a0;
+    const float b0 = dt0 > 0.f ? first_a - log2_fast(dt0) : __int_as_float(0x7F800000);
+    const float b1 = dt1 > 0.f ? sum - log2_fast(dt1) : __int_as_float(0x7F800000);
+    const float weight0 = exp2_fast(last - b0), weight1 = exp2_fast(last - b1);
+    const uint32 weights = pack_bf16(weight0, weight1);
+    const uint32 lost = pack_bf16(weight0 - low_half(weights), weight1 - high_half(weights));
+    wait(shared.empty(s), (iteration / Config::kStages + 1) & 1);
+    const auto store = [&](PerToken which, float first, float second) {
+      store_shared2(shared.per_token(s, which) + place_of(2 * lane) * 4, first, second);
+    };
+    store(kA, first_a, sum);
+    store(kB, b0, b1);
+    store(kWeight, __uint_as_float(weights), __uint_as_float(lost));
+    const int low = max(unit.begin - first, 0), high = min(unit.end - first, kChunk);
+    if (low > 0 || high < kChunk) {
+      wait(shared.loaded(s), (iteration / Config::kStages) & 1);
+#pragma unroll 1
+      for (int tile = 0; tile < Config::kGroupTiles; ++tile) {
+        clear_rows(shared.group(iteration) + tile * Config::kTileBytes, low, high, lane);
+      }
+#pragma unroll 1
+      for (int tile = 0; tile < Config::kTiles; ++tile) clear_rows(shared.x(s, tile), low, high, lane);
+      fence_async_proxy();
+    }
+    __syncwarp();
+    if (lane == 0) arrive(shared.full(s));
+  }
+
+ private:
+  __device__ __forceinline__ int64 place(const Unit& unit, int token) const {
+    return unit.row * p.dt_strides[0] + token * p.dt_strides[1] + unit.head * p.dt_strides[2];
+  }
+
+  __device__ __forceinline__ void load(const Unit& unit, int i) {
     const int token = unit.first + chunk_at<Config>(unit, i) * kChunk + 2 * lane;
-    const int64 offset = unit.row * p.dt_strides[0] + token * p.dt_strides[1] + unit.head * p.dt_strides[2];
 #pragma unroll
     for (int next = 0; next < 2; ++next) {
       const bool present = token + next >= unit.begin && token + next < unit.end;
-      coming[next] = load_bits(p.dt.data, p.dt.dtype, offset + next * p.dt_strides[1], present);
+      coming[next] = load_bits(p.dt.data, p.dt.dtype, place(unit, token) + next * p.dt_strides[1], present);
     }
-  };
-  // into the L2 cache, where it pays: see kDtPrefetched
-  const auto prefetch = [&](const Unit& unit, int c) {
+  }
+
+  // Into the L2 cache, where it pays: see kDtPrefetched.
+  __device__ __forceinline__ void prefetch(const Unit& unit, int c) const {
     const int token = unit.first + c * kChunk + 2 * lane;
     if (c >= unit.chunks || token < unit.begin || token >= unit.end) return;
-    const int64 offset = unit.row * p.dt_strides[0] + token * p.dt_strides[1] + unit.head * p.dt_strides[2];
-    prefetch_bits(p.dt.data, p.dt.dtype, offset);
-    if (token + 1 < unit.end) prefetch_bits(p.dt.data, p.dt.dtype, offset + p.dt_strides[1]);
-  };
-  const auto step = [&](const Unit& unit, int token, int i) {
+    prefetch_bits(p.dt.data, p.dt.dtype, place(unit, token));
+    if (token + 1 < unit.end) prefetch_bits(p.dt.data, p.dt.dtype, place(unit, token) + p.dt_strides[1]);
+  }
+
+  __device__ __forceinline__ float step(const Unit& unit, int token, int i) const {
     float dt = from_bits(coming[i], p.dt.dtype) + bias;
     if (p.dt_softplus) dt = softplus(dt);
     dt = fminf(fmaxf(dt, p.dt_min), p.dt_max);
     return token >= unit.begin && token < unit.end ? dt : 0.f;
-  };
+  }
+};
+
+// The decays of every other chunk, by one of two warps; where a state is to be found, which is faster than two warps
+// are, of every kMakers-th one.
+template <typename Config>
+__device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemory<Config>& shared, uint32 worker) {
+  DecayMaker<Config> maker(p, shared);
+  const auto makers = [](const Unit& unit) { return Config::kSplit && unit.finding ? Config::kMakers : 2; };
   for_each_chunk<Config>(
-      p,
-      [&](const Unit& unit, uint32 iteration) {
-        load(unit, (iteration + worker) % 2);
-        A = p.A[unit.head] * 1.4426950408889634f;
-        bias = p.dt_bias.data == nullptr ? 0.f : p.dt_bias[unit.head * p.dt_bias_stride];
-      },
+      p, [&](const Unit& unit, uint32 iteration) { maker.enter(unit, (worker - iteration) % makers(unit)); },
       [&](const Unit& unit, int i, uint32 iteration) {
-        if (iteration % 2 != worker) return;
-        const int s = iteration % Config::kStages;
-        const int first = unit.first + chunk_at<Config>(unit, i) * kChunk, token = first + 2 * lane;
-        const float dt0 = step(unit, token, 0), dt1 = step(unit, token + 1, 1);
-        load(unit, i + 2);
-        if constexpr (Config::kDtPrefetched > 0) prefetch(unit, i + 2 + Config::kDtPrefetched);
-        const float a0 = dt0 * A;
-        float sum = a0 + dt1 * A;
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-          const float before = __shfl_up_sync(~0u, sum, distance);
-          if (lane >= distance) sum += before;
-        }
-        float before = __shfl_up_sync(~0u, sum, 1);
-        if (lane == 0) before = 0.f;
-        const float last = __shfl_sync(~0u, sum, 31);
-        const float first_a = before + a0;
-        const float b0 = dt0 > 0.f ? first_a - log2_fast(dt0) : __int_as_float(0x7F800000);
-        const float b1 = dt1 > 0.f ? sum - log2_fast(dt1) : __int_as_float(0x7F800000);
-        const float weight0 = exp2_fast(last - b0), weight1 = exp2_fast(last - b1);
-        const uint32 weights = pack_bf16(weight0, weight1);
-        const uint32 lost = pack_bf16(weight0 - low_half(weights), weight1 - high_half(weights));
-        wait(shared.empty(s), (iteration / Config::kStages + 1) & 1);
-        const auto store = [&](PerToken which, float first, float second) {
-          store_shared2(shared.per_token(s, which) + place_of(2 * lane) * 4, first, second);
-        };
-        store(kA, first_a, sum);
-        store(kB, b0, b1);
-        store(kWeight, __uint_as_float(weights), __uint_as_float(lost));
-        const int low = max(unit.begin - first, 0), high = min(unit.end - first, kChunk);
-        if (low > 0 || high < kChunk) {
-          wait(shared.loaded(s), (iteration / Config::kStages) & 1);
-#pragma unroll 1
-          for (int tile = 0; tile < Config::kGroupTiles; ++tile) {
-            clear_rows(shared.group(iteration) + tile * Config::kTileBytes, low, high, lane);
-          }
-#pragma unroll 1
-          for (int tile = 0; tile < Config::kTiles; ++tile) clear_rows(shared.x(s, tile), low, high, lane);
-          fence_async_proxy();
-        }
-        __syncwarp();
-        if (lane == 0) arrive(shared.full(s));
+        if (iteration % makers(unit) == worker) maker.make(unit, i, iteration, makers(unit));
       });
+}
+
+// The others of a unit whose state is to be found, by warps of a warpgroup that is idle meanwhile.
+template <typename Config>
+__device__ __forceinline__ void help_make_decays(const SsdParams& p, const SharedMemory<Config>& shared,
+                                                 const Unit& unit, uint32 iteration) {
+  const uint32 worker = 2 + threadIdx.x % 128 / 32;
+  if (worker >= Config::kMakers) return;
+  DecayMaker<Config> maker(p, shared);
+  int i = (worker - iteration) % Config::kMakers;
+  maker.enter(unit, i);
+#pragma unroll 1
+  for (; i < unit.chunks; i += Config::kMakers) maker.make(unit, i, iteration + i, Config::kMakers);
 }
 
 }  // namespace hybrid_ops

@@ -121,7 +121,7 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
       p,
       [&](const Unit& unit, uint32 iteration) {
         Walker<Config> finder{shared, 0, 0, warp, lane, never};
-        find_state(finder, unit, iteration, 1 + reader);
+        find_state(p, finder, unit, iteration, 1 + reader);
       },
       [&](const Unit& unit) {
         if (p.D.data != nullptr && !D_per_feature) D = p.D[unit.head * p.D_strides[0]];
@@ -129,7 +129,7 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
       [&](const Unit& unit, int, uint32 iteration, uint32 turn) {
         if (turn % Config::kReaders != reader) return;
         // addresses made of it would be in registers throughout, of which there is none left
-        if constexpr (Config::kSplit && Config::kHalves == 2) asm volatile("" : "+r"(row));
+        if constexpr (Config::kSplit && (Config::kHalves == 2 || Config::kGated)) asm volatile("" : "+r"(row));
         const int s = iteration % Config::kStages;
         const uint32 group = shared.group(iteration);
         const int buffer = turn % Config::kBuffers;

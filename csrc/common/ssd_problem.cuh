@@ -107,6 +107,8 @@ struct SsdConfig {
   static constexpr int kStages = kFitting > kMost ? kMost : kFitting;
   // who takes every second chunk finds it in every second stage, and so misses no phase of a barrier
   static_assert(kStages >= 2 && kStages % kFinders == 0 && kStages % kReaders == 0);
+  // warps that make decays where a state is to be found; of so many stages none of them misses a phase, either
+  static constexpr uint32 kMakers = kStages >= 4 ? 4 : 2;
   // chunks that come into the L2 cache before: all of them where stages are too few for the latency of memory, and dt
   static constexpr int kPrefetched = kGroupStages == 2 ? 6 : 0;
   static constexpr int kDtPrefetched = kReaders == 2 && !kSplit ? 6 : 0;

@@ -3,15 +3,17 @@
 // With all pieces before its segment, in their order, it knows what enters there.
 #pragma once
 
+#include "common/ssd_inputs.cuh"
 #include "common/ssd_walker.cuh"
 
 namespace hybrid_ops {
 
 // The state that a unit's chunks lead to from nothing, and their decay, in a walker; of two finders the second one, a
 // reader, hands over what its half leads to, each warp in the place where its rows are passed on later. Readers who
-// find nothing wait, too: on barriers of the stages they would miss phases.
+// find nothing help with the decays, and wait: on barriers of the stages they would miss phases.
 template <typename Config>
-__device__ __forceinline__ void find_state(Walker<Config>& w, const Unit& unit, uint32 iteration, int finder) {
+__device__ __forceinline__ void find_state(const SsdParams& p, Walker<Config>& w, const Unit& unit, uint32 iteration,
+                                           int finder) {
   if (unit.chunks == 0) {
 #pragma unroll
     for (int i = 0; i < kStates / 2; ++i) w.state[i] = 0.f;
@@ -30,6 +32,8 @@ __device__ __forceinline__ void find_state(Walker<Config>& w, const Unit& unit, 
       const uint32 next = iteration + i + Config::kFinders;
       w.template walk<true>(iteration + i, 0, next, i + Config::kFinders >= unit.chunks);
     }
+  } else {
+    help_make_decays(p, w.shared, unit, iteration);
   }
   sync_threads(1, kThreads);
   if constexpr (Config::kFinders == 2) {

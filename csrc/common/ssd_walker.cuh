@@ -76,7 +76,7 @@ struct Walker {
     uint32 now[4][4];
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      now[i / 4][i % 4] = Config::kAhead ? copy_operand(x[i / 4][i % 4], never) : x[i / 4][i % 4];
+      now[i / 4][i % 4] = Config::kAhead && !kFinding ? copy_operand(x[i / 4][i % 4], never) : x[i / 4][i % 4];
     }
     if constexpr (kFinding) {
       decay += a_last;
@@ -103,11 +103,13 @@ struct Walker {
       __syncwarp();
       if (lane == 0) arrive(shared.state_full(buffer));
     }
-    if (Config::kAhead && !last) prepare<kFinding>(next);
+    // who finds leaves its stage first: stages are all that loads can be ahead by
+    constexpr bool kAhead = Config::kAhead && !kFinding;
+    if (kAhead && !last) prepare<kFinding>(next);
     wgmma_wait<0>();
     keep_operands(now, never, group);
     leave<kFinding>(shared.group_empty(iteration));
-    if (!Config::kAhead && !last) prepare<kFinding>(next);
+    if (!kAhead && !last) prepare<kFinding>(next);
   }
 };
 

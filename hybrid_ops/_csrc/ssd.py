@@ -20,7 +20,7 @@ class Config(NamedTuple):
 
 # microseconds, of an H100, of a chunk of one head: of its y, and of its state alone; by how many warpgroups walk a
 # state, and of how many columns each
-_CHUNK_US = {"headdim 64": (0.96, 0.65), "headdim 128": (1.3, 0.95), "dstate 256": (1.7, 0.8)}
+_CHUNK_US = {"headdim 64": (0.96, 0.52), "headdim 128": (1.3, 0.88), "dstate 256": (1.7, 0.8)}
 # of a launch; of CTAs that tell each other their states, and of each of these states
 _LAUNCH_US, _EXCHANGE_US, _STATE_US = 8.0, 3.0, 0.55
 
