@@ -71,12 +71,14 @@ struct Walker {
   // passed on to the readers, as the `turn`-th, or else only its decay is taken down.
   template <bool kFinding>
   __device__ __forceinline__ void walk(uint32 iteration, uint32 turn, uint32 next, bool last) {
+    // who finds leaves its stage before it waits for another: stages are all that loads can be ahead by
+    constexpr bool kAhead = Config::kAhead && !kFinding;
     const uint32 group = shared.group(iteration);
     const int buffer = turn % Config::kBuffers;
     uint32 now[4][4];
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      now[i / 4][i % 4] = Config::kAhead && !kFinding ? copy_operand(x[i / 4][i % 4], never) : x[i / 4][i % 4];
+      now[i / 4][i % 4] = kAhead ? copy_operand(x[i / 4][i % 4], never) : x[i / 4][i % 4];
     }
     if constexpr (kFinding) {
       decay += a_last;
@@ -103,8 +105,6 @@ struct Walker {
       __syncwarp();
       if (lane == 0) arrive(shared.state_full(buffer));
     }
-    // who finds leaves its stage first: stages are all that loads can be ahead by
-    constexpr bool kAhead = Config::kAhead && !kFinding;
     if (kAhead && !last) prepare<kFinding>(next);
     wgmma_wait<0>();
     keep_operands(now, never, group);
