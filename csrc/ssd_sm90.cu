@@ -35,9 +35,15 @@ TensorMap tensor_map(std::uintptr_t data, const std::array<std::int64_t, 4>& siz
   return map;
 }
 
+// See SsdConfig::kPaired.
+bool is_paired(const SsdArgs& a) {
+  return a.dstate > kStates && a.segments == 1 && a.nheads / a.ngroups % 2 == 0 && a.num_sms >= 2;
+}
+
 // CTAs that share a sequence are a group; so many run at once.
 std::int64_t count_groups(const SsdArgs& a) {
-  return std::min(a.nseq * a.nheads, std::int64_t{a.num_sms / a.segments});
+  const std::int64_t at_once = a.num_sms / a.segments;
+  return std::min(a.nseq * a.nheads, is_paired(a) ? at_once / 2 * 2 : at_once);
 }
 
 // Bytes of the pieces, behind which the flags lie, and of these: see ssd_segments.cuh.
@@ -51,16 +57,21 @@ std::array<std::int64_t, 2> workspace_parts(const SsdArgs& a) {
 template <typename Config>
 void launch(const SsdParams& p, const SsdArgs& a, Target target) {
   allow_shared_memory<ssd_kernel<Config>>(Config::kSharedBytes, target.device);
-  cudaLaunchAttribute together{};  // CTAs that share a sequence wait for each other
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = 1;
+  cudaLaunchAttribute attribute{};
+  if (Config::kSplit) {  // CTAs that share a sequence wait for each other
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {p.paired ? 2u : 1u, 1, 1};
+  }
   const cudaLaunchConfig_t config{
       .gridDim = dim3(static_cast<unsigned>(count_groups(a) * a.segments)),
       .blockDim = dim3(Config::kThreads),
       .dynamicSmemBytes = Config::kSharedBytes,
       .stream = reinterpret_cast<cudaStream_t>(target.stream),
-      .attrs = &together,
-      .numAttrs = Config::kSplit ? 1u : 0u,
+      .attrs = &attribute,
+      .numAttrs = 1,
   };
   check(cudaLaunchKernelEx(&config, ssd_kernel<Config>, p), "ssd_kernel");
 }
@@ -113,6 +124,7 @@ void ssd_fwd(const SsdArgs& a, const SsdTensors& t, Target target) {
   p.interval = states(t.interval, a.interval_dtype, a.state_strides[2], t.interval_slots);
   p.interval_base = reinterpret_cast<const int*>(t.interval_base);
   p.segments = a.segments;
+  p.paired = is_paired(a);
   p.pieces = reinterpret_cast<float*>(t.workspace);
   p.flags = reinterpret_cast<uint64*>(t.workspace + workspace_parts(a)[0]);
   p.ticket = a.ticket;

@@ -172,7 +172,7 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_constant__ SsdParams p) {
   extern __shared__ unsigned char raw_shared[];
-  const SharedMemory<Config> shared{(shared_address(raw_shared) + 1023) & ~1023u};
+  const SharedMemory<Config> shared{(shared_address(raw_shared) + 1023) & ~1023u, Config::kPaired && p.paired};
   // the same in all lanes, which the compiler must see to let products run side by side
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), warp = threadIdx.x / 32;
 
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
       init_barrier(shared.empty(s), 4 * (Config::kWalkers + 1));
     }
     for (int g = 0; g < Config::kGroupStages; ++g) {
-      init_barrier(shared.group_empty(g), 4 * (Config::kWalkers + 1));
+      init_barrier(shared.group_empty(g), 4 * (Config::kWalkers + 1) * (1 + shared.paired));
     }
     for (int buffer = 0; buffer < Config::kBuffers; ++buffer) {
       init_barrier(shared.state_full(buffer), 4 * Config::kWalkers);
@@ -196,6 +196,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
     fence_barrier_init();
   }
   __syncthreads();
+  if (shared.paired) cluster_arrive(), cluster_wait();  // before anything comes from the other CTA
 
   if (warpgroup == 0) {
     give_registers<Config::kProducerRegisters>();
@@ -212,6 +213,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
   } else {
     take_registers<Config::kReaderRegisters>();
     make_outputs<Config>(p, shared, warpgroup - 1 - Config::kWalkers);
+  }
+  if (shared.paired) {
+    __syncwarp();
+    cluster_arrive(), cluster_wait();  // until then the other CTA tells this one what it is done with
   }
 }
 

@@ -76,6 +76,11 @@ __device__ __forceinline__ uint32 address_in_cta(uint32 address, uint32 rank) {
   return there;
 }
 
+// At a barrier of any CTA of the cluster.
+__device__ __forceinline__ void arrive_in_cluster(uint32 barrier, uint32 count) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
 // Four bytes to a CTA of the cluster, whose `barrier` counts them, as those of TMA; no fence, nobody waits.
 __device__ __forceinline__ void store_counted(uint32 destination, float value, uint32 barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(destination),
@@ -104,6 +109,16 @@ __device__ __forceinline__ void load_box(uint32 destination, const TensorMap& ma
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
       "[%2];" ::"r"(destination),
       "l"(&map), "r"(barrier), "r"(i0), "r"(i1), "r"(i2), "r"(i3)
+      : "memory");
+}
+
+// The same into the same place of all CTAs of the cluster whose bits `ctas` has, at a barrier of each.
+__device__ __forceinline__ void load_box(uint32 destination, const TensorMap& map, uint32 barrier, int i0, int i1,
+                                         int i2, int i3, unsigned short ctas) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(destination),
+      "l"(&map), "r"(barrier), "r"(i0), "r"(i1), "r"(i2), "r"(i3), "h"(ctas)
       : "memory");
 }
 

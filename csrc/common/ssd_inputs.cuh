@@ -48,7 +48,12 @@ __device__ __forceinline__ void copy_chunks(const SsdParams& p, const SharedMemo
           if (tile >= Config::kGroupTiles && !whole) break;
           const TensorMap& map = tile < Config::kGroupTiles ? p.B_map : p.C_map;
           const uint32 place = shared.group(iteration) + tile * Config::kTileBytes;
-          load_box(place, map, loaded, tile % Config::kGroupTiles * 64, group, token, unit.row);
+          const int column = tile % Config::kGroupTiles * 64;
+          if (!shared.paired) {
+            load_box(place, map, loaded, column, group, token, unit.row);
+          } else if (tile % 2 == blockIdx.x % 2) {
+            load_box(place, map, loaded, column, group, token, unit.row, 3);
+          }
         }
         if constexpr (Config::kPrefetched > 0) {
           if (whole && c + Config::kPrefetched < unit.chunks) prefetch_chunk<Config>(p, unit, c + Config::kPrefetched);

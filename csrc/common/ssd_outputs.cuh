@@ -141,7 +141,7 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
           const uint32 offset = k / 4 * Config::kTileBytes + k % 4 * 32;
-          wgmma<false>(cb, c[k], swizzled_operand(group, offset), k > 0);
+          wgmma<false>(cb, c[k], swizzled_operand(shared.operand(group), offset), k > 0);
         }
         wgmma_commit();
         const float a[2] = {load_shared(shared.per_token(s, kA) + place),
@@ -153,12 +153,12 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {  // C S^T
           const uint32 offset = k / 4 * Config::kColumnBytes + k % 4 * 32;
-          wgmma<false>(y, c[k], swizzled_operand(shared.state(buffer), offset), k > 0);
+          wgmma<false>(y, c[k], swizzled_operand(shared.operand(shared.state(buffer)), offset), k > 0);
         }
         wgmma_commit();
         wgmma_wait<1>();
         __syncwarp();
-        if (lane == 0) arrive(shared.group_empty(iteration));
+        shared.leave_group(iteration, lane);
         float skip[2];
         mix_rows(m, skip, cb, a, b, warp, lane);
         const float reach[2] = {exp2_fast(a[0]), exp2_fast(a[1])};
@@ -171,7 +171,7 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k) {  // M X
-          wgmma<true>(y, m[k], swizzled_operand(shared.x(s, 0), k * 2048, Config::kTileBytes), true);
+          wgmma<true>(y, m[k], swizzled_operand(shared.operand(shared.x(s, 0)), k * 2048, Config::kTileBytes), true);
         }
         wgmma_commit();
 #pragma unroll

@@ -46,6 +46,7 @@ struct SsdParams {
   int seqlen, nseq, nheads, headdim, dstate, heads_per_group;
   int num_slots, null_slot, num_intervals, state_interval;
   bool dt_softplus;
+  bool paired;  // see SsdConfig::kPaired
 };
 
 constexpr int kChunk = 64;
@@ -68,6 +69,9 @@ struct SsdConfig {
   // and those that make y, each of every so many chunks; the second would have no registers beside two walkers
   static constexpr int kReaders = kWalkers == 1 ? 2 : 1;
   static constexpr int kThreads = 128 * (1 + kWalkers + kReaders);
+  // Where heads that share B and C come in pairs, CTAs 2 i and 2 i + 1, a cluster, have a pair, and each loads half of
+  // B and C for both. With narrower states the instructions that this takes cost what it gains.
+  static constexpr bool kPaired = kHalves == 2 && !kSplit;
   // warpgroups that find what enters a segment, each by chunks of its own: one or both walkers, or a walker and a
   // reader
   static constexpr int kFinders = kWalkers == 1 ? 2 : 1;
@@ -110,7 +114,7 @@ struct SsdConfig {
   // warps that make decays where a state is to be found; of so many stages none of them misses a phase, either
   static constexpr uint32 kMakers = kStages >= 4 ? 4 : 2;
   // chunks that come into the L2 cache before: all of them where stages are too few for the latency of memory, and dt
-  static constexpr int kPrefetched = kGroupStages == 2 ? 6 : 0;
+  static constexpr int kPrefetched = kGroupStages == 2 ? (kPaired ? 3 : 6) : 0;
   static constexpr int kDtPrefetched = kReaders == 2 && !kSplit ? 6 : 0;
   static constexpr int kSharedBytes = kFixedBytes + kStages * (kHeadBytes + kPerTokenBytes) + 1024;
 };
@@ -122,6 +126,7 @@ enum PerToken { kA, kB, kWeight };
 template <typename Config>
 struct SharedMemory {
   uint32 base;
+  bool paired;  // this CTA is one of two: see SsdConfig::kPaired
 
   __device__ __forceinline__ uint32 group(uint32 iteration) const {
     return base + iteration % Config::kGroupStages * Config::kGroupBytes;
@@ -156,6 +161,18 @@ struct SharedMemory {
   __device__ __forceinline__ uint32 y_empty(int reader) const { return y_full(Config::kReaders) + 8 * reader; }
   // of what a reader has found, beside its state
   __device__ __forceinline__ uint32 found_decay() const { return y_empty(Config::kReaders); }
+
+  // A warp is done with a stage of B and C, `count`-fold: a lane tells each CTA that loads parts of it.
+  __device__ __forceinline__ void leave_group(uint32 iteration, int lane, uint32 count = 1) const {
+    if constexpr (Config::kPaired) {
+      if (lane <= paired) arrive_in_cluster(address_in_cta(group_empty(iteration), lane), count);
+    } else if (lane == 0) {
+      arrive(group_empty(iteration), count);
+    }
+  }
+
+  // Of a place, for a descriptor of wgmma, which has no room for the CTA's number in a cluster.
+  __device__ __forceinline__ static uint32 operand(uint32 place) { return Config::kPaired ? place & 0x3FFFF : place; }
 
   // Until chunk `iteration` lies in its stages.
   __device__ __forceinline__ void wait_for_inputs(uint32 iteration) const {

@@ -48,14 +48,8 @@ struct Walker {
 
   // Who else reads a chunk, when it only is to find a state, does not, and this warpgroup arrives in its place.
   template <bool kFinding>
-  __device__ __forceinline__ void leave(uint32 barrier) const {
-    __syncwarp();
-    if (lane != 0) return;
-    if constexpr (kFinding) {
-      arrive(barrier, tile + half == 0 ? 2 : 1);
-    } else {
-      arrive(barrier);
-    }
+  __device__ __forceinline__ uint32 arrivals() const {
+    return kFinding && tile + half == 0 ? 2 : 1;
   }
 
   template <bool kFinding>
@@ -64,7 +58,8 @@ struct Walker {
     shared.wait_for_inputs(iteration);
     load_scaled_x(x, shared.x(s, tile), shared.per_token(s, kWeight), warp, lane);
     a_last = load_shared(shared.per_token(s, kA) + place_of(kChunk - 1) * 4);
-    leave<kFinding>(shared.empty(s));
+    __syncwarp();
+    if (lane == 0) arrive(shared.empty(s), arrivals<kFinding>());
   }
 
   // Through a chunk that is prepared; then prepares chunk `next`, unless this is the last one. What enters the chunk is
@@ -73,7 +68,7 @@ struct Walker {
   __device__ __forceinline__ void walk(uint32 iteration, uint32 turn, uint32 next, bool last) {
     // who finds leaves its stage before it waits for another: stages are all that loads can be ahead by
     constexpr bool kAhead = Config::kAhead && !kFinding;
-    const uint32 group = shared.group(iteration);
+    const uint32 group = shared.operand(shared.group(iteration));
     const int buffer = turn % Config::kBuffers;
     uint32 now[4][4];
 #pragma unroll
@@ -107,8 +102,9 @@ struct Walker {
     }
     if (kAhead && !last) prepare<kFinding>(next);
     wgmma_wait<0>();
-    keep_operands(now, never, group);
-    leave<kFinding>(shared.group_empty(iteration));
+    keep_operands(now, never, shared.base);
+    __syncwarp();
+    shared.leave_group(iteration, lane, arrivals<kFinding>());
     if (!kAhead && !last) prepare<kFinding>(next);
   }
 };
