@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(kBwdThreads* kBwdGroups, kBwdCtas)
   wait_for_copies();  // of tokens that were not needed
 
   // the first group adds the others' sums, in their order, which lie where their tokens were
-  auto& sums_of_groups = reinterpret_cast<float2 (&)[kBwdGroups][kBwdStages * kBwdStep * 2][kBwdThreads]>(ring);
+  auto& sums_of_groups = reinterpret_cast<float2(&)[kBwdGroups][kBwdStages * kBwdStep * 2][kBwdThreads]>(ring);
   static_assert((kWidth + 1) * kChannels / 2 <= kBwdStages * kBwdStep * 2);
 #pragma unroll
   for (int k = 0; k <= kWidth; ++k) {

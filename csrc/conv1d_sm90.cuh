@@ -30,7 +30,7 @@ struct Conv1dParams {
   int64 final_strides[3];
   int batch, seqlen, dim, nseq;
   int nslots, null_slot, state_len;
-  unsigned tiles;  // of a CTA's tokens, in a batch row
+  unsigned tiles;        // of a CTA's tokens, in a batch row
   uint64 tiles_inverse;  // of which tile * tiles_inverse >> tiles_shift is tile / tiles
   int tiles_shift;
   bool weight_fp32, bias_fp32, states_fp32;
