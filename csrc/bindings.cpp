@@ -401,12 +401,12 @@ PYBIND11_MODULE(_cuda, m) {
 
   m.def(
       "conv1d_bwd",
-      [](std::array<std::uintptr_t, 12> pointers, std::array<int, 4> dtypes, std::array<std::int64_t, 5> sizes,
+      [](std::array<std::uintptr_t, 12> pointers, std::array<int, 4> dtypes, std::array<std::int64_t, 6> sizes,
          std::array<std::array<std::int64_t, 2>, 3> strides, std::array<std::array<std::int64_t, 3>, 3> state_strides,
          bool silu, int run_tokens, int device, std::uintptr_t stream) {
         const auto [dy, x, weight, bias, initial_states, dfinal_states, dx, dweight, dbias, dinitial_states, partials,
                     cu_seqlens] = pointers;
-        const auto [batch, seqlen, dim, width, nseq] = sizes;
+        const auto [batch, seqlen, dim, width, nseq, rows] = sizes;
         const Conv1dBwdArgs args{
             .dy = dy,
             .x = x,
@@ -429,6 +429,7 @@ PYBIND11_MODULE(_cuda, m) {
             .dim = dim,
             .width = width,
             .nseq = nseq,
+            .rows = rows,
             .dy_strides = strides[0],
             .x_strides = strides[1],
             .dx_strides = strides[2],

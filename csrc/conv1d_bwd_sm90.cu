@@ -6,6 +6,8 @@
 namespace hybrid_ops {
 
 void conv1d_bwd(const Conv1dBwdArgs& a, Target target) {
+  const std::int64_t row_tokens = a.rows == 0 ? 0 : a.batch * a.seqlen / a.rows;
+  const std::int64_t runs = (row_tokens + a.run_tokens - 1) / a.run_tokens;
   const Conv1dBwdParams p{
       .dy = reinterpret_cast<const void*>(a.dy),
       .x = reinterpret_cast<const void*>(a.x),
@@ -32,15 +34,18 @@ void conv1d_bwd(const Conv1dBwdArgs& a, Target target) {
       .seqlen = static_cast<int>(a.seqlen),
       .dim = static_cast<int>(a.dim),
       .nseq = static_cast<int>(a.nseq),
-      .runs = static_cast<unsigned>((a.seqlen + a.run_tokens - 1) / a.run_tokens),
+      .rows = static_cast<int>(a.rows),
+      .row_tokens = static_cast<int>(row_tokens),
+      .runs = static_cast<unsigned>(runs),
       .run_tokens = a.run_tokens,
+      .ctas = static_cast<unsigned>((runs * a.rows + kBwdGroups - 1) / kBwdGroups),
       .weight_fp32 = a.weight_dtype == DType::float32,
       .bias_fp32 = a.bias_dtype == DType::float32,
       .states_fp32 = a.states_dtype == DType::float32,
   };
   if (p.dim == 0) return;
   const int channels = kBwdThreads * (a.dtype == DType::float32 ? 2 : 4);  // of a CTA
-  const dim3 grid = conv1d_grid((p.dim + channels - 1) / channels, static_cast<int64>(p.runs) * p.batch);
+  const dim3 grid = conv1d_grid((p.dim + channels - 1) / channels, (runs * a.rows + kBwdGroups - 1) / kBwdGroups);
   const unsigned state_blocks = p.dinitial_states == nullptr ? 0 : conv1d_blocks(static_cast<int64>(p.nseq) * p.dim);
   const DeviceGuard guard(target.device);
   const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
@@ -48,12 +53,11 @@ void conv1d_bwd(const Conv1dBwdArgs& a, Target target) {
     if (grid.y > 0) {
       constexpr auto kernel = conv1d_bwd_kernel<T, kWidth, kSilu, kPacked>;
       prefer_shared_memory<kernel>(kBwdCarveout, target.device);
-      kernel<<<grid, kBwdThreads, 0, stream>>>(p);
-      check(cudaGetLastError(), "conv1d_bwd_kernel");
+      launch_early(+kernel, grid, dim3(kBwdThreads, kBwdGroups), stream, p, "conv1d_bwd_kernel");
     }
-    const dim3 sums((p.dim + kSumChannels - 1) / kSumChannels, kWidth + (p.dbias != nullptr));
-    conv1d_bwd_sum_kernel<T, kWidth><<<sums, dim3(kSumChannels, kSumRows), 0, stream>>>(p);
-    check(cudaGetLastError(), "conv1d_bwd_sum_kernel");
+    const dim3 sums((p.dim + 4 * kSumThreads - 1) / (4 * kSumThreads), kWidth + (p.dbias != nullptr));
+    launch_early(conv1d_bwd_sum_kernel<T, kWidth>, sums, dim3(kSumThreads, kSumRows), stream, p,
+                 "conv1d_bwd_sum_kernel");
     if (state_blocks > 0) {
       conv1d_bwd_states_kernel<T, kWidth, kSilu><<<state_blocks, kConvThreads, 0, stream>>>(p);
       check(cudaGetLastError(), "conv1d_bwd_states_kernel");

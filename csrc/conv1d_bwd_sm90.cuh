@@ -7,12 +7,14 @@
 // A thread has 8 bytes of channels and walks a run of tokens with the last kWidth - 1 inputs and ds in registers. So it
 // reads x and dy once, writes dx kWidth - 1 tokens late, and computes the ds of as many tokens of the next run once
 // more. The next tokens are on their way into shared memory, which has room for what registers had not. The sums of
-// weight and bias are written once by a run, and a second kernel adds the runs in their order: the same bits every
-// time. No sum has more than kBwdTerms terms: the sums of so many tokens are added to those of all before them.
+// weight and bias are added up in a CTA, which has kBwdGroups runs, and a second kernel adds the CTAs in their order:
+// the same bits every time. No sum has more than kBwdTerms terms: the sums of so many tokens are added to those of all
+// before them.
 #pragma once
 
 #include "common/async_copies.cuh"
 #include "common/conv1d.cuh"
+#include "common/hopper.cuh"
 
 namespace hybrid_ops {
 
@@ -27,7 +29,7 @@ struct Conv1dBwdParams {
   void* dweight;               // as weight
   void* dbias;                 // as bias
   void* dinitial_states;       // as initial_states, or null
-  void* partials;              // (width + 1, batch * runs, dim) float32: sums of each run, the bias behind the weights
+  void* partials;              // (width + 1, ctas, dim) float32: sums of each CTA, the bias behind the weights
   const int* cu_seqlens;       // (nseq + 1,) or null: then every batch row is a sequence
   int64 dy_batch_stride, x_batch_stride, dx_batch_stride;
   unsigned dy_token_stride, x_token_stride, dx_token_stride;
@@ -35,8 +37,10 @@ struct Conv1dBwdParams {
   int64 dfinal_strides[3];
   int64 dinitial_strides[3];
   int batch, seqlen, dim, nseq;
-  unsigned runs;   // of a batch row
-  int run_tokens;  // the last one may have fewer
+  int rows, row_tokens;  // as the batch's, or one row where all of those lie behind each other
+  unsigned runs;         // of a row
+  int run_tokens;        // the last one may have fewer
+  unsigned ctas;         // that share the runs of all rows
   bool weight_fp32, bias_fp32, states_fp32;
 };
 
@@ -58,7 +62,8 @@ __device__ __forceinline__ float through_activation(float dy, float sum) {
 }
 
 inline constexpr int kBwdThreads = 64;    // of a CTA, beside each other
-inline constexpr int kBwdCtas = 8;        // that registers of a multiprocessor are enough for
+inline constexpr int kBwdGroups = 2;      // of so many threads in a CTA, a run each
+inline constexpr int kBwdCtas = 4;        // that registers of a multiprocessor are enough for
 inline constexpr int kBwdStep = 4;        // tokens that are read and waited for together
 inline constexpr int kBwdStages = 4;      // of so many tokens in shared memory
 inline constexpr int kBwdTerms = 32;      // of a sum, a multiple of kBwdStep
@@ -92,28 +97,33 @@ __device__ __forceinline__ void store_elements_if(bool condition, T* pointer, co
   unsigned words[2];
 #pragma unroll
   for (int j = 0; j < kChannels / 2; ++j) set_pair<T>(words, j, values[2 * j], values[2 * j + 1]);
-  store_words_if(condition, pointer, words);
+  store_words_if<true>(condition, pointer, words);  // dx is not read again soon
 }
 
 template <typename T, int kWidth, bool kSilu, bool kPacked>
-__global__ void __launch_bounds__(kBwdThreads, kBwdCtas) conv1d_bwd_kernel(const __grid_constant__ Conv1dBwdParams p) {
+__global__ void __launch_bounds__(kBwdThreads* kBwdGroups, kBwdCtas)
+    conv1d_bwd_kernel(const __grid_constant__ Conv1dBwdParams p) {
   constexpr int kHistory = kWidth - 1;
   constexpr int kChannels = 8 / sizeof(T);
 
-  // lanes behind the last vector do its work once more: a warp stays whole
+  let_next_kernel_start();
+  // lanes behind the last vector do its work once more, and so does a group behind the last run: a warp stays whole
   const int channel = min((blockIdx.x * kBwdThreads + threadIdx.x) * kChannels, p.dim - kChannels);
-  const unsigned cta = blockIdx.z * gridDim.y + blockIdx.y;  // a run, of all batch rows
-  const int row = !kPacked && p.batch > 1 ? static_cast<int>(cta / p.runs) : 0;
-  if (cta >= p.runs * p.batch) return;
-  const int first = static_cast<int>((cta - row * p.runs) * p.run_tokens);
-  const int last = static_cast<int>(min(static_cast<unsigned>(first) + p.run_tokens, static_cast<unsigned>(p.seqlen)));
+  const unsigned cta = blockIdx.z * gridDim.y + blockIdx.y;
+  if (cta >= p.ctas) return;
+  const unsigned nth_run = cta * kBwdGroups + threadIdx.y, run = min(nth_run, p.runs * p.rows - 1);  // of all rows
+  const int row = p.rows > 1 ? static_cast<int>(run / p.runs) : 0;
+  const int first = static_cast<int>((run - row * p.runs) * p.run_tokens);
+  const int last =
+      static_cast<int>(min(static_cast<unsigned>(first) + p.run_tokens, static_cast<unsigned>(p.row_tokens)));
   const int64 x_stride = p.x_token_stride, dy_stride = p.dy_token_stride, dx_stride = p.dx_token_stride;
   const T* x = static_cast<const T*>(p.x) + row * p.x_batch_stride + first * x_stride + channel;
   const T* dy = static_cast<const T*>(p.dy) + row * p.dy_batch_stride + first * dy_stride + channel;
   T* dx = static_cast<T*>(p.dx) + row * p.dx_batch_stride + (first - kHistory) * dx_stride + channel;  // late
 
-  __shared__ uint2 ring[kBwdStages][kBwdStep][2][kBwdThreads];  // x and dy; each thread's own: none waits for another
-  const unsigned stages = static_cast<unsigned>(__cvta_generic_to_shared(&ring[0][0][0][threadIdx.x]));
+  // x and dy; each thread's own: none waits for another
+  __shared__ uint2 ring[kBwdGroups][kBwdStages * kBwdStep * 2][kBwdThreads];
+  const unsigned stages = shared_address(&ring[threadIdx.y][0][threadIdx.x]);
   constexpr unsigned kSlot = kBwdThreads * 8, kToken = 2 * kSlot, kStage = kBwdStep * kToken;  // in bytes
   constexpr unsigned kLast = (kBwdStages - 1) * kStage;
   const auto read_ahead = [&](int token, unsigned stage) {
@@ -121,7 +131,7 @@ __global__ void __launch_bounds__(kBwdThreads, kBwdCtas) conv1d_bwd_kernel(const
       copy_async<8>(stage + i * kToken, x + i * x_stride);
       copy_async<8>(stage + i * kToken + kSlot, dy + i * dy_stride);
     };
-    const int count = min(last + kHistory, p.seqlen) - token;
+    const int count = min(last + kHistory, p.row_tokens) - token;
     if (count >= kBwdStep) {
 #pragma unroll
       for (int i = 0; i < kBwdStep; ++i) read(i);
@@ -133,6 +143,7 @@ __global__ void __launch_bounds__(kBwdThreads, kBwdCtas) conv1d_bwd_kernel(const
     x += kBwdStep * x_stride, dy += kBwdStep * dy_stride;
   };
 
+  wait_for_kernel_before();
   unsigned before[kHistory][2] = {};
 #pragma unroll
   for (int i = 0; i < kHistory; ++i) load_words_if(first > 0, x + (i - kHistory) * x_stride, before[i]);
@@ -155,7 +166,12 @@ __global__ void __launch_bounds__(kBwdThreads, kBwdCtas) conv1d_bwd_kernel(const
   float inputs[kBwdStep][kChannels], dsums[kBwdStep][kChannels];
   const auto place = [](int i, int distance) { return (i + kBwdStep - distance) % kBwdStep; };
 
-  Sequence sequence = kPacked ? find_sequence(p.cu_seqlens, p.nseq, p.seqlen, first) : Sequence{row, 0, p.seqlen};
+  const auto sequence_at = [&](int token) {
+    if (kPacked) return find_sequence(p.cu_seqlens, p.nseq, p.seqlen, token);
+    const int index = p.rows == p.batch ? 0 : token / p.seqlen;  // in its row
+    return Sequence{row + index, index * p.seqlen, (index + 1) * p.seqlen};
+  };
+  Sequence sequence = sequence_at(first);
   int from, whole_to;  // its tokens in this run; the last one at which a step can start that has no end in it
   const auto start_sequence = [&](int token, bool is_run) {
     from = max(first, sequence.begin);
@@ -245,7 +261,7 @@ __global__ void __launch_bounds__(kBwdThreads, kBwdCtas) conv1d_bwd_kernel(const
             token = last + kHistory;  // nothing more of this run
             break;
           }
-          sequence = find_sequence(p.cu_seqlens, p.nseq, p.seqlen, token);
+          sequence = sequence_at(token);
           start_sequence(token, false);
         }
         compute(0, stage + i * kToken, token < last, token >= from + kHistory, kPacked && sequence.index < 0);
@@ -264,43 +280,66 @@ __global__ void __launch_bounds__(kBwdThreads, kBwdCtas) conv1d_bwd_kernel(const
   add_sums();
   wait_for_copies();  // of tokens that were not needed
 
+  // the first group adds the others' sums, in their order, which lie where their tokens were
+  auto& sums_of_groups = reinterpret_cast<float2(&)[kBwdGroups][kBwdStages * kBwdStep * 2][kBwdThreads]>(ring);
+  static_assert((kWidth + 1) * kChannels / 2 <= kBwdStages * kBwdStep * 2);
+#pragma unroll
+  for (int k = 0; k <= kWidth; ++k) {
+#pragma unroll
+    for (int j = 0; j < kChannels / 2; ++j) {
+      float2 sum = make_float2(float(totals[k][2 * j]), float(totals[k][2 * j + 1]));
+      if (nth_run != run) sum = make_float2(0.f, 0.f);
+      sums_of_groups[threadIdx.y][k * kChannels / 2 + j][threadIdx.x] = sum;
+    }
+  }
+  __syncthreads();
+  if (threadIdx.y > 0) return;
   float* partials = static_cast<float*>(p.partials) + static_cast<int64>(cta) * p.dim + channel;
 #pragma unroll
-  for (int k = 0; k <= kWidth; ++k, partials += static_cast<int64>(p.batch) * p.runs * p.dim) {
+  for (int k = 0; k <= kWidth; ++k, partials += static_cast<int64>(p.ctas) * p.dim) {
 #pragma unroll
-    for (int c = 0; c < kChannels; c += 2) {
-      reinterpret_cast<float2*>(partials)[c / 2] = make_float2(float(totals[k][c]), float(totals[k][c + 1]));
+    for (int j = 0; j < kChannels / 2; ++j) {
+      float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+      for (int group = 0; group < kBwdGroups; ++group) {
+        const float2 part = sums_of_groups[group][k * kChannels / 2 + j][threadIdx.x];
+        sum.x += part.x, sum.y += part.y;
+      }
+      reinterpret_cast<float2*>(partials)[j] = sum;
     }
   }
 }
 
-inline constexpr int kSumChannels = 32;
+inline constexpr int kSumThreads = 32;  // beside each other, 16 bytes of channels each
 inline constexpr int kSumRows = 8;
 
-// dweight and dbias: the sums of all runs. Warp w of a block adds rows w, w + kSumRows, .. and then the warps are
-// added.
+// dweight and dbias: the sums of all CTAs of the kernel before. Warp w of a block adds rows w, w + kSumRows, .. and
+// then the warps are added, by a thread a channel.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kSumChannels* kSumRows)
+__global__ void __launch_bounds__(kSumThreads* kSumRows)
     conv1d_bwd_sum_kernel(const __grid_constant__ Conv1dBwdParams p) {
-  const int channel = blockIdx.x * kSumChannels + threadIdx.x, k = blockIdx.y;
-  const int num_rows = p.batch * p.runs;
-  float sum = 0.f;
-  if (channel < p.dim) {
-    const float* partials = static_cast<const float*>(p.partials) + static_cast<int64>(k) * num_rows * p.dim + channel;
+  let_next_kernel_start();
+  const int channel = (blockIdx.x * kSumThreads + threadIdx.x) * 4, k = blockIdx.y;
+  const float* partials = static_cast<const float*>(p.partials) + static_cast<int64>(k) * p.ctas * p.dim + channel;
+  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+  wait_for_kernel_before();
 #pragma unroll 4
-    for (int row = threadIdx.y; row < num_rows; row += kSumRows) {
-      sum += partials[static_cast<int64>(row) * p.dim];
-    }
+  for (unsigned row = threadIdx.y; channel < p.dim && row < p.ctas; row += kSumRows) {
+    const float4 part = *reinterpret_cast<const float4*>(partials + static_cast<int64>(row) * p.dim);
+    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
   }
-  __shared__ float sums[kSumRows][kSumChannels];
+  __shared__ float4 sums[kSumRows][kSumThreads];
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
-  if (threadIdx.y > 0 || channel >= p.dim) return;
-  for (int i = 1; i < kSumRows; ++i) sum += sums[i][threadIdx.x];
+  const int own = threadIdx.y * kSumThreads + threadIdx.x, own_channel = blockIdx.x * kSumThreads * 4 + own;
+  if (own >= kSumThreads * 4 || own_channel >= p.dim) return;
+  float total = 0.f;
+#pragma unroll
+  for (int row = 0; row < kSumRows; ++row) total += reinterpret_cast<const float*>(sums[row])[own];
   if (k < kWidth) {
-    store_parameter<T>(p.dweight, p.weight_fp32, static_cast<int64>(channel) * kWidth + k, sum);
+    store_parameter<T>(p.dweight, p.weight_fp32, static_cast<int64>(own_channel) * kWidth + k, total);
   } else {
-    store_parameter<T>(p.dbias, p.bias_fp32, channel, sum);
+    store_parameter<T>(p.dbias, p.bias_fp32, own_channel, total);
   }
 }
 

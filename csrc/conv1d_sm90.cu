@@ -1,5 +1,7 @@
 #include "conv1d_sm90.cuh"
 
+#include <bit>
+
 #include "common/api.h"
 #include "common/conv1d_dispatch.cuh"
 
@@ -8,6 +10,8 @@ namespace hybrid_ops {
 void conv1d_fwd(const Conv1dArgs& a, const Conv1dTensors& t, Target target) {
   const int itemsize = a.dtype == DType::float32 ? 4 : 2;
   const int groups = kTileThreads / a.columns, tokens = groups * kTileBytes / (a.channels * itemsize);
+  const auto tiles = static_cast<unsigned>((a.seqlen + tokens - 1) / tokens);
+  const int tiles_bits = std::bit_width(tiles);
   const Conv1dParams p{
       .x = reinterpret_cast<const void*>(t.x),
       .weight = reinterpret_cast<const void*>(t.weight),
@@ -31,7 +35,9 @@ void conv1d_fwd(const Conv1dArgs& a, const Conv1dTensors& t, Target target) {
       .nslots = static_cast<int>(a.nslots),
       .null_slot = a.null_slot,
       .state_len = static_cast<int>(a.state_len),
-      .tiles = static_cast<unsigned>((a.seqlen + tokens - 1) / tokens),
+      .tiles = tiles,
+      .tiles_inverse = tiles == 0 ? 0 : (1ULL << (31 + tiles_bits)) / tiles + 1,  // of fewer than 2^31 tiles in all
+      .tiles_shift = 31 + tiles_bits,
       .weight_fp32 = a.weight_dtype == DType::float32,
       .bias_fp32 = a.bias_dtype == DType::float32,
       .states_fp32 = a.states_dtype == DType::float32,
@@ -48,11 +54,11 @@ void conv1d_fwd(const Conv1dArgs& a, const Conv1dTensors& t, Target target) {
     if (grid.x > 0 && grid.y > 0) {
       const dim3 threads(a.columns, groups);
       if (a.channels * sizeof(T) == 16) {
-        conv1d_kernel<T, kWidth, kSilu, kPacked, 16 / sizeof(T)><<<grid, threads, 0, stream>>>(p);
+        launch_early(conv1d_kernel<T, kWidth, kSilu, kPacked, 16 / sizeof(T)>, grid, threads, stream, p,
+                     "conv1d_kernel");
       } else {  // 16 bits
-        conv1d_kernel<T, kWidth, kSilu, kPacked, 4><<<grid, threads, 0, stream>>>(p);
+        launch_early(conv1d_kernel<T, kWidth, kSilu, kPacked, 4>, grid, threads, stream, p, "conv1d_kernel");
       }
-      check(cudaGetLastError(), "conv1d_kernel");
     }
     if (state_blocks > 0) {
       conv1d_final_states_kernel<T><<<state_blocks, kConvThreads, 0, stream>>>(p);

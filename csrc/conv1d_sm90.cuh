@@ -10,6 +10,7 @@
 #pragma once
 
 #include "common/conv1d.cuh"
+#include "common/hopper.cuh"
 
 namespace hybrid_ops {
 
@@ -29,7 +30,9 @@ struct Conv1dParams {
   int64 final_strides[3];
   int batch, seqlen, dim, nseq;
   int nslots, null_slot, state_len;
-  unsigned tiles;  // of a CTA's tokens, in a batch row
+  unsigned tiles;        // of a CTA's tokens, in a batch row
+  uint64 tiles_inverse;  // of which tile * tiles_inverse >> tiles_shift is tile / tiles
+  int tiles_shift;
   bool weight_fp32, bias_fp32, states_fp32;
 };
 
@@ -87,25 +90,31 @@ __device__ __forceinline__ void conv1d_tile(const Conv1dParams& p, const Paramet
 }
 
 inline constexpr int kTileBytes = 64;     // of a thread
-inline constexpr int kTileThreads = 256;  // of a CTA: (vectors, groups of tokens), whole warps to a group
+inline constexpr int kTileThreads = 128;  // of a CTA: (vectors, groups of tokens), whole warps to a group
+// CTAs that a multiprocessor has registers for, as many as do without spills.
+template <typename T, bool kPacked>
+inline constexpr int kTileCtas = sizeof(T) == 4 || kPacked ? 6 : 8;
 
 template <typename T, int kWidth, bool kSilu, bool kPacked, int kChannels>
-__global__ void __launch_bounds__(kTileThreads, 3) conv1d_kernel(const __grid_constant__ Conv1dParams p) {
+__global__ void __launch_bounds__(kTileThreads, kTileCtas<T, kPacked>)
+    conv1d_kernel(const __grid_constant__ Conv1dParams p) {
   constexpr int kHistory = kWidth - 1;
   constexpr int kTokens = kTileBytes / (kChannels * sizeof(T));
   constexpr int kWords = kChannels * sizeof(T) / 4;
   static_assert(kTokens >= kHistory);
 
+  let_next_kernel_start();
   // lanes behind the last vector do its work once more: a warp stays whole
   const int channel = min((blockIdx.x * blockDim.x + threadIdx.x) * kChannels, p.dim - kChannels);
   const unsigned tile = blockIdx.z * gridDim.y + blockIdx.y;
-  const int row = !kPacked && p.batch > 1 ? static_cast<int>(tile / p.tiles) : 0;
+  const int row = !kPacked && p.batch > 1 ? static_cast<int>(tile * p.tiles_inverse >> p.tiles_shift) : 0;
   const unsigned start = ((tile - row * p.tiles) * blockDim.y + threadIdx.y) * kTokens;
   if (row >= p.batch || start >= static_cast<unsigned>(p.seqlen)) return;
   const int first = static_cast<int>(start), count = min(kTokens, p.seqlen - first);
   const int64 x_stride = p.x_token_stride, y_stride = p.y_token_stride;
   const T* x = static_cast<const T*>(p.x) + row * p.x_batch_stride + first * x_stride + channel;
 
+  wait_for_kernel_before();
   unsigned raw[kHistory + kTokens][kWords] = {};  // the history, then the tile
 #pragma unroll
   for (int i = 0; i < kHistory; ++i) load_words_if(first > 0, x + (i - kHistory) * x_stride, raw[i]);

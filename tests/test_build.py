@@ -347,9 +347,10 @@ def test_config_is_a_pure_function_of_the_problem():
     assert config(0, 2, alignment=16) == Config(channels=8, columns=64)
     assert hybrid_ops.explain("causal_conv1d", impl="torch").config == {}
 
-    assert bwd_config(1, 8192, 10240, 132, 2) == BwdConfig(run_tokens=432)  # 19 runs of 40 columns of CTAs
-    assert bwd_config(8, 2048, 6144, 132, 2) == BwdConfig(run_tokens=512)  # 4 runs of 8 x 24
-    assert bwd_config(1, 512, 10240, 132, 2) == BwdConfig(run_tokens=28)
+    assert bwd_config(1, 8192, 10240, 132, 2) == BwdConfig(run_tokens=316)  # 26 runs: 13 x 40 CTAs in 528 places
+    assert bwd_config(1, 16384, 6144, 132, 2) == BwdConfig(run_tokens=376)  # 44 runs: 22 x 24 CTAs
+    assert bwd_config(8, 2048, 6144, 132, 2) == BwdConfig(run_tokens=412)  # 5 runs of each row
+    assert bwd_config(1, 512, 10240, 132, 2) == BwdConfig(run_tokens=20)
     assert bwd_config(1, 1, 8, 132, 4) == BwdConfig(run_tokens=4)
     assert bwd_config(0, 0, 0, 132, 2) == BwdConfig(run_tokens=4)
 

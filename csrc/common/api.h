@@ -36,6 +36,7 @@ struct Conv1dBwdArgs {
       cu_seqlens;
   DType dtype, weight_dtype, bias_dtype, states_dtype;
   std::int64_t batch, seqlen, dim, width, nseq;
+  std::int64_t rows;  // that runs are cut from: batch, or 1 where all batch rows lie behind each other
   std::array<std::int64_t, 2> dy_strides, x_strides, dx_strides;                  // batch, token
   std::array<std::int64_t, 3> initial_strides, dfinal_strides, dinitial_strides;  // sequence, channel, column
   bool silu;

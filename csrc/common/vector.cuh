@@ -157,10 +157,18 @@ __device__ __forceinline__ void load_words_if(bool condition, const void* pointe
                : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
                : "l"(pointer), "r"(unsigned(condition)));
 }
+// kStreaming: the first to leave L2.
+template <bool kStreaming = false>
 __device__ __forceinline__ void store_words_if(bool condition, void* pointer, const unsigned (&words)[2]) {
-  asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p st.global.v2.u32 [%0], {%1, %2};}" ::"l"(pointer),
-               "r"(words[0]), "r"(words[1]), "r"(unsigned(condition))
-               : "memory");
+  if constexpr (kStreaming) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p st.global.cs.v2.u32 [%0], {%1, %2};}" ::"l"(pointer),
+                 "r"(words[0]), "r"(words[1]), "r"(unsigned(condition))
+                 : "memory");
+  } else {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p st.global.v2.u32 [%0], {%1, %2};}" ::"l"(pointer),
+                 "r"(words[0]), "r"(words[1]), "r"(unsigned(condition))
+                 : "memory");
+  }
 }
 __device__ __forceinline__ void store_words_if(bool condition, void* pointer, const unsigned (&words)[4]) {
   asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.u32 [%0], {%1, %2, %3, %4};}" ::"l"(pointer),

@@ -20,9 +20,9 @@ class BwdConfig(NamedTuple):
     run_tokens: int  # that a thread walks
 
 
+_MOST_TOKENS = 2**31 - 64  # of a row
 _VECTOR = 4  # channels that rows are to be whole numbers of
-_BWD_THREADS, _BWD_STEP = 64, 4  # kBwdThreads, kBwdStep
-_BWD_CTAS = 6  # of a multiprocessor, which holds 8: of one row as fast as more of them, of several rows 4% faster
+_BWD_THREADS, _BWD_GROUPS, _BWD_CTAS, _BWD_STEP = 64, 2, 4, 4  # kBwdThreads, kBwdGroups, kBwdCtas, kBwdStep
 
 
 def config(dim: int, itemsize: int, alignment: int, parameters_fp32: bool = False) -> Config:
@@ -36,14 +36,15 @@ def config(dim: int, itemsize: int, alignment: int, parameters_fp32: bool = Fals
 
 
 @functools.lru_cache(maxsize=1024)
-def bwd_config(rows: int, seqlen: int, dim: int, num_sms: int, itemsize: int) -> BwdConfig:
-    """Runs so long that all CTAs are there at once, at most _BWD_CTAS a multiprocessor, and begin and end together.
+def bwd_config(rows: int, tokens: int, dim: int, num_sms: int, itemsize: int) -> BwdConfig:
+    """Runs of rows of so many tokens, so long that all CTAs are there at once, and begin and end together.
 
-    Each run computes width - 1 tokens of the next one once more, and leaves sums that are to be added.
+    They take as many places as there are: where some stay free, CTAs may come to lie unevenly, and the multiprocessors
+    that have most of them end last. Each run computes width - 1 tokens of the next one once more.
     """
-    columns = max(1, rows * -(-dim * itemsize // (8 * _BWD_THREADS)))
-    runs = max(1, num_sms * _BWD_CTAS // columns)
-    return BwdConfig(run_tokens=_BWD_STEP * max(1, -(-seqlen // (_BWD_STEP * runs))))
+    columns = max(1, -(-dim * itemsize // (8 * _BWD_THREADS)))
+    runs = max(1, num_sms * _BWD_CTAS // columns * _BWD_GROUPS // max(1, rows))
+    return BwdConfig(run_tokens=_BWD_STEP * max(1, -(-tokens // (_BWD_STEP * runs))))
 
 
 def refusal(
@@ -59,7 +60,7 @@ def refusal(
     for name, other in (("weight", weight), ("bias", bias), ("states", states)):
         if other is not None and other.dtype not in (x.dtype, torch.float32):
             return f"the CUDA kernel takes {name} in {x.dtype} or torch.float32, not {other.dtype}"
-    if x.shape[1] >= 2**31 - 64:
+    if x.shape[1] >= _MOST_TOKENS:
         return f"the CUDA kernel counts tokens in 32 bits, not {x.shape[1]}"
     nbytes = _VECTOR * x.element_size()
     if x.shape[2] % _VECTOR:
@@ -187,9 +188,12 @@ def conv1d_bwd(
         dy = dy.contiguous()
     nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     some_states = history if history is not None else dfinal
-    chosen = chosen or bwd_config(batch, seqlen, dim, _device.num_sms(index), x.element_size())
-    runs = -(-seqlen // chosen.run_tokens)
-    partials = x.new_empty((width + 1) * batch * runs * dim, dtype=torch.float32)
+    one_row = cu_seqlens is None and batch * seqlen < _MOST_TOKENS
+    one_row = one_row and all(t.stride(0) == seqlen * t.stride(1) for t in (dy, x, dx))
+    rows, tokens = (1, batch * seqlen) if one_row else (batch, seqlen)
+    chosen = chosen or bwd_config(rows, tokens, dim, _device.num_sms(index), x.element_size())
+    ctas = -(-rows * -(-tokens // chosen.run_tokens) // _BWD_GROUPS)
+    partials = x.new_empty((width + 1) * ctas * dim, dtype=torch.float32)
     tensors = (
         dy,
         x,
@@ -207,7 +211,7 @@ def conv1d_bwd(
     extension.conv1d_bwd(
         tuple(0 if t is None else t.data_ptr() for t in tensors),
         tuple(DTYPES[(x if t is None else t).dtype] for t in (x, weight, bias, some_states)),
-        (batch, seqlen, dim, width, nseq),
+        (batch, seqlen, dim, width, nseq, rows),
         tuple(t.stride()[:2] for t in (dy, x, dx)),
         tuple((0, 0, 0) if t is None else t.stride() for t in (history, dfinal, dhistory)),
         silu,
