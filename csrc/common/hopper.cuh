@@ -83,6 +83,12 @@ __device__ __forceinline__ void store_counted(uint32 destination, float value, u
                : "memory");
 }
 
+// From here on, once all CTAs have come to it, CTAs of the next kernel may take free places (programmatic dependent
+// launch).
+__device__ __forceinline__ void let_next_kernel_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 // Of a kernel that is launched early (programmatic dependent launch): until the kernel before has ended, and all it
 // wrote is seen.
 __device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }

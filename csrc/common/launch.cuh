@@ -71,6 +71,18 @@ void prefer_shared_memory(int percent, int device) {
   done.at(device) = true;
 }
 
+// Lets its CTAs take places while the kernel before is in its last ones, and has said let_next_kernel_start(): so the
+// kernel must wait_for_kernel_before() before it touches memory.
+template <typename Params>
+void launch_early(void (*kernel)(Params), dim3 grid, dim3 threads, cudaStream_t stream, const Params& p,
+                  const char* name) {
+  cudaLaunchAttribute early{.id = cudaLaunchAttributeProgrammaticStreamSerialization};
+  early.val.programmaticStreamSerializationAllowed = 1;
+  const cudaLaunchConfig_t config{
+      .gridDim = grid, .blockDim = threads, .stream = stream, .attrs = &early, .numAttrs = 1};
+  check(cudaLaunchKernelEx(&config, kernel, p), name);
+}
+
 // Whether four neighbours of a row of tokens always lie in one aligned piece of memory; strides of elements, last of
 // neighbours.
 inline bool vectors_aligned(std::uintptr_t pointer, const std::array<std::int64_t, 4>& strides, DType dtype) {
