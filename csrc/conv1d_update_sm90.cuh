@@ -1,16 +1,17 @@
 // The next token of each sequence through the causal depthwise convolution, the windows in a pool of slots.
 //
-// A thread owns four channels of one sequence, and shares nothing with others. It asks for all
-// that it reads before it uses any of it; for the kWidth - 1 columns as soon as the slot is there.
+// A thread owns four channels of one sequence, and shares nothing with others. It asks for all that it reads before it
+// uses any of it; for the kWidth - 1 columns as soon as the slot is there.
 #pragma once
 
 #include "common/bits.cuh"
 #include "common/conv1d.cuh"
+#include "common/hopper.cuh"
 
 namespace hybrid_ops {
 
-inline constexpr int kUpdateChannels = 4;  // of a thread
-inline constexpr int kUpdateThreads = 64;
+inline constexpr int kUpdateChannels = 4;                        // of a thread
+inline constexpr int kUpdateThreads = 64, kUpdateSequences = 2;  // of a CTA: the second finds the parameters in L1
 
 struct Conv1dUpdateParams {
   const void* x;       // (batch, dim), unit stride in dim
@@ -22,18 +23,49 @@ struct Conv1dUpdateParams {
   int64 state_slot_stride;
   int state_column_stride;  // 1: the columns of a channel are neighbours; else the channels of a column
   int x_stride, y_stride, slots_stride;
-  int dim, nslots, null_slot;
+  int batch, dim, nslots, null_slot;
   DType weight_dtype, bias_dtype;
   bool silu;
 };
 
-// The weights of a thread's channels: asked for as they lie in memory, numbers when they are used.
-template <int kWidth>
-struct UpdateWeights {
+// The parameters of a thread's channels: asked for as they lie in memory, numbers when they are used.
+template <typename T, int kWidth, bool kUsual>
+struct UpdateParameters;
+
+// Of the dtype of x, and the bias aligned: as models have them.
+template <typename T, int kWidth>
+struct UpdateParameters<T, kWidth, true> {
+  static constexpr int kCount = kUpdateChannels * kWidth;
+  static constexpr int kWords = kCount * sizeof(T) / 4;
+  static constexpr int kWordsOfLoad = kWords % 4 == 0 ? 4 : 2;
+  unsigned weight[kWords / kWordsOfLoad][kWordsOfLoad], bias[kUpdateChannels * sizeof(T) / 4] = {};
+
+  __device__ __forceinline__ void load(const Conv1dUpdateParams& p, int channel) {
+    const T* const weights = static_cast<const T*>(p.weight) + static_cast<int64>(channel) * kWidth;
+#pragma unroll
+    for (int i = 0; i < kWords / kWordsOfLoad; ++i) {
+      load_words_if(true, weights + i * kWordsOfLoad * 4 / sizeof(T), weight[i]);
+    }
+    load_words_if(p.bias != nullptr, static_cast<const T*>(p.bias) + channel, bias);
+  }
+
+  __device__ __forceinline__ void get(const Conv1dUpdateParams&, float (&weights)[kCount],
+                                      float (&biases)[kUpdateChannels]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) weights[i] = element<T>(&weight[0][0], i);
+#pragma unroll
+    for (int c = 0; c < kUpdateChannels; ++c) biases[c] = element<T>(bias, c);
+  }
+};
+
+// Of any dtype, and the bias anywhere.
+template <typename T, int kWidth>
+struct UpdateParameters<T, kWidth, false> {
   static constexpr int kCount = kUpdateChannels * kWidth;
   static constexpr int kWordsOf16Bits = kCount / 2;
   static constexpr int kWords = kWordsOf16Bits % 4 == 0 ? 4 : 2;  // of a load
-  unsigned words[kCount / kWords][kWords] = {};
+  unsigned weight[kCount / kWords][kWords] = {};
+  Element bias[kUpdateChannels];
 
   __device__ __forceinline__ void load(const Conv1dUpdateParams& p, int channel) {
     const bool wide = p.weight_dtype == DType::float32;
@@ -41,57 +73,58 @@ struct UpdateWeights {
         static_cast<const char*>(p.weight) + static_cast<int64>(channel) * kWidth * (wide ? 4 : 2);
 #pragma unroll
     for (int i = 0; i < kCount / kWords; ++i) {
-      load_words_if(wide || i < kWordsOf16Bits / kWords, source + i * kWords * 4, words[i]);
+      load_words_if(wide || i < kWordsOf16Bits / kWords, source + i * kWords * 4, weight[i]);
     }
+#pragma unroll
+    for (int c = 0; c < kUpdateChannels; ++c) bias[c] = load_bits(p.bias, p.bias_dtype, channel + c, p.bias != nullptr);
   }
 
   // A branch for each dtype: to choose for each element costs more than all else that is done with it.
-  __device__ __forceinline__ void get(DType dtype, float (&values)[kCount]) const {
-    if (dtype == DType::float32) return get_as<float>(values);
-    if (dtype == DType::bfloat16) return get_as<__nv_bfloat16>(values);
-    get_as<__half>(values);
+  __device__ __forceinline__ void get(const Conv1dUpdateParams& p, float (&weights)[kCount],
+                                      float (&biases)[kUpdateChannels]) const {
+#pragma unroll
+    for (int c = 0; c < kUpdateChannels; ++c) biases[c] = from_bits(bias[c], p.bias_dtype);
+    if (p.weight_dtype == DType::float32) return get_as<float>(weights);
+    if (p.weight_dtype == DType::bfloat16) return get_as<__nv_bfloat16>(weights);
+    get_as<__half>(weights);
   }
 
  private:
   template <typename U>
-  __device__ __forceinline__ void get_as(float (&values)[kCount]) const {
+  __device__ __forceinline__ void get_as(float (&weights)[kCount]) const {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] = element<U>(&words[0][0], i);
+    for (int i = 0; i < kCount; ++i) weights[i] = element<U>(&weight[0][0], i);
   }
 };
 
-template <typename T, int kWidth, bool kColumnsTogether>
-__global__ void __launch_bounds__(kUpdateThreads) conv1d_update_kernel(const __grid_constant__ Conv1dUpdateParams p) {
+template <typename T, int kWidth, bool kColumnsTogether, bool kUsual>
+__global__ void __launch_bounds__(kUpdateThreads* kUpdateSequences)
+    conv1d_update_kernel(const __grid_constant__ Conv1dUpdateParams p) {
   constexpr int kChannels = kUpdateChannels;
   constexpr int kPieces = kWidth - 1;
   constexpr int kWords = kChannels * sizeof(T) / 4;
-  const int b = blockIdx.y;
+  const int b = blockIdx.y * kUpdateSequences + threadIdx.y;
   const int channel = (blockIdx.x * kUpdateThreads + threadIdx.x) * kChannels;
-  if (channel >= p.dim) return;
+  let_next_kernel_start();
+  wait_for_kernel_before();
+  if (channel >= p.dim || b >= p.batch) return;
 
   const int slot = p.slots == nullptr ? b : p.slots[static_cast<int64>(b) * p.slots_stride];
-  unsigned x[kWords] = {}, result[kWords] = {}, window[kPieces][kWords] = {};
+  unsigned x[kWords] = {}, result[kWords], window[kPieces][kWords] = {};
   load_words_if(true, static_cast<const T*>(p.x) + static_cast<int64>(b) * p.x_stride + channel, x);
-  UpdateWeights<kWidth> weight_words;
-  weight_words.load(p, channel);
-  Element bias_bits[kChannels];
-#pragma unroll
-  for (int c = 0; c < kChannels; ++c) bias_bits[c] = load_bits(p.bias, p.bias_dtype, channel + c, p.bias != nullptr);
-  T* const y = static_cast<T*>(p.y) + static_cast<int64>(b) * p.y_stride + channel;
-  if (slot < 0 || slot >= p.nslots || (p.slots != nullptr && slot == p.null_slot)) {  // padding
-    store_words_if(true, y, result);
-    return;
-  }
-
+  UpdateParameters<T, kWidth, kUsual> parameters;
+  parameters.load(p, channel);
+  // no branch for padding: behind one, ptxas would put the loads before it
+  const bool present = slot >= 0 && slot < p.nslots && (p.slots == nullptr || slot != p.null_slot);
   T* const state = static_cast<T*>(p.conv_state) + slot * p.state_slot_stride;
   const auto piece = [&](int j) {
     return kColumnsTogether ? state + channel * kPieces + j * kChannels
                             : state + static_cast<int64>(j) * p.state_column_stride + channel;
   };
 #pragma unroll
-  for (int j = 0; j < kPieces; ++j) load_words_if(true, piece(j), window[j]);
-  float weight[kChannels * kWidth];
-  weight_words.get(p.weight_dtype, weight);
+  for (int j = 0; j < kPieces; ++j) load_words_if(present, piece(j), window[j]);
+  float weight[kChannels * kWidth], bias[kChannels];
+  parameters.get(p, weight, bias);
 
   const T* const token = reinterpret_cast<const T*>(x);
   const auto at = [&](int c, int k) -> T& {
@@ -101,18 +134,18 @@ __global__ void __launch_bounds__(kUpdateThreads) conv1d_update_kernel(const __g
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
     const float sum = window_sum<T, kWidth>(
-        from_bits(bias_bits[c], p.bias_dtype), [&](int k) { return weight[c * kWidth + k]; },
+        bias[c], [&](int k) { return weight[c * kWidth + k]; },
         [&](int k) { return to_float(k < kPieces ? at(c, k) : token[c]); });
-    sums[c] = p.silu ? sum * sigmoid<T>(sum) : sum;
+    sums[c] = !present ? 0.f : p.silu ? sum * sigmoid<T>(sum) : sum;
 #pragma unroll
     for (int k = 0; k + 1 < kPieces; ++k) at(c, k) = at(c, k + 1);
     at(c, kPieces - 1) = token[c];
   }
 #pragma unroll
   for (int j = 0; j < kChannels / 2; ++j) set_pair<T>(result, j, sums[2 * j], sums[2 * j + 1]);
-  store_words_if(true, y, result);
+  store_words_if(true, static_cast<T*>(p.y) + static_cast<int64>(b) * p.y_stride + channel, result);
 #pragma unroll
-  for (int j = 0; j < kPieces; ++j) store_words_if(true, piece(j), window[j]);
+  for (int j = 0; j < kPieces; ++j) store_words_if(present, piece(j), window[j]);
 }
 
 }  // namespace hybrid_ops

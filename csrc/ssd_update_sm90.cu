@@ -1,43 +1,41 @@
 #include "ssd_update_sm90.cuh"
 
+#include <algorithm>
+
 #include "common/api.h"
 #include "common/launch.cuh"
 
 namespace hybrid_ops {
 namespace {
 
-template <typename L>
-dim3 grid_of(const SsdUpdateParams& p, int warps) {
-  const int rows = L::kTile * p.tiles * warps;  // of a block
-  return {static_cast<unsigned>((p.headdim + rows - 1) / rows), static_cast<unsigned>(p.nheads),
-          static_cast<unsigned>(p.batch)};
-}
-
-template <typename State, int kDstate, int kRows, bool kStochastic>
-void launch_one(SsdUpdateParams p, const SsdUpdateArgs& a, cudaStream_t stream) {
-  p.tiles = a.tiles;
-  const dim3 grid = grid_of<Layout<State, kDstate, kRows>>(p, a.warps);
-  ssd_update_one_kernel<State, kDstate, kRows, kStochastic><<<grid, 32 * a.warps, 0, stream>>>(p);
-  check(cudaGetLastError(), "ssd_update_kernel");
+template <typename State, int kDstate, int kRowsOfWarp, bool kStochastic>
+void launch_one(const SsdUpdateParams& p, cudaStream_t stream) {
+  constexpr int kRows = OneLayout<State, kDstate, kRowsOfWarp>::kRowsOfBlock;
+  const dim3 grid((p.headdim + kRows - 1) / kRows, p.nheads, p.batch);
+  launch_early(ssd_update_one_kernel<State, kDstate, kRowsOfWarp, kStochastic>, grid, dim3(kOneThreads), stream, p,
+               "ssd_update_one_kernel");
 }
 
 template <typename State, int kDstate, bool kStochastic>
-void launch_many(SsdUpdateParams p, const SsdUpdateArgs& a, cudaStream_t stream) {
+void launch_many(const SsdUpdateParams& p, cudaStream_t stream) {
   constexpr int kRows = 4;  // of which the float32 fits into registers
-  p.tiles = 1;
-  const dim3 grid = grid_of<Layout<State, kDstate, kRows>>(p, a.warps);
-  ssd_update_kernel<State, kDstate, kRows, kStochastic><<<grid, 32 * a.warps, 0, stream>>>(p);
+  constexpr int kTile = Layout<State, kDstate, kRows>::kTile;
+  const int warps = std::min(4, (p.headdim + kTile - 1) / kTile);
+  const dim3 grid((p.headdim + kTile * warps - 1) / (kTile * warps), p.nheads, p.batch);
+  ssd_update_kernel<State, kDstate, kRows, kStochastic><<<grid, 32 * warps, 0, stream>>>(p);
   check(cudaGetLastError(), "ssd_update_kernel");
 }
 
 template <typename State, int kDstate, bool kStochastic>
 void launch(const SsdUpdateParams& p, const SsdUpdateArgs& a, cudaStream_t stream) {
-  if (p.cu_seqlens != nullptr || p.tokens != 1) return launch_many<State, kDstate, kStochastic>(p, a, stream);
-  if (a.rows == 2) return launch_one<State, kDstate, 2, kStochastic>(p, a, stream);
-  if constexpr (kStochastic || sizeof(State) == 1) {  // those for which _csrc/ssd_update.py chooses 4
-    if (a.rows == 4) return launch_one<State, kDstate, 4, kStochastic>(p, a, stream);
+  if (p.cu_seqlens != nullptr || p.tokens != 1 || (p.headdim > 1 && p.state_p_stride != kDstate)) {
+    return launch_many<State, kDstate, kStochastic>(p, stream);
   }
-  throw std::runtime_error("ssd_update: no such tile: rows " + std::to_string(a.rows));
+  switch (a.rows) {
+    case 4: return launch_one<State, kDstate, 4, kStochastic>(p, stream);
+    case 16: return launch_one<State, kDstate, 16, kStochastic>(p, stream);
+    default: throw std::runtime_error("ssd_update: a warp has 4 rows or 16, got " + std::to_string(a.rows));
+  }
 }
 
 template <typename State, int kDstate>
@@ -111,6 +109,7 @@ void ssd_update(const SsdUpdateArgs& a, const SsdUpdatePointers& pointers, Targe
       .nheads = static_cast<int>(a.nheads),
       .headdim = static_cast<int>(a.headdim),
       .heads_per_group = static_cast<int>(a.nheads / a.ngroups),
+      .by_heads_per_group = divisor(a.nheads / a.ngroups),
       .read_width = static_cast<int>(a.read_width),
       .write_width = static_cast<int>(a.write_width),
       .null_slot = a.null_slot,

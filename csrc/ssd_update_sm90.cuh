@@ -6,6 +6,8 @@
 // computes and stores, others load. No warp reads what another writes.
 #pragma once
 
+#include "common/division.cuh"
+#include "common/hopper.cuh"
 #include "common/ssd_step.cuh"
 
 namespace hybrid_ops {
@@ -34,8 +36,8 @@ struct SsdUpdateParams {
   int read_stride, read_column_stride, write_stride, write_column_stride, accepted_stride, bounds_stride;
   int batch, tokens, total;  // T of each sequence; all tokens, with cu_seqlens
   int nslots, nheads, headdim, heads_per_group;
+  Divisor by_heads_per_group;  // where those are more than one
   int read_width, write_width, null_slot;
-  int tiles;  // of a warp
   float dt_min, dt_max;
   DType dtype, dt_dtype, D_dtype, z_dtype, dt_bias_dtype;  // dtype: of x, B, C, y
   bool columns_aligned;                                    // B and C: neighbours, each four of them aligned
@@ -94,70 +96,149 @@ __device__ __forceinline__ Token<L::kColumns> load_token(const SsdUpdateParams& 
   return loaded;
 }
 
-// T = 1. The state stays packed until its row's turn, and what the tiles have in common stays in registers.
-template <typename State, int kDstate, int kRows, bool kStochastic>
-__global__ void __launch_bounds__(256, Layout<State, kDstate, kRows>::kBlocks)
-    ssd_update_one_kernel(const __grid_constant__ SsdUpdateParams p) {
-  using L = Layout<State, kDstate, kRows>;
-  const int lane = threadIdx.x % 32, part = lane % L::kLanes, column = part * L::kPerLoad;
-  const int head = blockIdx.y, b = blockIdx.z;
-  const int first = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * p.tiles * L::kTile;  // row of the warp
-  const int end = min(first + p.tiles * L::kTile, p.headdim);
-  if (first >= end) return;
-  const int mine = part / L::kLanesPerSum * L::kGroups + lane / L::kLanes;  // row of a tile whose y is this lane's
-  const bool writes = part % L::kLanesPerSum == 0;
-  // what the lanes that compute a row's y have, for all lanes of the row: the r-th of the group's
-  const auto of_row = [&](float own, int r) { return __shfl_sync(~0u, own, lane - part + r * L::kLanesPerSum); };
+// T = 1, and rows of a head that lie one behind the other: a CTA has kOneWarps times kRowsOfWarp of them, or less. All
+// loads of a lane are under way before its first number is used; meanwhile the threads make what they have in common:
+// each an element of B and C, the last warp dt and its decay, and the first warps the rows of x and at last of y.
+inline constexpr int kOneWarps = 4, kOneThreads = 32 * kOneWarps;
 
-  const Token<L::kColumns> token = load_token<L>(p, b, 0, head, head / p.heads_per_group, column);
-  const float A = p.A[static_cast<int64>(head) * p.A_stride];
-  const Element bias = load_bias(p, head);
-  const int64 seed = kStochastic ? *p.seed : 0;
+template <typename State, int kDstate, int kRowsOfWarp>
+struct OneLayout {
+  static constexpr int kMaxLanes = kDstate / 8;  // of 8 columns each, of bytes 16: 256 bytes of a row a load, or more
+  static constexpr int kGroups = Layout<State, kDstate, 1, kMaxLanes>::kGroups;
+  static constexpr int kRows = kRowsOfWarp / kGroups < 1 ? 1 : kRowsOfWarp / kGroups > 8 ? 8 : kRowsOfWarp / kGroups;
+  using Type = Layout<State, kDstate, kRows, kMaxLanes>;
+  static constexpr int kRowsOfBlock = kOneWarps * Type::kTile;
+  static constexpr int kBlocks = sizeof(State) == 1 || kDstate == 256 ? 4 : 5;  // for which registers suffice
+  static_assert(kRowsOfBlock <= kOneThreads);
+};
+
+template <typename State, int kDstate, int kRowsOfWarp, bool kStochastic>
+__global__ void __launch_bounds__(kOneThreads, OneLayout<State, kDstate, kRowsOfWarp>::kBlocks)
+    ssd_update_one_kernel(const __grid_constant__ SsdUpdateParams p) {
+  using Form = OneLayout<State, kDstate, kRowsOfWarp>;
+  using L = typename Form::Type;
+  constexpr int kRows = Form::kRows, kPieces = kRows * L::kLoads;  // of a lane; of 16 bytes
+  constexpr int kPerThread = 2 * kDstate / kOneThreads;
+  __shared__ alignas(16) float columns[2 * kDstate], rows[Form::kRowsOfBlock], steps[2];  // B, C; x, y; dt, decay
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % L::kLanes, column = part * L::kPerLoad;
+  const int head = blockIdx.y, b = blockIdx.z, first = blockIdx.x * Form::kRowsOfBlock;
+  const int local = warp * L::kTile + lane / L::kLanes, above = first + local;  // the lane's first row
+  const int mine = first + threadIdx.x;                                         // the row whose y is the thread's
+  const bool has_row = threadIdx.x < Form::kRowsOfBlock && mine < p.headdim;
+
+  let_next_kernel_start();
+  wait_for_kernel_before();
   int slot, place;
-  if (!find_slot(p, b, slot)) {
-    for (int row = first + mine; row < end; row += L::kTile) {
-      if (writes) store_float(p.y, p.dtype, offset(p.y_strides, b, 0, head, row), 0.f);
-    }
+  const bool present = find_slot(p, b, slot);
+  Element column_bits[kPerThread], dt_bits{}, bias{}, D{};
+  const int group = p.heads_per_group == 1 ? head : p.by_heads_per_group.of(head);
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int n = threadIdx.x + i * kOneThreads;
+    const TokenStrides& s = n < kDstate ? p.B_strides : p.C_strides;
+    column_bits[i] = load_bits(n < kDstate ? p.B : p.C, p.dtype, offset(s, b, 0, group, n % kDstate));
+  }
+  RowBits bits{};
+  float A = 0.f;
+  if (warp * 32 < Form::kRowsOfBlock) {
+    bits = load_row(p, b, 0, head, has_row ? mine : p.headdim);
+    D = load_D(p, head, has_row ? mine : p.headdim);
+  }
+  if (warp == kOneWarps - 1) {
+    dt_bits = load_bits(p.dt, p.dt_dtype, offset(p.dt_strides, b, 0, head, 0));
+    bias = load_bias(p, head);
+    A = p.A[static_cast<int64>(head) * p.A_stride];
+  }
+  const int64 seed = kStochastic ? *p.seed : 0;
+  if (!present) {
+    if (has_row) store_float(p.y, p.dtype, offset(p.y_strides, b, 0, head, mine), 0.f);
     return;
   }
-  const bool stored = find_place(p, b, 0, 1, slot, place);
-  const State* source = head_of<State>(p, slot, head);
-
-  uint4 raw[kRows][L::kLoads];
-  RowBits bits;
-  Element D;
-  float scale = 1.f;  // of the lane's own row
-  const auto load = [&](int tile) {
-    load_tile<State, L>(p, source, tile + lane / L::kLanes, column, raw);
-    bits = load_row(p, b, 0, head, tile + mine);
-    D = load_D(p, head, tile + mine);
-    if (sizeof(State) == 1 && tile + mine < p.headdim) scale = *scale_of(p, slot, head, tile + mine);
-    bits = {bits.x.merged(), bits.z.merged()}, D = D.merged();  // while states are on their way: registers are few
+  const int begin = above * kDstate + column;  // of the lane in a head
+  const State* const source = head_of<State>(p, slot, head) + begin;
+  const auto offset_of = [](int piece) {
+    return piece / L::kLoads * L::kGroups * kDstate + piece % L::kLoads * L::kStep;
   };
-  load(first);
-  // numbers only now that the first loads are under way
-  const float dt = step_of(p, token.dt, bias), decay = expf(dt * A);
-  float B[L::kColumns], C[L::kColumns];
-  runs_to_float(token.B, p.dtype, p.columns_aligned, B);
-  runs_to_float(token.C, p.dtype, p.columns_aligned, C);
-#pragma unroll 1
-  for (int tile = first;;) {
-    const float input = dt * from_bits(bits.x, p.dtype);
-    float sums[kRows];
+  const auto exists = [&](int r) { return above + r * L::kGroups < p.headdim; };
+  uint4 raw[kRows][L::kLoads];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int row = tile + lane / L::kLanes + r * L::kGroups;
-      float S[L::kColumns];
-      unpack_row<State, L>(raw[r], of_row(scale, r), S);
-      sums[r] = advance(S, decay, of_row(input, r), B, C);
-      if (stored) store_row<State, L, kStochastic>(p, place, head, row, column, S, seed, 0);
-    }
-    const float sum = sum_rows<L::kLanes>(sums, part);
-    finish_row(p, offset(p.y_strides, b, 0, head, tile + mine), sum, D, bits, writes && tile + mine < end);
-    tile += L::kTile;
-    if (tile >= end) break;
-    load(tile);
+  for (int i = 0; i < kPieces; ++i) {
+    raw[i / L::kLoads][i % L::kLoads] = load_state_if(exists(i / L::kLoads), source + offset_of(i));
   }
+  float scales[kRows];
+  if constexpr (sizeof(State) == 1) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) scales[r] = exists(r) ? *scale_of(p, slot, head, above + r * L::kGroups) : 0.f;
+  }
+  const bool stored = find_place(p, b, 0, 1, slot, place);
+  // numbers only now that the loads are under way
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) columns[threadIdx.x + i * kOneThreads] = from_bits(column_bits[i], p.dtype);
+  bits = {bits.x.merged(), bits.z.merged()}, D = D.merged();
+  if (threadIdx.x < Form::kRowsOfBlock) rows[threadIdx.x] = from_bits(bits.x, p.dtype);
+  if (warp == kOneWarps - 1) {
+    const float dt = step_of(p, dt_bits, bias);
+    if (lane == 0) steps[0] = dt, steps[1] = expf(dt * A);
+  }
+  // random bits of the first pieces as well, and those of the next after them
+  constexpr int kBits = kPieces < 4 ? kPieces : 4;
+  uint4 random[kBits];
+  const int64 number = (static_cast<int64>(place) * p.nheads + head) * p.headdim * kDstate + begin;
+  const auto make_random = [&](int from) {
+    int64 blocks[kBits];
+#pragma unroll
+    for (int i = 0; i < kBits; ++i) blocks[i] = (number >> 3) + offset_of(from + i) / 8;
+    philox(seed, blocks, 0, random);
+#pragma unroll
+    for (int i = 0; i < kBits; ++i) {  // here and now
+      asm volatile("" : "+r"(random[i].x), "+r"(random[i].y), "+r"(random[i].z), "+r"(random[i].w));
+    }
+  };
+  if constexpr (kStochastic) make_random(0);
+  __syncthreads();
+  const float dt = steps[0], decay = steps[1];
+  float B[L::kColumns], C[L::kColumns], sums[kRows];
+#pragma unroll
+  for (int i = 0; i < L::kColumns; i += 4) {
+    const int n = column + i / L::kPerLoad * L::kStep + i % L::kPerLoad;
+    *reinterpret_cast<float4*>(B + i) = *reinterpret_cast<const float4*>(columns + n);
+    *reinterpret_cast<float4*>(C + i) = *reinterpret_cast<const float4*>(columns + kDstate + n);
+  }
+  State* const target = head_of<State>(p, place, head) + begin;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if constexpr (kStochastic) {
+      if (r > 0 && r * L::kLoads % kBits == 0) make_random(r * L::kLoads);
+    }
+    float S[L::kColumns];
+    unpack_row<State, L>(raw[r], scales[r], S);
+    sums[r] = advance(S, decay, dt * rows[local + r * L::kGroups], B, C);
+    const bool goes = stored && exists(r);
+    if constexpr (sizeof(State) == 1) {
+      float scale;
+      const float multiplier = multiplier_of<State, L>(S, scale);
+#pragma unroll
+      for (int c = 0; c < L::kColumns; ++c) S[c] = __fmul_rn(S[c], multiplier);
+      if (goes && part == 0) *scale_of(p, place, head, above + r * L::kGroups) = scale;
+    }
+#pragma unroll
+    for (int i = 0; i < L::kLoads; ++i) {
+      const int piece = r * L::kLoads + i;
+      const float* const v = S + i * L::kPerLoad;
+      uint4 packed;
+      if constexpr (kStochastic) {
+        packed = round_stochastic<State>(v, random[piece % kBits]);
+      } else {
+        packed = pack_nearest<State>(v);
+      }
+      store_state_if(goes, target + offset_of(piece), packed);
+    }
+  }
+  const float sum = sum_rows<L::kLanes>(sums, part);
+  // to the row's thread; of x, nobody else reads the row any more
+  if (part % L::kLanesPerSum == 0) rows[local + part / L::kLanesPerSum * L::kGroups] = sum;
+  __syncthreads();
+  if (has_row) finish_row(p, offset(p.y_strides, b, 0, head, mine), rows[threadIdx.x], D, bits, true);
 }
 
 // Any number of tokens, each sequence its own. The state is float32 in registers from the first to the last.

@@ -337,8 +337,7 @@ def _choose(
     problem = (headdim, dstate, state_dtype.itemsize)
     if chosen == "cuda":
         sms = _device.num_sms_to_explain(device)
-        stochastic = rounding == "stochastic"
-        return Choice(chosen, _csrc_ssd_update.config(*problem, stochastic, batch * nheads, sms)._asdict(), reason)
+        return Choice(chosen, _csrc_ssd_update.config(headdim, batch * nheads, sms)._asdict(), reason)
     if chosen != "triton":
         return Choice(chosen, {}, reason)
     from .triton_kernels import ssd_update as kernels

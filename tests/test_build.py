@@ -41,10 +41,10 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::conv1d_final_states_kernel<__nv_bfloat16>",
     ],
     "conv1d_update_sm90.cuh": [
-        "hybrid_ops::conv1d_update_kernel<__nv_bfloat16, 4, true>",
-        "hybrid_ops::conv1d_update_kernel<__half, 3, false>",
-        "hybrid_ops::conv1d_update_kernel<float, 2, true>",
-        "hybrid_ops::conv1d_update_kernel<float, 4, false>",
+        "hybrid_ops::conv1d_update_kernel<__nv_bfloat16, 4, true, true>",
+        "hybrid_ops::conv1d_update_kernel<__half, 3, false, false>",
+        "hybrid_ops::conv1d_update_kernel<float, 2, true, false>",
+        "hybrid_ops::conv1d_update_kernel<float, 4, false, true>",
     ],
     "ssd_sm90.cuh": [
         "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<64, 1, true, false>>",
@@ -53,11 +53,11 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<64, 2, true, false>>",
     ],
     "ssd_update_sm90.cuh": [
-        "hybrid_ops::ssd_update_one_kernel<float, 128, 2, false>",
-        "hybrid_ops::ssd_update_one_kernel<__half, 256, 4, true>",
+        "hybrid_ops::ssd_update_one_kernel<float, 128, 4, false>",
+        "hybrid_ops::ssd_update_one_kernel<__half, 256, 16, true>",
         "hybrid_ops::ssd_update_kernel<__nv_bfloat16, 64, 4, true>",
         "hybrid_ops::ssd_update_kernel<float, 256, 4, false>",
-        "hybrid_ops::ssd_update_one_kernel<hybrid_ops::E4m3, 64, 4, false>",
+        "hybrid_ops::ssd_update_one_kernel<hybrid_ops::E4m3, 64, 16, false>",
         "hybrid_ops::ssd_update_kernel<hybrid_ops::Int8, 128, 4, false>",
     ],
     "ssd_replay_sm90.cuh": [
@@ -372,15 +372,12 @@ def test_rows_by_their_alignment():
 def test_config_of_ssd_update():
     from hybrid_ops._csrc.ssd_update import Config, config
 
-    def of(batch, itemsize, stochastic=False, headdim=64, dstate=128):
-        return config(headdim, dstate, itemsize, stochastic, batch * 128, 132)
+    def of(batch, headdim=64, nheads=128):
+        return config(headdim, batch * nheads, 132)
 
-    assert of(1, 4) == of(1, 2) == of(1, 2, stochastic=True) == Config(rows=2, tiles=1, warps=4)
-    assert of(16, 4) == of(16, 2) == of(256, 2, headdim=80) == Config(rows=2, tiles=2, warps=4)
-    assert of(64, 4, dstate=256) == Config(rows=2, tiles=1, warps=4)
-    assert of(16, 2, stochastic=True) == Config(rows=4, tiles=2, warps=4)
-    assert of(64, 1) == Config(rows=4, tiles=4, warps=1)
-    assert config(1, 64, 4, False, 1, 132) == Config(rows=2, tiles=1, warps=1)
+    assert of(1) == of(4) == of(8, nheads=64) == Config(rows=4)
+    assert of(8) == of(64) == of(64, nheads=64) == of(64, headdim=128) == of(64, headdim=56) == Config(rows=16)
+    assert of(64, headdim=80) == of(64, headdim=24) == of(0) == of(1, headdim=1) == Config(rows=4)
 
 
 def test_config_of_ssd_replay():

@@ -84,7 +84,7 @@ struct SsdUpdateArgs {
   int null_slot;
   float dt_min, dt_max;
   bool dt_softplus, store_each, store_last;
-  int rows, tiles, warps;  // of a lane in a tile; of a warp, one after the other; of a block
+  int rows;  // of a warp, where there is one token each
 };
 
 // The pointers of SsdUpdateParams, in its order.

@@ -6,19 +6,32 @@
 
 namespace hybrid_ops {
 
-// Philox4x32-10, Salmon et al. 2011.
-__device__ __forceinline__ uint4 philox(int64 seed, int64 block, int t) {
-  unsigned c0 = static_cast<unsigned>(block), c1 = static_cast<unsigned>(block >> 32), c2 = t, c3 = 0;
+// Philox4x32-10, Salmon et al. 2011, of kCount blocks, which have the keys of each round in common.
+template <int kCount>
+__device__ __forceinline__ void philox(int64 seed, const int64 (&blocks)[kCount], int t, uint4 (&bits)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    bits[i] = make_uint4(static_cast<unsigned>(blocks[i]), static_cast<unsigned>(blocks[i] >> 32), t, 0);
+  }
   unsigned k0 = static_cast<unsigned>(seed), k1 = static_cast<unsigned>(seed >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
-    const auto p0 = static_cast<unsigned long long>(c0) * 0xD2511F53u;
-    const auto p1 = static_cast<unsigned long long>(c2) * 0xCD9E8D57u;
-    c0 = static_cast<unsigned>(p1 >> 32) ^ c1 ^ k0, c1 = static_cast<unsigned>(p1);
-    c2 = static_cast<unsigned>(p0 >> 32) ^ c3 ^ k1, c3 = static_cast<unsigned>(p0);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      uint4& c = bits[i];
+      const auto p0 = static_cast<unsigned long long>(c.x) * 0xD2511F53u;
+      const auto p1 = static_cast<unsigned long long>(c.z) * 0xCD9E8D57u;
+      c = make_uint4(static_cast<unsigned>(p1 >> 32) ^ c.y ^ k0, static_cast<unsigned>(p1),
+                     static_cast<unsigned>(p0 >> 32) ^ c.w ^ k1, static_cast<unsigned>(p0));
+    }
     k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
   }
-  return make_uint4(c0, c1, c2, c3);
+}
+
+__device__ __forceinline__ uint4 philox(int64 seed, int64 block, int t) {
+  uint4 bits[1];
+  philox<1>(seed, {block}, t, bits);
+  return bits[0];
 }
 
 __device__ __forceinline__ float max_or_nan(float a, float b) {
@@ -34,7 +47,7 @@ __device__ __forceinline__ float min_or_nan(float a, float b) {
 }
 
 // |v| goes to floor(|v| + bits * 2^-16 * step) on the grid of T, saturating; NaN stays NaN, and zero keeps its sign.
-// `usual` says that no such case is among the values: with it, a sum of integers and a truncation are all there is.
+// A sum of integers and a truncation are all there is to most values: `usual` says whether they were to eight of them.
 template <typename T>
 struct Stochastic;
 
@@ -42,7 +55,12 @@ template <>
 struct Stochastic<__nv_bfloat16> {
   static constexpr float kLargest = 3.38953138925153547590e38f;  // 0x7f7f0000
 
-  static __device__ __forceinline__ bool usual(float smallest, float largest) { return largest <= kLargest; }
+  static __device__ __forceinline__ bool usual(const float* v, const uint4&) {
+    float largest = fabsf(v[0]);
+#pragma unroll
+    for (int i = 1; i < 8; ++i) largest = max_or_nan(largest, fabsf(v[i]));
+    return largest <= kLargest;
+  }
 
   // Two values, and two times 16 bits; the result as two patterns.
   static __device__ __forceinline__ unsigned round_usual(float low, float high, unsigned bits) {
@@ -62,8 +80,14 @@ template <>
 struct Stochastic<__half> {
   static constexpr float kLargest = 65504.f, kNormal = 0x1p-14f;
 
-  static __device__ __forceinline__ bool usual(float smallest, float largest) {
-    return smallest >= kNormal && largest <= kLargest;
+  // Results tell, and are half as many registers. One that is larger than the smallest normal number and smaller than
+  // the largest is of such a value: what is not, or NaN, comes to 0, to either of them, to infinity or to NaN.
+  static __device__ __forceinline__ bool usual(const float*, const uint4& rounded) {
+    const auto pair = [](unsigned word) { return __habs2(reinterpret_cast<const __half2&>(word)); };
+    const __half2 a = pair(rounded.x), b = pair(rounded.y), c = pair(rounded.z), d = pair(rounded.w);
+    const __half2 smallest = __hmin2(__hmin2(a, b), __hmin2(c, d));
+    const __half2 largest = __hmax2_nan(__hmax2_nan(a, b), __hmax2_nan(c, d));
+    return __hbgt2(smallest, __float2half2_rn(kNormal)) && __hblt2(largest, __float2half2_rn(kLargest));
   }
 
   // float32 has 13 more bits behind the point than a normal float16; the last three of the 16 would meet zeros.
@@ -95,17 +119,10 @@ struct Stochastic<__half> {
 // Eight neighbours with the bits of their block.
 template <typename T>
 __device__ __forceinline__ uint4 round_stochastic(const float* v, uint4 bits) {
-  float smallest = fabsf(v[0]), largest = fabsf(v[0]);
-#pragma unroll
-  for (int i = 1; i < 8; ++i) {
-    smallest = fminf(smallest, fabsf(v[i]));
-    largest = max_or_nan(largest, fabsf(v[i]));
-  }
   using S = Stochastic<T>;
-  if (S::usual(smallest, largest)) {
-    return make_uint4(S::round_usual(v[0], v[1], bits.x), S::round_usual(v[2], v[3], bits.y),
-                      S::round_usual(v[4], v[5], bits.z), S::round_usual(v[6], v[7], bits.w));
-  }
+  const uint4 rounded = make_uint4(S::round_usual(v[0], v[1], bits.x), S::round_usual(v[2], v[3], bits.y),
+                                   S::round_usual(v[4], v[5], bits.z), S::round_usual(v[6], v[7], bits.w));
+  if (S::usual(v, rounded)) return rounded;
   return make_uint4(S::round(v[0], v[1], bits.x), S::round(v[2], v[3], bits.y), S::round(v[4], v[5], bits.z),
                     S::round(v[6], v[7], bits.w));
 }

@@ -8,21 +8,19 @@
 
 namespace hybrid_ops {
 
-// How the lanes of a warp share a tile of kRows rows of each lane.
-template <typename State, int kN, int kRows>
+// How the lanes of a warp share a tile of kRows rows of each lane. A row has no more than kMaxLanes.
+template <typename State, int kN, int kRows, int kMaxLanes = 32>
 struct Layout {
   static constexpr int kDstate = kN;
-  static constexpr int kPerLoad = 16 / sizeof(State);                               // elements
-  static constexpr int kLanes = kDstate / kPerLoad < 32 ? kDstate / kPerLoad : 32;  // of a row
-  static constexpr int kLoads = kDstate / (kPerLoad * kLanes);                      // of a lane for a row
-  static constexpr int kColumns = kPerLoad * kLoads;                                // of a lane
+  static constexpr int kPerLoad = 16 / sizeof(State);                                             // elements
+  static constexpr int kLanes = kDstate / kPerLoad < kMaxLanes ? kDstate / kPerLoad : kMaxLanes;  // of a row
+  static constexpr int kLoads = kDstate / (kPerLoad * kLanes);                                    // of a lane for a row
+  static constexpr int kColumns = kPerLoad * kLoads;                                              // of a lane
   static constexpr int kStep = kPerLoad * kLanes;  // from one load of a row to the next
   static constexpr int kGroups = 32 / kLanes;      // rows side by side
   static constexpr int kTile = kRows * kGroups;
   static constexpr int kRowStep = kGroups;             // from a lane's row to its next
   static constexpr int kLanesPerSum = kLanes / kRows;  // that end with the same row's sum
-  // of 256 threads, for which registers suffice
-  static constexpr int kBlocks = sizeof(State) == 1 ? 2 : 4;
   static_assert(kRows <= kLanes);
 };
 
@@ -44,6 +42,24 @@ __device__ __forceinline__ uint4 load_state(const void* pointer) {
 __device__ __forceinline__ void store_state(void* pointer, const uint4& raw) {
   asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(pointer), "r"(raw.x), "r"(raw.y),
                "r"(raw.z), "r"(raw.w), "l"(passing())
+               : "memory");
+}
+
+// Where there is something, by predicates; else the result is anything.
+__device__ __forceinline__ uint4 load_state_if(bool present, const void* pointer) {
+  uint4 raw;
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %6, 0;"
+      "@p ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;}"
+      : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+      : "l"(pointer), "l"(passing()), "r"(static_cast<int>(present)));
+  return raw;
+}
+
+// Streaming, which many small CTAs in the order of memory gain from, and takes no registers for a policy.
+__device__ __forceinline__ void store_state_if(bool present, void* pointer, const uint4& raw) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; @p st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};}" ::"l"(pointer),
+               "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w), "r"(static_cast<int>(present))
                : "memory");
 }
 
@@ -127,6 +143,14 @@ __device__ __forceinline__ float multiplier_of(const float (&S)[L::kColumns], fl
   return EightBits<State>::multiplier(amax, scale);
 }
 
+// A load's worth of a row, rounded to the nearest.
+template <typename State>
+__device__ __forceinline__ uint4 pack_nearest(const float* v) {
+  constexpr int kPerWord = 4 / sizeof(State);
+  return make_uint4(pack_word<State>(v), pack_word<State>(v + kPerWord), pack_word<State>(v + 2 * kPerWord),
+                    pack_word<State>(v + 3 * kPerWord));
+}
+
 // A lane's part of a row to memory, rounded as after token t; `number`: of the row in the whole pool.
 template <typename State, typename L, bool kStochastic>
 __device__ __forceinline__ void store_columns(State* row, int column, const float (&values)[L::kColumns], int64 number,
@@ -134,18 +158,12 @@ __device__ __forceinline__ void store_columns(State* row, int column, const floa
 #pragma unroll
   for (int i = 0; i < L::kLoads; ++i) {
     const float* v = values + i * L::kPerLoad;
-    uint4 packed;
-    if constexpr (kStochastic) {
-      packed = round_stochastic<State>(v, philox(seed, (number * L::kDstate + column + i * L::kStep) / 8, t));
-    } else {
-      constexpr int kPerWord = 4 / sizeof(State);
-      packed = make_uint4(pack_word<State>(v), pack_word<State>(v + kPerWord), pack_word<State>(v + 2 * kPerWord),
-                          pack_word<State>(v + 3 * kPerWord));
-    }
+    State* const place = row + column + i * L::kStep;
     if constexpr (kStochastic) {  // which has no registers for a policy
-      __stcs(reinterpret_cast<uint4*>(row + column + i * L::kStep), packed);
+      const uint4 bits = philox(seed, (number * L::kDstate + column + i * L::kStep) / 8, t);
+      __stcs(reinterpret_cast<uint4*>(place), round_stochastic<State>(v, bits));
     } else {
-      store_state(row + column + i * L::kStep, packed);
+      store_state(place, pack_nearest<State>(v));
     }
   }
 }

@@ -1,6 +1,5 @@
 """Launcher of csrc/ssd_update_sm90.cu, and what that kernel does not take."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,25 +15,17 @@ DSTATES = (64, 128, 256)
 
 
 class Config(NamedTuple):
-    rows: int  # of a lane in a tile, whose loads are under way at once
-    tiles: int  # of a warp, one after the other
-    warps: int  # of a block
+    rows: int  # of a warp, where there is one token of each sequence
 
 
-def config(
-    headdim: int, dstate: int, itemsize: int, stochastic: bool, sequences_times_heads: int, num_sms: int
-) -> Config:
-    """By the loads (16 bytes) of a lane: the more arithmetic a load brings, the more of them share dt, B and C.
+def config(headdim: int, sequences_times_heads: int, num_sms: int) -> Config:
+    """The more rows a warp has, the more of them share what it does for a head (two thirds of its instructions with 4).
 
-    Fewer where a multiprocessor would get less than 32 warps. Powers of two, which leave no warp with less than others.
+    Fewer where a multiprocessor would get less than 16 warps, or most of a head's last CTA (4 warps) would be idle.
     """
-    lanes = min(32, dstate * itemsize // 16)  # of a row
-    wanted = (16 if itemsize == 1 else 8 if stochastic else 4) * 16 * lanes // (dstate * itemsize)  # rows of a lane
-    filling = sequences_times_heads * headdim * lanes // (32 * 32 * num_sms)
-    mine = max(2, min(wanted, filling))
-    mine = 1 << mine.bit_length() - 1
-    rows = 4 if mine > 4 else 2
-    return Config(rows=rows, tiles=mine // rows, warps=min(4, math.ceil(headdim * lanes / (32 * mine))))
+    idle = -headdim % 64
+    filling = sequences_times_heads * headdim // 16 >= 16 * num_sms
+    return Config(rows=16 if filling and idle < headdim / 4 else 4)
 
 
 def refusal(x: Tensor, state: Tensor, others: tuple[Tensor | None, ...], batch: int) -> str | None:
@@ -105,8 +96,7 @@ def ssd_state_update(
 
     index = x.device.index
     if chosen is None:
-        problem = (headdim, dstate, state.element_size(), seed is not None, batch * nheads)
-        chosen = config(*problem, _device.num_sms(index))
+        chosen = config(headdim, batch * nheads, _device.num_sms(index))
     launch = extension.SsdUpdate(
         dtypes=tuple(STATE_DTYPES[(x if t is None else t).dtype] for t in (state, x, dt, D, z, dt_bias)),
         sizes=(
