@@ -87,6 +87,9 @@ __device__ __forceinline__ void store_counted(uint32 destination, float value, u
 // wrote is seen.
 __device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// The kernel behind, if it is one that is launched early, may start, as far as there is room for it.
+__device__ __forceinline__ void start_kernel_behind() { asm volatile("griddepcontrol.launch_dependents;"); }
+
 // ---------------------------------------------------------------------------------------------------------- TMA
 
 // Neighbours in memory into shared memory; `barrier` counts their bytes, a multiple of 16.
