@@ -367,8 +367,10 @@ PYBIND11_MODULE(_cuda, m) {
   py::class_<NormArgs>(m, "Norm", "An RMSNorm of one signature; the groups hold what NormForm in api.h names.")
       .def(
           py::init([](std::array<int, 3> dtypes, std::array<std::int64_t, 3> sizes, std::array<std::int64_t, 4> strides,
-                      bool gated, bool norm_before_gate, float eps, std::array<int, 3> config) {
-            return NormArgs{norm_form(dtypes, sizes, gated, norm_before_gate, eps, config), strides};
+                      bool gated, bool norm_before_gate, float eps, std::array<int, 4> config) {
+            const auto [vectors, warps, teams, streaming] = config;
+            const NormForm form = norm_form(dtypes, sizes, gated, norm_before_gate, eps, {vectors, warps, teams});
+            return NormArgs{form, strides, streaming != 0};
           }),
           py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("gated"), py::arg("norm_before_gate"),
           py::arg("eps"), py::arg("config"))
@@ -382,10 +384,10 @@ PYBIND11_MODULE(_cuda, m) {
   py::class_<NormBwdArgs>(m, "NormBwd", "The gradients of an RMSNorm of one signature, as Norm.")
       .def(
           py::init([](std::array<int, 3> dtypes, std::array<std::int64_t, 3> sizes, std::array<std::int64_t, 3> strides,
-                      bool gated, bool norm_before_gate, float eps, std::array<int, 5> config) {
-            const auto [vectors, warps, teams, ctas, stages] = config;
-            const NormForm form = norm_form(dtypes, sizes, gated, norm_before_gate, eps, {vectors, warps, teams});
-            return NormBwdArgs{form, strides, ctas, stages};
+                      bool gated, bool norm_before_gate, float eps, std::array<int, 3> config) {
+            const auto [vectors, warps, ctas] = config;
+            const NormForm form = norm_form(dtypes, sizes, gated, norm_before_gate, eps, {vectors, warps, 1});
+            return NormBwdArgs{form, strides, ctas};
           }),
           py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("gated"), py::arg("norm_before_gate"),
           py::arg("eps"), py::arg("config"))

@@ -1,11 +1,35 @@
 #include "norm_sm90.cuh"
 
+#include <algorithm>
+
 #include "common/norm_dispatch.cuh"
 
 namespace hybrid_ops {
+namespace {
+
+struct Launch {
+  const NormForm& form;
+  const NormParams& params;
+  Target target;
+
+  template <typename T, typename Stream, Gate kGate>
+  static constexpr int most() {
+    return kMostNormVectors;
+  }
+
+  template <typename T, typename Stream, Gate kGate, int kVectors>
+  void operator()() const {
+    const dim3 grid = norm_grid(form, (form.rows + form.teams - 1) / form.teams);
+    launch_early(norm_kernel<T, Stream, kGate, kVectors>, grid, dim3(32 * form.warps, form.teams), target, params,
+                 "norm_kernel");
+  }
+};
+
+}  // namespace
 
 void norm_fwd(const NormArgs& a, const NormTensors& t, Target target) {
   const NormForm& form = a.form;
+  if (form.warps * form.teams > kMaxNormWarps) throw std::runtime_error("norm: a CTA has at most 16 warps");
   const NormParams p{
       .x = reinterpret_cast<const void*>(t.x),
       .second = reinterpret_cast<const void*>(form.gated ? t.z : t.residual),
@@ -17,18 +41,14 @@ void norm_fwd(const NormArgs& a, const NormTensors& t, Target target) {
       .y_stride = a.strides[2],
       .h_stride = a.strides[3],
       .rows = static_cast<int>(form.rows),
-      .groups = static_cast<int>(form.hidden / form.group_size),
       .group_size = static_cast<int>(form.group_size),
+      .inverse_size = 1.f / static_cast<float>(form.group_size),
       .eps = form.eps,
       .weight_fp32 = form.weight_dtype == DType::float32,
+      .streaming = a.streaming,
   };
   const DeviceGuard guard(target.device);
-  const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
-  norm_dispatch(form, [&]<typename T, typename Stream, Gate kGate, int kVectors>() {
-    const std::int64_t ctas = (form.rows + form.teams - 1) / form.teams;
-    norm_kernel<T, Stream, kGate, kVectors><<<norm_grid(form, ctas), norm_block(form), 0, stream>>>(p);
-    check(cudaGetLastError(), "norm_kernel");
-  });
+  norm_dispatch(form, Launch{form, p, target});
 }
 
 }  // namespace hybrid_ops

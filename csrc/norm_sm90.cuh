@@ -13,49 +13,41 @@ struct NormParams {
   void* y;             // as x
   void* h;             // x + residual, as the residual; null without one
   int64 x_stride, second_stride, y_stride, h_stride;
-  int rows, groups, group_size;
-  float eps;
+  int rows, group_size;
+  float inverse_size, eps;  // 1 / group_size
   bool weight_fp32;
+  bool streaming;  // y and h: L2 could not keep them
 };
 
-// CTAs of a multiprocessor for which registers suffice, by the vectors of a lane: without the bound ptxas has loads
-// wait for fewer others, in more registers. One fewer where z is kept to the end, or x + residual is rounded.
-inline constexpr int kNormCtas[] = {0, 6, 5, 3, 3, 3, 2};
-inline constexpr int kMostEarlyWeights = 3;  // vectors of a lane whose weights have registers beside x and z
+inline constexpr int kMostNormVectors = 3;  // of a lane
 
 template <typename T, typename Stream, Gate kGate, int kVectors>
-__global__ void __launch_bounds__(32 * kMaxNormWarps, kNormCtas[kVectors] - (kGate == Gate::first ? 0 : 1))
-    norm_kernel(const __grid_constant__ NormParams p) {
+__global__ void __launch_bounds__(32 * kMaxNormWarps) norm_kernel(const __grid_constant__ NormParams p) {
   using Part = NormPart<T, Stream, kVectors>;
-  constexpr int kCount = Part::kCount;
-  constexpr bool kWeightsEarly = kVectors <= kMostEarlyWeights;
+  constexpr int kCount = Part::kCount, kStep = Part::kStep;
   __shared__ NormSums<1> shared[kMaxNormWarps];
+  start_kernel_behind();
 
-  const Part part(p.groups, p.group_size);
+  const Part part(p.group_size);
   const int row = part.row;
-  if (row >= p.rows) return;
   const bool has_second = kGate != Gate::none || p.second != nullptr;
+  const auto has = [&](int i) { return row < p.rows && part.has(i); };
   const T* const x = static_cast<const T*>(p.x) + row * p.x_stride + part.column;
   const Stream* const second = static_cast<const Stream*>(p.second) + row * p.second_stride + part.column;
+  T* const y = static_cast<T*>(p.y) + row * p.y_stride + part.column;
+  Stream* const h = static_cast<Stream*>(p.h) + row * p.h_stride + part.column;
 
+  wait_for_kernel_before();
   Vector<T, kCount> x_raw[kVectors] = {};
   Vector<Stream, kCount> second_raw[kVectors] = {};
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    if (!part.has(i)) continue;
-    x_raw[i] = load_once(reinterpret_cast<const Vector<T, kCount>*>(x + part.place(i)));
-    if (has_second) {
-      second_raw[i] = load_once(reinterpret_cast<const Vector<Stream, kCount>*>(second + part.place(i)));
-    }
+    load_once_if(has(i), x + i * kStep, x_raw[i]);
+    load_once_if(has(i) && has_second, second + i * kStep, second_raw[i]);
   }
   NormWeight<T, kCount> weights[kVectors];
-  const auto load_weight = [&](int i) {
-    if (part.has(i)) weights[i].load(p.weight, p.weight_fp32, part.column + part.place(i));
-  };
-  if constexpr (kWeightsEarly) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) load_weight(i);
-  }
+  for (int i = 0; i < kVectors; ++i) weights[i].load_if(has(i), p.weight, p.weight_fp32, part.column + i * kStep);
 
   float u[kVectors][kCount], squares[1] = {0.f};
 #pragma unroll
@@ -70,22 +62,19 @@ __global__ void __launch_bounds__(32 * kMaxNormWarps, kNormCtas[kVectors] - (kGa
       if (has_second) {  // the next layer sees the rounded stream, so the norm does too
 #pragma unroll
         for (int c = 0; c < kCount; ++c) u[i][c] += other[c];
-        const Vector<Stream, kCount> h = pack<Stream>(u[i]);
-        unpack<Stream>(h, u[i]);
-        Stream* const place = static_cast<Stream*>(p.h) + row * p.h_stride + part.column + part.place(i);
-        if (part.has(i)) store_vector(place, h);
+        const Vector<Stream, kCount> sum = pack<Stream>(u[i]);
+        unpack<Stream>(sum, u[i]);
+        if (has(i)) store_vector(h + i * kStep, sum, p.streaming);
       }
     }
 #pragma unroll
     for (int c = 0; c < kCount; ++c) squares[0] = fmaf(u[i][c], u[i][c], squares[0]);
   }
-  int turn = 0;
-  team_sums(squares, shared[threadIdx.y], turn);
-  const float rstd = 1.f / sqrtf(squares[0] / static_cast<float>(p.group_size) + p.eps);
+  team_sums(squares, shared[threadIdx.y]);
+  const float rstd = rsqrtf(fmaf(squares[0], p.inverse_size, p.eps));
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     float weight[kCount];
-    if (!kWeightsEarly) load_weight(i);
     weights[i].get(p.weight_fp32, weight);
 #pragma unroll
     for (int c = 0; c < kCount; ++c) u[i][c] *= rstd * weight[c];
@@ -95,8 +84,7 @@ __global__ void __launch_bounds__(32 * kMaxNormWarps, kNormCtas[kVectors] - (kGa
 #pragma unroll
       for (int c = 0; c < kCount; ++c) u[i][c] *= z[c] * sigmoid<Stream>(z[c]);
     }
-    T* const place = static_cast<T*>(p.y) + row * p.y_stride + part.column + part.place(i);
-    if (part.has(i)) store_vector(place, pack<T>(u[i]));
+    if (has(i)) store_vector(y + i * kStep, pack<T>(u[i]), p.streaming);
   }
 }
 

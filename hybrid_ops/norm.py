@@ -162,8 +162,8 @@ def _choose(
     refusal = _device.not_sm90(torch.device(device)) or _csrc_norm.refusal(dtype, dtype, x[0], group_size, True, x=x)
     chosen, reason = _device.choose(impl, torch.device(device), refusal)
     if chosen == "cuda":
-        sms = _device.num_sms_to_explain(device)
-        return Choice(chosen, _csrc_norm.config(8192, 1, group_size, x.element_size(), sms)._asdict(), reason)
+        config = _csrc_norm.config(8192, group_size, x.element_size(), written=8192 * group_size * x.element_size())
+        return Choice(chosen, config._asdict(), reason)
     if chosen != "triton":
         return Choice(chosen, {}, reason)
     from .triton_kernels import norm as kernels
@@ -291,7 +291,7 @@ def _bwd_choice(impl: str, x: Tensor, z: Tensor | None, weight: Tensor, dx: Tens
     refusal = None
     if x.is_cuda and impl in ("auto", "cuda"):
         refusal = _device.not_sm90(x.device) or _csrc_norm.refusal(
-            dx.dtype, x.dtype, weight, group_size, z is not None, x=x, z=z
+            dx.dtype, x.dtype, weight, group_size, z is not None, backward=True, x=x, z=z
         )
     return _device.choose(impl, x.device, refusal)[0]
 

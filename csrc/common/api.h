@@ -155,6 +155,7 @@ struct NormForm {
 struct NormArgs {
   NormForm form;
   std::array<std::int64_t, 4> strides;  // of rows: x, z or residual, y, h
+  bool streaming;                       // L2 could not keep what is written
 };
 
 struct NormTensors {
@@ -164,7 +165,7 @@ struct NormTensors {
 struct NormBwdArgs {
   NormForm form;
   std::array<std::int64_t, 3> strides;  // of rows: dy, x, z or dh
-  int ctas, stages;                     // of a group of features; rows on their way to a team
+  int ctas;                             // of a group of features
 };
 
 struct NormBwdTensors {

@@ -7,18 +7,14 @@
 
 namespace hybrid_ops {
 
-// run.operator()<T, Stream, kGate, kVectors>()
-template <typename T, typename Stream, Gate kGate, typename Run>
+// Run::most<T, Stream, kGate>() vectors of a lane at most; run.operator()<T, Stream, kGate, kVectors>()
+template <typename T, typename Stream, Gate kGate, int kVectors = 1, typename Run>
 void norm_with_vectors(int vectors, const Run& run) {
-  switch (vectors) {
-    case 1: return run.template operator()<T, Stream, kGate, 1>();
-    case 2: return run.template operator()<T, Stream, kGate, 2>();
-    case 3: return run.template operator()<T, Stream, kGate, 3>();
-    case 4: return run.template operator()<T, Stream, kGate, 4>();
-    case 5: return run.template operator()<T, Stream, kGate, 5>();
-    case 6: return run.template operator()<T, Stream, kGate, 6>();
-    default: throw std::runtime_error("norm: a lane has 1 to 6 vectors, got " + std::to_string(vectors));
+  if (vectors == kVectors) return run.template operator()<T, Stream, kGate, kVectors>();
+  if constexpr (kVectors < Run::template most<T, Stream, kGate>()) {
+    return norm_with_vectors<T, Stream, kGate, kVectors + 1>(vectors, run);
   }
+  throw std::runtime_error("norm: not compiled for " + std::to_string(vectors) + " vectors of a lane");
 }
 
 template <typename T, typename Run>
@@ -31,7 +27,6 @@ void norm_with_type(const NormForm& form, const Run& run) {
 
 template <typename Run>
 void norm_dispatch(const NormForm& form, const Run& run) {
-  if (form.warps * form.teams > kMaxNormWarps) throw std::runtime_error("norm: a CTA has at most 8 warps");
   switch (form.dtype) {
     case DType::float32: return norm_with_type<float>(form, run);
     case DType::bfloat16: return norm_with_type<__nv_bfloat16>(form, run);
@@ -40,11 +35,27 @@ void norm_dispatch(const NormForm& form, const Run& run) {
   }
 }
 
-// Of so many CTAs for each group of features.
+// So many CTAs for each group of features, of which neighbours come first.
 inline dim3 norm_grid(const NormForm& form, std::int64_t ctas) {
-  return dim3(static_cast<unsigned>(ctas * (form.hidden / form.group_size)));
+  constexpr std::int64_t kMost = 65535;
+  return dim3(static_cast<unsigned>(form.hidden / form.group_size), static_cast<unsigned>(std::min(ctas, kMost)),
+              static_cast<unsigned>((ctas + kMost - 1) / kMost));
 }
 
-inline dim3 norm_block(const NormForm& form) { return dim3(32 * form.warps, form.teams); }
+// While the kernel before still runs: all norm kernels wait for it before they read.
+template <typename Params>
+void launch_early(void (*kernel)(Params), dim3 grid, dim3 block, Target target, const Params& params,
+                  const char* name) {
+  cudaLaunchAttribute early{.id = cudaLaunchAttributeProgrammaticStreamSerialization};
+  early.val.programmaticStreamSerializationAllowed = 1;
+  const cudaLaunchConfig_t config{
+      .gridDim = grid,
+      .blockDim = block,
+      .stream = reinterpret_cast<cudaStream_t>(target.stream),
+      .attrs = &early,
+      .numAttrs = 1,
+  };
+  check(cudaLaunchKernelEx(&config, kernel, params), name);
+}
 
 }  // namespace hybrid_ops

@@ -61,6 +61,22 @@ __device__ __forceinline__ void store_vector(void* place, const uint4& v) {
                : "memory");
 }
 
+// The same; with `streaming` as what leaves L2 first.
+__device__ __forceinline__ void store_vector(void* place, const uint2& v, bool streaming) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %3, 0; @p st.global.cs.v2.u32 [%0], {%1, %2}; @!p st.global.v2.u32 [%0], {%1, "
+      "%2};}" ::"l"(place),
+      "r"(v.x), "r"(v.y), "r"(unsigned(streaming))
+      : "memory");
+}
+__device__ __forceinline__ void store_vector(void* place, const uint4& v, bool streaming) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.cs.v4.u32 [%0], {%1, %2, %3, %4}; @!p st.global.v4.u32 [%0], "
+      "{%1, %2, %3, %4};}" ::"l"(place),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(unsigned(streaming))
+      : "memory");
+}
+
 // One rounding to nearest per value, two values per instruction.
 template <typename T>
 __device__ __forceinline__ Vector<T> pack(const float (&values)[kPerVector]);
@@ -95,18 +111,17 @@ __device__ __forceinline__ Vector<T, 8> pack(const float (&v)[8]) {
   return make_uint4(low.x, low.y, high.x, high.y);
 }
 
-// Read once, by this kernel alone: past L1, through the read-only path.
-__device__ __forceinline__ uint2 load_once(const uint2* pointer) {
-  uint2 raw;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(raw.x), "=r"(raw.y) : "l"(pointer));
-  return raw;
+// Read once, by this kernel alone: past L1, through the read-only path. Predicated, as load_words_if below; what is not
+// loaded stays as it is.
+__device__ __forceinline__ void load_once_if(bool condition, const void* pointer, uint2& v) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];}"
+               : "+r"(v.x), "+r"(v.y)
+               : "l"(pointer), "r"(unsigned(condition)));
 }
-__device__ __forceinline__ uint4 load_once(const uint4* pointer) {
-  uint4 raw;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
-               : "l"(pointer));
-  return raw;
+__device__ __forceinline__ void load_once_if(bool condition, const void* pointer, uint4& v) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}"
+               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+               : "l"(pointer), "r"(unsigned(condition)));
 }
 
 // Elements one behind the other in registers, a whole number of 32-bit words. Element i, which is known at compile
