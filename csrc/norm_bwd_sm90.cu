@@ -10,7 +10,7 @@ namespace {
 struct Launch {
   const NormForm& form;
   const NormBwdParams& params;
-  Target target;
+  cudaStream_t stream;
 
   template <typename T, typename Stream, Gate kGate>
   static constexpr int most() {
@@ -20,9 +20,9 @@ struct Launch {
   template <typename T, typename Stream, Gate kGate, int kVectors>
   void operator()() const {
     launch_early(norm_bwd_kernel<T, Stream, kGate, kVectors>, norm_grid(form, params.step), dim3(32 * form.warps),
-                 target, params, "norm_bwd_kernel");
+                 stream, params, "norm_bwd_kernel");
     const auto blocks = static_cast<unsigned>((form.hidden + kSumFeatures - 1) / kSumFeatures);
-    launch_early(norm_dweight_kernel<T>, dim3(blocks), dim3(kSumFeatures, kSumRows), target, params,
+    launch_early(norm_dweight_kernel<T>, dim3(blocks), dim3(kSumFeatures, kSumRows), stream, params,
                  "norm_dweight_kernel");
   }
 };
@@ -52,7 +52,7 @@ void norm_bwd(const NormBwdArgs& a, const NormBwdTensors& t, Target target) {
       .weight_fp32 = form.weight_dtype == DType::float32,
   };
   const DeviceGuard guard(target.device);
-  norm_dispatch(form, Launch{form, p, target});
+  norm_dispatch(form, Launch{form, p, reinterpret_cast<cudaStream_t>(target.stream)});
 }
 
 }  // namespace hybrid_ops

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kMaxNormBwdThreads<kGate, kVectors>, 1)
   using Part = NormPart<T, Stream, kVectors>;
   constexpr int kCount = Part::kCount, kStep = Part::kStep;
   __shared__ NormSums<2> shared[2];
-  start_kernel_behind();
+  let_next_kernel_start();
 
   const Part part(p.group_size);
   const bool has_third = kGate != Gate::none || p.third != nullptr;
@@ -154,7 +154,7 @@ inline constexpr int kSumRows = 16;
 // dweight: the sums of all CTAs. Warp w of a block adds those of CTAs w, w + kSumRows, .. and then the warps are added.
 template <typename T>
 __global__ void __launch_bounds__(kSumFeatures* kSumRows) norm_dweight_kernel(const __grid_constant__ NormBwdParams p) {
-  start_kernel_behind();
+  let_next_kernel_start();
   const int feature = blockIdx.x * kSumFeatures + threadIdx.x;
   wait_for_kernel_before();
   float sum = 0.f;

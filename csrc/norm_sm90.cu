@@ -10,7 +10,7 @@ namespace {
 struct Launch {
   const NormForm& form;
   const NormParams& params;
-  Target target;
+  cudaStream_t stream;
 
   template <typename T, typename Stream, Gate kGate>
   static constexpr int most() {
@@ -20,7 +20,7 @@ struct Launch {
   template <typename T, typename Stream, Gate kGate, int kVectors>
   void operator()() const {
     const dim3 grid = norm_grid(form, (form.rows + form.teams - 1) / form.teams);
-    launch_early(norm_kernel<T, Stream, kGate, kVectors>, grid, dim3(32 * form.warps, form.teams), target, params,
+    launch_early(norm_kernel<T, Stream, kGate, kVectors>, grid, dim3(32 * form.warps, form.teams), stream, params,
                  "norm_kernel");
   }
 };
@@ -48,7 +48,7 @@ void norm_fwd(const NormArgs& a, const NormTensors& t, Target target) {
       .streaming = a.streaming,
   };
   const DeviceGuard guard(target.device);
-  norm_dispatch(form, Launch{form, p, target});
+  norm_dispatch(form, Launch{form, p, reinterpret_cast<cudaStream_t>(target.stream)});
 }
 
 }  // namespace hybrid_ops

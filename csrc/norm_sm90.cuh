@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(32 * kMaxNormWarps) norm_kernel(const __grid_c
   using Part = NormPart<T, Stream, kVectors>;
   constexpr int kCount = Part::kCount, kStep = Part::kStep;
   __shared__ NormSums<1> shared[kMaxNormWarps];
-  start_kernel_behind();
+  let_next_kernel_start();
 
   const Part part(p.group_size);
   const int row = part.row;

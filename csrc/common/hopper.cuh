@@ -98,9 +98,6 @@ __device__ __forceinline__ void let_next_kernel_start() {
 // wrote is seen.
 __device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// The kernel behind, if it is one that is launched early, may start, as far as there is room for it.
-__device__ __forceinline__ void start_kernel_behind() { asm volatile("griddepcontrol.launch_dependents;"); }
-
 // ---------------------------------------------------------------------------------------------------------- TMA
 
 // Neighbours in memory into shared memory; `barrier` counts their bytes, a multiple of 16.

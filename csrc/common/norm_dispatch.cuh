@@ -42,20 +42,4 @@ inline dim3 norm_grid(const NormForm& form, std::int64_t ctas) {
               static_cast<unsigned>((ctas + kMost - 1) / kMost));
 }
 
-// While the kernel before still runs: all norm kernels wait for it before they read.
-template <typename Params>
-void launch_early(void (*kernel)(Params), dim3 grid, dim3 block, Target target, const Params& params,
-                  const char* name) {
-  cudaLaunchAttribute early{.id = cudaLaunchAttributeProgrammaticStreamSerialization};
-  early.val.programmaticStreamSerializationAllowed = 1;
-  const cudaLaunchConfig_t config{
-      .gridDim = grid,
-      .blockDim = block,
-      .stream = reinterpret_cast<cudaStream_t>(target.stream),
-      .attrs = &early,
-      .numAttrs = 1,
-  };
-  check(cudaLaunchKernelEx(&config, kernel, params), name);
-}
-
 }  // namespace hybrid_ops
