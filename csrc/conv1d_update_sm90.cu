@@ -6,30 +6,24 @@
 namespace hybrid_ops {
 namespace {
 
-template <typename T, int kWidth, bool kColumnsTogether, bool kUsual>
-void launch_parameters(const Conv1dUpdateParams& p, cudaStream_t stream) {
-  constexpr int kChannels = kUpdateThreads * kUpdateChannels;
-  const dim3 grid((p.dim + kChannels - 1) / kChannels, (p.batch + kUpdateSequences - 1) / kUpdateSequences);
-  launch_early(conv1d_update_kernel<T, kWidth, kColumnsTogether, kUsual>, grid, dim3(kUpdateThreads, kUpdateSequences),
-               stream, p, "conv1d_update_kernel");
-}
-
 template <typename T, int kWidth, bool kColumnsTogether>
-void launch(const Conv1dUpdateParams& p, DType dtype, cudaStream_t stream) {
+void launch(const Conv1dUpdateParams& p, const Conv1dUpdateArgs& a, cudaStream_t stream) {
+  constexpr int kChannels = kUpdateThreads * kUpdateChannels;
+  const dim3 grid((p.dim + kChannels - 1) / kChannels, a.batch);
   const bool bias_aligned = reinterpret_cast<std::uintptr_t>(p.bias) % (kUpdateChannels * sizeof(T)) == 0;
-  if (p.weight_dtype == dtype && (p.bias == nullptr || (p.bias_dtype == dtype && bias_aligned))) {
-    return launch_parameters<T, kWidth, kColumnsTogether, true>(p, stream);
-  }
-  launch_parameters<T, kWidth, kColumnsTogether, false>(p, stream);
+  const bool usual = a.weight_dtype == a.dtype && (p.bias == nullptr || (a.bias_dtype == a.dtype && bias_aligned));
+  const auto kernel = usual ? conv1d_update_kernel<T, kWidth, kColumnsTogether, true>
+                            : conv1d_update_kernel<T, kWidth, kColumnsTogether, false>;
+  launch_early(kernel, grid, dim3(kUpdateThreads), stream, p, "conv1d_update_kernel");
 }
 
 template <typename T>
 void launch_width(const Conv1dUpdateParams& p, const Conv1dUpdateArgs& a, cudaStream_t stream) {
   const bool together = p.state_column_stride == 1;
   switch (a.width) {
-    case 2: return launch<T, 2, true>(p, a.dtype, stream);
-    case 3: return together ? launch<T, 3, true>(p, a.dtype, stream) : launch<T, 3, false>(p, a.dtype, stream);
-    case 4: return together ? launch<T, 4, true>(p, a.dtype, stream) : launch<T, 4, false>(p, a.dtype, stream);
+    case 2: return launch<T, 2, true>(p, a, stream);
+    case 3: return together ? launch<T, 3, true>(p, a, stream) : launch<T, 3, false>(p, a, stream);
+    case 4: return together ? launch<T, 4, true>(p, a, stream) : launch<T, 4, false>(p, a, stream);
     default: throw std::runtime_error("conv1d_update: width must be 2, 3 or 4, got " + std::to_string(a.width));
   }
 }
@@ -50,7 +44,6 @@ void conv1d_update(const Conv1dUpdateArgs& a, const Conv1dUpdatePointers& pointe
       .x_stride = static_cast<int>(a.x_stride),
       .y_stride = static_cast<int>(a.y_stride),
       .slots_stride = static_cast<int>(a.slots_stride),
-      .batch = static_cast<int>(a.batch),
       .dim = static_cast<int>(a.dim),
       .nslots = static_cast<int>(a.nslots),
       .null_slot = a.null_slot,

@@ -10,8 +10,8 @@
 
 namespace hybrid_ops {
 
-inline constexpr int kUpdateChannels = 4;                        // of a thread
-inline constexpr int kUpdateThreads = 64, kUpdateSequences = 2;  // of a CTA: the second finds the parameters in L1
+inline constexpr int kUpdateChannels = 4;  // of a thread
+inline constexpr int kUpdateThreads = 128;
 
 struct Conv1dUpdateParams {
   const void* x;       // (batch, dim), unit stride in dim
@@ -23,7 +23,7 @@ struct Conv1dUpdateParams {
   int64 state_slot_stride;
   int state_column_stride;  // 1: the columns of a channel are neighbours; else the channels of a column
   int x_stride, y_stride, slots_stride;
-  int batch, dim, nslots, null_slot;
+  int dim, nslots, null_slot;
   DType weight_dtype, bias_dtype;
   bool silu;
 };
@@ -98,23 +98,22 @@ struct UpdateParameters<T, kWidth, false> {
 };
 
 template <typename T, int kWidth, bool kColumnsTogether, bool kUsual>
-__global__ void __launch_bounds__(kUpdateThreads* kUpdateSequences)
-    conv1d_update_kernel(const __grid_constant__ Conv1dUpdateParams p) {
+__global__ void __launch_bounds__(kUpdateThreads) conv1d_update_kernel(const __grid_constant__ Conv1dUpdateParams p) {
   constexpr int kChannels = kUpdateChannels;
   constexpr int kPieces = kWidth - 1;
   constexpr int kWords = kChannels * sizeof(T) / 4;
-  const int b = blockIdx.y * kUpdateSequences + threadIdx.y;
+  const int b = blockIdx.y;
   const int channel = (blockIdx.x * kUpdateThreads + threadIdx.x) * kChannels;
   let_next_kernel_start();
   wait_for_kernel_before();
-  if (channel >= p.dim || b >= p.batch) return;
+  if (channel >= p.dim) return;
 
   const int slot = p.slots == nullptr ? b : p.slots[static_cast<int64>(b) * p.slots_stride];
   unsigned x[kWords] = {}, result[kWords], window[kPieces][kWords] = {};
   load_words_if(true, static_cast<const T*>(p.x) + static_cast<int64>(b) * p.x_stride + channel, x);
   UpdateParameters<T, kWidth, kUsual> parameters;
   parameters.load(p, channel);
-  // no branch for padding: behind one, ptxas would put the loads before it
+  // predicates for padding: behind a branch, ptxas would put what is asked for before it
   const bool present = slot >= 0 && slot < p.nslots && (p.slots == nullptr || slot != p.null_slot);
   T* const state = static_cast<T*>(p.conv_state) + slot * p.state_slot_stride;
   const auto piece = [&](int j) {

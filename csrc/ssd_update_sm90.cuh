@@ -1,9 +1,9 @@
 // Mamba-2's recurrence while decoding: a few tokens of each sequence, with the states in a pool of slots.
 //
-// The state is the traffic. A warp takes tiles of kTile rows (of headdim) of one head of one sequence: kLanes lanes
-// share a row, 16 bytes of it a load, and every load of a tile is under way before the first is used. What the rows
-// have in common (dt, B, C) is asked for before the slot is known. No shared memory and no barriers: while one warp
-// computes and stores, others load. No warp reads what another writes.
+// The state is the traffic. A warp takes a tile of rows (of headdim) of one head of one sequence: kLanes lanes share a
+// row, 16 bytes of it a load, and every load of a tile is under way before the first is used. What the rows have in
+// common (dt, B, C) is asked for before the slot is known. While some warps compute and store, others load: of many
+// small CTAs, in the order of memory. No warp reads what another writes.
 #pragma once
 
 #include "common/division.cuh"
@@ -103,7 +103,7 @@ inline constexpr int kOneWarps = 4, kOneThreads = 32 * kOneWarps;
 
 template <typename State, int kDstate, int kRowsOfWarp>
 struct OneLayout {
-  static constexpr int kMaxLanes = kDstate / 8;  // of 8 columns each, of bytes 16: 256 bytes of a row a load, or more
+  static constexpr int kMaxLanes = kDstate / 8;  // of 8 columns each, or of 16 bytes
   static constexpr int kGroups = Layout<State, kDstate, 1, kMaxLanes>::kGroups;
   static constexpr int kRows = kRowsOfWarp / kGroups < 1 ? 1 : kRowsOfWarp / kGroups > 8 ? 8 : kRowsOfWarp / kGroups;
   using Type = Layout<State, kDstate, kRows, kMaxLanes>;
