@@ -19,7 +19,7 @@ void launch_one(const SsdUpdateParams& p, cudaStream_t stream) {
 template <typename State, int kDstate, bool kStochastic>
 void launch_many(const SsdUpdateParams& p, cudaStream_t stream) {
   constexpr int kRows = 4;  // of which the float32 fits into registers
-  constexpr int kTile = Layout<State, kDstate, kRows>::kTile;
+  constexpr int kTile = UpdateLayout<State, kDstate, kRows>::kTile;
   const int warps = std::min(4, (p.headdim + kTile - 1) / kTile);
   const dim3 grid((p.headdim + kTile * warps - 1) / (kTile * warps), p.nheads, p.batch);
   ssd_update_kernel<State, kDstate, kRows, kStochastic><<<grid, 32 * warps, 0, stream>>>(p);

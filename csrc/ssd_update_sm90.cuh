@@ -96,6 +96,10 @@ __device__ __forceinline__ Token<L::kColumns> load_token(const SsdUpdateParams& 
   return loaded;
 }
 
+// A lane has 8 columns of a row, or 16 bytes. In both kernels: so a row's sum has the same order, and the same bits.
+template <typename State, int kDstate, int kRows>
+using UpdateLayout = Layout<State, kDstate, kRows, kDstate / 8>;
+
 // T = 1, and rows of a head that lie one behind the other: a CTA has kOneWarps times kRowsOfWarp of them, or less. All
 // loads of a lane are under way before its first number is used; meanwhile the threads make what they have in common:
 // each an element of B and C, the last warp dt and its decay, and the first warps the rows of x and at last of y.
@@ -103,10 +107,9 @@ inline constexpr int kOneWarps = 4, kOneThreads = 32 * kOneWarps;
 
 template <typename State, int kDstate, int kRowsOfWarp>
 struct OneLayout {
-  static constexpr int kMaxLanes = kDstate / 8;  // of 8 columns each, or of 16 bytes
-  static constexpr int kGroups = Layout<State, kDstate, 1, kMaxLanes>::kGroups;
+  static constexpr int kGroups = UpdateLayout<State, kDstate, 1>::kGroups;
   static constexpr int kRows = kRowsOfWarp / kGroups < 1 ? 1 : kRowsOfWarp / kGroups > 8 ? 8 : kRowsOfWarp / kGroups;
-  using Type = Layout<State, kDstate, kRows, kMaxLanes>;
+  using Type = UpdateLayout<State, kDstate, kRows>;
   static constexpr int kRowsOfBlock = kOneWarps * Type::kTile;
   static constexpr int kBlocks = sizeof(State) == 1 || kDstate == 256 ? 4 : 5;  // for which registers suffice
   static_assert(kRowsOfBlock <= kOneThreads);
@@ -244,7 +247,7 @@ __global__ void __launch_bounds__(kOneThreads, OneLayout<State, kDstate, kRowsOf
 // Any number of tokens, each sequence its own. The state is float32 in registers from the first to the last.
 template <typename State, int kDstate, int kRows, bool kStochastic>
 __global__ void __launch_bounds__(256) ssd_update_kernel(const __grid_constant__ SsdUpdateParams p) {
-  using L = Layout<State, kDstate, kRows>;
+  using L = UpdateLayout<State, kDstate, kRows>;
   const int lane = threadIdx.x % 32, part = lane % L::kLanes, column = part * L::kPerLoad;
   const int head = blockIdx.y, b = blockIdx.z;
   const int tile = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * L::kTile;

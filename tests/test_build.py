@@ -80,13 +80,13 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::mamba2_step_kernel<__half, 256, true, true>",
     ],
     "norm_sm90.cuh": [
-        "hybrid_ops::norm_kernel<__nv_bfloat16, __nv_bfloat16, hybrid_ops::Gate::first, 6>",
-        "hybrid_ops::norm_kernel<__half, __half, hybrid_ops::Gate::last, 6>",
-        "hybrid_ops::norm_kernel<__half, float, hybrid_ops::Gate::none, 6>",
+        "hybrid_ops::norm_kernel<__nv_bfloat16, __nv_bfloat16, hybrid_ops::Gate::first, 3>",
+        "hybrid_ops::norm_kernel<__half, __half, hybrid_ops::Gate::last, 3>",
+        "hybrid_ops::norm_kernel<__half, float, hybrid_ops::Gate::none, 3>",
         "hybrid_ops::norm_kernel<float, float, hybrid_ops::Gate::none, 3>",
     ],
     "norm_bwd_sm90.cuh": [
-        "hybrid_ops::norm_bwd_kernel<__nv_bfloat16, __nv_bfloat16, hybrid_ops::Gate::first, 5>",
+        "hybrid_ops::norm_bwd_kernel<__nv_bfloat16, __nv_bfloat16, hybrid_ops::Gate::first, 3>",
         "hybrid_ops::norm_bwd_kernel<__half, float, hybrid_ops::Gate::none, 6>",
         "hybrid_ops::norm_bwd_kernel<float, float, hybrid_ops::Gate::last, 6>",
         "hybrid_ops::norm_dweight_kernel<__nv_bfloat16>",

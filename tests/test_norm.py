@@ -278,62 +278,51 @@ def test_same_bits_gpu(impl):
     check_same_bits(impl, "cuda")
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_ring_of_48_kib_gpu(dtype):
-    """All that a CTA has unasked, and a launch with one byte of static shared memory beside it fails."""
-    group_size = 8192 // dtype.itemsize
-    config = csrc.bwd_config(5, 2, group_size, dtype.itemsize, hybrid_ops._device.num_sms(0))
-    assert config.vectors * config.warps * config.teams * config.stages * 3 * 512 == 48 * 1024
-    sizes = dict(batch=1, seqlen=5, group_size=group_size - 128, hidden=2 * (group_size - 128))  # for_cuda adds 128
-    case = for_cuda(sizes | dict(seed=0, dtype=dtype, strided=True, scale=1.0, weight_fp32=False))
-    check_gated_backward(case, True, False, "cuda", "cuda")
-
-
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_every_group_has_a_team(itemsize):
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_group_has_a_team(itemsize, gated):
     """As many lanes as there are vectors, of what the kernels are compiled for; rows for every CTA; all on the GPU."""
-    static = 4096  # barriers and sums
-    registers = {1: 96, 2: 120, 3: 128, 4: 144, 5: 168, 6: 192}  # of a backward's thread, of the form with most
+
+    def check_team(vectors: int, warps: int, group_size: int) -> None:
+        assert (warps - 1) * 32 * vectors < group_size * itemsize // 16 <= warps * 32 * vectors
+
     for group_size in range(128, csrc.most_features(itemsize) + 1, 16 // itemsize):
         for rows in (0, 1, 5, 8192):
-            for config_of in (csrc.config, csrc.bwd_config):
-                config = config_of(rows, 8, group_size, itemsize, 132)
-                assert 1 <= config.vectors <= 6
-                assert config.warps * config.teams <= csrc.MAX_WARPS
-                vectors = group_size * itemsize // 16
-                assert (config.warps - 1) * 32 * config.vectors < vectors <= config.warps * 32 * config.vectors
-                if config_of is csrc.config:
-                    continue
-                assert config.ctas == 1 or (config.ctas - 1) * config.teams < rows
-                ring = config.vectors * config.warps * config.teams * config.stages * 3 * 512
-                assert 2 <= config.stages <= 4
-                per_sm = -(-config.ctas * 8 // 132)
-                assert per_sm * (ring + static) <= 227 * 1024
-                assert per_sm * 32 * config.warps * config.teams * registers[config.vectors] <= 65536
+            config = csrc.config(rows, group_size, itemsize, written=0)
+            check_team(config.vectors, config.warps, group_size)
+            assert 1 <= config.vectors <= 3
+            assert config.warps * config.teams <= csrc.MAX_WARPS
+            if group_size > csrc.most_bwd_features(itemsize, gated):
+                continue
+            backward = csrc.bwd_config(rows, 8, group_size, itemsize, gated, 132)
+            check_team(backward.vectors, backward.warps, group_size)
+            of_cta, of_sm = csrc._bwd_warps(backward.vectors, gated)
+            assert backward.warps <= of_cta
+            assert -(-backward.ctas * 8 // 132) * backward.warps <= of_sm or backward.ctas == 1
+            assert backward.ctas == 1 or backward.ctas <= rows
 
 
 def test_config():
     """Those that were measured to be fast."""
     shapes = {
-        (8, 512): (2, 1, 8),
-        (8, 1024): (2, 2, 4),
-        (8, 1280): (5, 1, 4),
-        (1, 4096): (2, 8, 1),
-        (1, 2688): (2, 6, 1),
+        512: (1, 2, 4, True),
+        1024: (1, 4, 2, True),
+        1280: (1, 5, 2, True),
+        4096: (1, 16, 1, True),
+        2688: (1, 11, 1, True),
     }
-    assert {s: csrc.config(8192, *s, 2, 132) for s in shapes} == shapes
-    shapes = {(8, 512): (1, 2, 4), (8, 1280): (1, 5, 1), (1, 4096): (2, 8, 1)}
-    assert {s: csrc.config(16, *s, 2, 132) for s in shapes} == shapes
+    assert {s: csrc.config(8192, s, 2, written=2**27) for s in shapes} == shapes
+    shapes = {512: (1, 2, 4, False), 1280: (1, 5, 2, False), 4096: (1, 16, 1, False)}
+    assert {s: csrc.config(16, s, 2, written=2**17) for s in shapes} == shapes
     shapes = {
-        (8, 512): (1, 2, 2, 49, 3),
-        (8, 1024): (1, 4, 1, 66, 2),
-        (8, 1280): (1, 5, 1, 49, 3),
-        (1, 4096): (2, 8, 1, 256, 2),
-        (1, 2688): (2, 6, 1, 256, 2),
-        (1, 4480): (3, 6, 1, 256, 2),
+        (8, 512): (2, 1, 196),
+        (8, 1024): (2, 2, 99),
+        (8, 1280): (1, 5, 66),
+        (1, 4096): (2, 8, 256),
+        (1, 2688): (3, 4, 391),
+        (1, 4480): (3, 6, 256),
     }
-    assert {s: csrc.bwd_config(8192, *s, 2, 132) for s in shapes} == shapes
+    assert {s: csrc.bwd_config(8192, *s, 2, s[0] > 1, 132) for s in shapes} == shapes
 
 
 def test_rows_in_memory():
