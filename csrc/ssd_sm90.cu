@@ -63,7 +63,7 @@ void launch(const SsdParams& p, const SsdArgs& a, Target target) {
     attribute.val.cooperative = 1;
   } else {
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {p.paired ? 2u : 1u, 1, 1};
+    attribute.val.clusterDim = {2, 1, 1};
   }
   const cudaLaunchConfig_t config{
       .gridDim = dim3(static_cast<unsigned>(count_groups(a) * a.segments)),
@@ -71,7 +71,7 @@ void launch(const SsdParams& p, const SsdArgs& a, Target target) {
       .dynamicSmemBytes = Config::kSharedBytes,
       .stream = reinterpret_cast<cudaStream_t>(target.stream),
       .attrs = &attribute,
-      .numAttrs = 1,
+      .numAttrs = Config::kSplit || p.paired ? 1u : 0u,
   };
   check(cudaLaunchKernelEx(&config, ssd_kernel<Config>, p), "ssd_kernel");
 }
@@ -84,8 +84,9 @@ void launch_split(const SsdParams& p, const SsdArgs& a, Target target) {
 
 template <int kFeatures, int kHalves>
 void launch_gated(const SsdParams& p, bool gated, const SsdArgs& a, Target target) {
-  if (gated) return launch_split<kFeatures, kHalves, true>(p, a, target);
-  launch_split<kFeatures, kHalves, false>(p, a, target);
+  if (!gated) return launch_split<kFeatures, kHalves, false>(p, a, target);
+  if constexpr (kFeatures <= 80) return launch_split<kFeatures, kHalves, true>(p, a, target);
+  throw std::runtime_error("ssd: z needs headdim of at most 80");
 }
 
 }  // namespace

@@ -244,6 +244,7 @@ def test_ssd_cuda(chosen, sizes, data):
     case = data.draw(cases(**CUDA_CASES | sizes))
     assume(case["dtype"] == torch.bfloat16 and case["batch"] * sum(case["lengths"]) > 0)
     assume(case["layout"] == "packed" or case["lengths"][0] > 0)
+    assume(not case["z"] or case["headdim"] <= 80)
     with configured(chosen):
         check_ssd(case, "cuda", "cuda")
 

@@ -49,11 +49,13 @@ __device__ __forceinline__ void copy_chunks(const SsdParams& p, const SharedMemo
           const TensorMap& map = tile < Config::kGroupTiles ? p.B_map : p.C_map;
           const uint32 place = shared.group(iteration) + tile * Config::kTileBytes;
           const int column = tile % Config::kGroupTiles * 64;
-          if (!shared.paired) {
-            load_box(place, map, loaded, column, group, token, unit.row);
-          } else if (tile % 2 == blockIdx.x % 2) {
-            load_box(place, map, loaded, column, group, token, unit.row, 3);
+          if constexpr (Config::kPaired) {  // the compiler is to see it before it unrolls
+            if (shared.paired) {
+              if (tile % 2 == blockIdx.x % 2) load_box(place, map, loaded, column, group, token, unit.row, 3);
+              continue;
+            }
           }
+          load_box(place, map, loaded, column, group, token, unit.row);
         }
         if constexpr (Config::kPrefetched > 0) {
           if (whole && c + Config::kPrefetched < unit.chunks) prefetch_chunk<Config>(p, unit, c + Config::kPrefetched);
