@@ -14,6 +14,8 @@ import torch
 
 import hybrid_ops
 
+from . import sass
+
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 
@@ -145,11 +147,14 @@ def nvrtc_compile(header, expressions, architecture):
     return cubin
 
 
-def resource_usage(path):
-    """(kernel, registers, bytes of stack, bytes of local memory) from cuobjdump, which comes with Triton."""
+def cuobjdump():
     triton = pytest.importorskip("triton", reason="cuobjdump comes with Triton")
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    printed = subprocess.run([cuobjdump, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def resource_usage(path):
+    """(kernel, registers, bytes of stack, bytes of local memory)"""
+    printed = subprocess.run([cuobjdump(), "-res-usage", path], capture_output=True, text=True, check=True).stdout
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", printed)
     return [(name, int(registers), int(stack), int(local)) for name, registers, stack, local in found]
 
@@ -164,7 +169,7 @@ def test_every_header_is_compiled():
 
 @pytest.mark.parametrize("header", sorted(KERNELS))
 def test_nvrtc(header, setup, tmp_path):
-    """To machine code for its architectures; nothing spills."""
+    """To machine code for its architectures; nothing spills, and products find their operands."""
     for architecture in setup.architectures(CSRC / header):
         cubin = nvrtc_compile(header, KERNELS[header], architecture)
         path = tmp_path / "kernels.cubin"
@@ -172,6 +177,28 @@ def test_nvrtc(header, setup, tmp_path):
         usage = resource_usage(path)
         assert len(usage) == len(KERNELS[header])
         assert all(stack == local == 0 for _, _, stack, local in usage), usage
+        machine_code = sass.of_cubin(cuobjdump(), path)
+        assert ("HGMMA" in machine_code) == (header == "ssd_sm90.cuh")
+        assert sass.products_disturbed(machine_code) == []
+
+
+@pytest.mark.parametrize(
+    ("between", "wait", "is_disturbed"),
+    [
+        ("IMAD.MOV.U32 R9, RZ, RZ, R3", "0x0", True),
+        ("@!P0 LDSM.16.M88.4 R6, [R3]", "0x0", True),
+        ("FMUL R3, R30, R3", "0x0", True),
+        ("STS.128 [R2], R8", "0x0", False),
+        ("IMAD.MOV.U32 R12, RZ, RZ, R8", "0x0", False),
+        ("IMAD.MOV.U32 R3, RZ, RZ, R3", "0x1", True),
+    ],
+)
+def test_disturbed_products_are_seen(between, wait, is_disturbed):
+    """Between a product and the wait for it, or behind a wait that leaves its group under way."""
+    lines = ["HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR20], R24, gsb0", between, f"WARPGROUP.DEPBAR.LE gsb0, {wait}"]
+    lines.append("IMAD.MOV.U32 R8, RZ, RZ, RZ")
+    code = "\n".join(f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines))
+    assert bool(sass.products_disturbed(code)) == is_disturbed
 
 
 def test_nvrtc_sees_errors(tmp_path):
