@@ -8,6 +8,7 @@ namespace hybrid_ops {
 void conv1d_bwd(const Conv1dBwdArgs& a, Target target) {
   const std::int64_t row_tokens = a.rows == 0 ? 0 : a.batch * a.seqlen / a.rows;
   const std::int64_t runs = (row_tokens + a.run_tokens - 1) / a.run_tokens;
+  const std::int64_t ctas = (runs * a.rows + kBwdGroups - 1) / kBwdGroups;
   const Conv1dBwdParams p{
       .dy = reinterpret_cast<const void*>(a.dy),
       .x = reinterpret_cast<const void*>(a.x),
@@ -38,14 +39,14 @@ void conv1d_bwd(const Conv1dBwdArgs& a, Target target) {
       .row_tokens = static_cast<int>(row_tokens),
       .runs = static_cast<unsigned>(runs),
       .run_tokens = a.run_tokens,
-      .ctas = static_cast<unsigned>((runs * a.rows + kBwdGroups - 1) / kBwdGroups),
+      .ctas = static_cast<unsigned>(ctas),
       .weight_fp32 = a.weight_dtype == DType::float32,
       .bias_fp32 = a.bias_dtype == DType::float32,
       .states_fp32 = a.states_dtype == DType::float32,
   };
   if (p.dim == 0) return;
   const int channels = kBwdThreads * (a.dtype == DType::float32 ? 2 : 4);  // of a CTA
-  const dim3 grid = conv1d_grid((p.dim + channels - 1) / channels, (runs * a.rows + kBwdGroups - 1) / kBwdGroups);
+  const dim3 grid = conv1d_grid((p.dim + channels - 1) / channels, ctas);
   const unsigned state_blocks = p.dinitial_states == nullptr ? 0 : conv1d_blocks(static_cast<int64>(p.nseq) * p.dim);
   const DeviceGuard guard(target.device);
   const auto stream = reinterpret_cast<cudaStream_t>(target.stream);

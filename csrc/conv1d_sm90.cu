@@ -1,7 +1,5 @@
 #include "conv1d_sm90.cuh"
 
-#include <bit>
-
 #include "common/api.h"
 #include "common/conv1d_dispatch.cuh"
 
@@ -11,7 +9,6 @@ void conv1d_fwd(const Conv1dArgs& a, const Conv1dTensors& t, Target target) {
   const int itemsize = a.dtype == DType::float32 ? 4 : 2;
   const int groups = kTileThreads / a.columns, tokens = groups * kTileBytes / (a.channels * itemsize);
   const auto tiles = static_cast<unsigned>((a.seqlen + tokens - 1) / tokens);
-  const int tiles_bits = std::bit_width(tiles);
   const Conv1dParams p{
       .x = reinterpret_cast<const void*>(t.x),
       .weight = reinterpret_cast<const void*>(t.weight),
@@ -36,8 +33,7 @@ void conv1d_fwd(const Conv1dArgs& a, const Conv1dTensors& t, Target target) {
       .null_slot = a.null_slot,
       .state_len = static_cast<int>(a.state_len),
       .tiles = tiles,
-      .tiles_inverse = tiles == 0 ? 0 : (1ULL << (31 + tiles_bits)) / tiles + 1,  // of fewer than 2^31 tiles in all
-      .tiles_shift = 31 + tiles_bits,
+      .by_tiles = wide_divisor(tiles),
       .weight_fp32 = a.weight_dtype == DType::float32,
       .bias_fp32 = a.bias_dtype == DType::float32,
       .states_fp32 = a.states_dtype == DType::float32,

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "common/conv1d.cuh"
+#include "common/division.cuh"
 #include "common/hopper.cuh"
 
 namespace hybrid_ops {
@@ -30,9 +31,8 @@ struct Conv1dParams {
   int64 final_strides[3];
   int batch, seqlen, dim, nseq;
   int nslots, null_slot, state_len;
-  unsigned tiles;        // of a CTA's tokens, in a batch row
-  uint64 tiles_inverse;  // of which tile * tiles_inverse >> tiles_shift is tile / tiles
-  int tiles_shift;
+  unsigned tiles;  // of a CTA's tokens, in a batch row
+  WideDivisor by_tiles;
   bool weight_fp32, bias_fp32, states_fp32;
 };
 
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileCtas<T, kPacked>)
   // lanes behind the last vector do its work once more: a warp stays whole
   const int channel = min((blockIdx.x * blockDim.x + threadIdx.x) * kChannels, p.dim - kChannels);
   const unsigned tile = blockIdx.z * gridDim.y + blockIdx.y;
-  const int row = !kPacked && p.batch > 1 ? static_cast<int>(tile * p.tiles_inverse >> p.tiles_shift) : 0;
+  const int row = !kPacked && p.batch > 1 ? p.by_tiles.of(tile) : 0;
   const unsigned start = ((tile - row * p.tiles) * blockDim.y + threadIdx.y) * kTokens;
   if (row >= p.batch || start >= static_cast<unsigned>(p.seqlen)) return;
   const int first = static_cast<int>(start), count = min(kTokens, p.seqlen - first);
