@@ -274,6 +274,14 @@ def test_cuda_takes_every_model(model, ways):
     assert csrc.refusal(x, A, B, C, None, None, (), torch.empty_like(x), None, (), 0) is None
 
 
+@pytest.mark.parametrize(("headdim", "refused"), [(80, None), (88, "z with headdim up to 80, not 88")])
+def test_cuda_takes_z_with_narrow_heads(headdim, refused):
+    x, B = (torch.empty(1, 64, 2, size, dtype=torch.bfloat16) for size in (headdim, 128))
+    for z, reason in ((None, None), (x, refused)):
+        said = csrc.refusal(x, torch.empty(2), B, B, z, None, (), x, None, (), 0)
+        assert said == reason if reason is None else reason in said
+
+
 @contextlib.contextmanager
 def configured(chosen):
     """Within it the CUDA kernel has this configuration, and nothing remembered is used."""
