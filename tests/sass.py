@@ -1,8 +1,11 @@
-"""What machine code shows that the compiler does not say: registers of wgmma products that are under way.
+"""What machine code shows that the compiler does not say: registers of wgmma products and of loads that are under way.
 
 A product (HGMMA) reads its A from registers, and sums into others, until the group that it belongs to has been waited
 for (WARPGROUP.DEPBAR). The compiler takes registers of A for free as soon as the product is issued, unless the code
 keeps them (keep_operands in csrc/common/hopper.cuh), and what it keeps may be a copy.
+
+An arrival at an mbarrier (SYNCS.ARRIVE) waits for no load from shared memory before it (arrive_after, there too): only
+an instruction that takes what was loaded does.
 """
 
 import re
@@ -60,4 +63,35 @@ def products_disturbed(sass: str) -> list[tuple[str, str]]:
                 for product, read, summed in group
                 if written & read or touched & summed
             ]
+    return found
+
+
+def loads_left_behind(sass: str) -> list[tuple[str, str]]:
+    """Each arrival at an mbarrier before which nothing has taken what a load from shared memory brings, and that load.
+
+    In the order of the code, from one end of a path through it (EXIT, RET, a branch that is always taken) to the next.
+    """
+    found = []
+    coming: dict[int, tuple[str, set[int]]] = {}  # of the first register of a load: the load, all its registers
+    for line in sass.splitlines():
+        instruction = INSTRUCTION.match(line)
+        if "Function :" in line:
+            coming = {}
+        if not instruction:
+            continue
+        text, opcode, operands = instruction[0].strip(), instruction[1], [o.strip() for o in instruction[2].split(",")]
+        stores = opcode.startswith(("ST", "RED", "ATOM"))
+        touched = {int(r) for r in re.findall(r"\bR(\d+)", instruction[2] if stores else ",".join(operands[1:]))}
+        if stores:
+            touched |= registers(operands[-1], width(opcode))
+        if opcode.startswith("HGMMA"):
+            touched |= registers(operands[1], 4)
+        coming = {first: load for first, load in coming.items() if not load[1] & touched}
+        if opcode.startswith("LDS"):
+            brought = registers(operands[0], width(opcode))
+            coming |= dict.fromkeys(sorted(brought)[:1], (text, brought))
+        elif opcode.startswith("SYNCS.ARRIVE"):
+            found += [(text, load) for load, _ in coming.values()]
+        elif opcode in ("EXIT", "RET") or (opcode == "BRA" and "@" not in text):
+            coming = {}
     return found

@@ -51,7 +51,7 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
     "ssd_sm90.cuh": [
         "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<64, 1, true, false>>",
         "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<80, 1, false, false>>",
-        "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<128, 1, false, true>>",
+        "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<128, 1, true, true>>",
         "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<64, 2, true, false>>",
     ],
     "ssd_update_sm90.cuh": [
@@ -180,6 +180,7 @@ def test_nvrtc(header, setup, tmp_path):
         machine_code = sass.of_cubin(cuobjdump(), path)
         assert ("HGMMA" in machine_code) == (header == "ssd_sm90.cuh")
         assert sass.products_disturbed(machine_code) == []
+        assert sass.loads_left_behind(machine_code) == []
 
 
 @pytest.mark.parametrize(
@@ -199,6 +200,23 @@ def test_disturbed_products_are_seen(between, wait, is_disturbed):
     lines.append("IMAD.MOV.U32 R8, RZ, RZ, RZ")
     code = "\n".join(f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines))
     assert bool(sass.products_disturbed(code)) == is_disturbed
+
+
+@pytest.mark.parametrize(
+    ("between", "is_left"),
+    [
+        ("FMUL R3, R30, R3", True),
+        ("LDS R8, [R3]", True),
+        ("FMUL R3, R9, R3", False),
+        ("STS.128 [R2], R8", False),
+        ("HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR20], R24, gsb0", False),
+    ],
+)
+def test_loads_left_behind_are_seen(between, is_left):
+    """Between a load and an arrival."""
+    lines = ["LDSM.16.M88.4 R8, [R3]", between, "@!P4 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR20+0x317a0], RZ"]
+    code = "\n".join(f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines))
+    assert bool(sass.loads_left_behind(code)) == is_left
 
 
 def test_nvrtc_sees_errors(tmp_path):

@@ -244,7 +244,6 @@ def test_ssd_cuda(chosen, sizes, data):
     case = data.draw(cases(**CUDA_CASES | sizes))
     assume(case["dtype"] == torch.bfloat16 and case["batch"] * sum(case["lengths"]) > 0)
     assume(case["layout"] == "packed" or case["lengths"][0] > 0)
-    assume(not case["z"] or case["headdim"] <= 80)
     with configured(chosen):
         check_ssd(case, "cuda", "cuda")
 
@@ -272,14 +271,6 @@ def test_cuda_takes_every_model(model, ways):
     tensors = bench.inputs(mixer, torch.Generator().manual_seed(0), 1, 64)
     x, A, B, C = (tensors[name] for name in "xABC")
     assert csrc.refusal(x, A, B, C, None, None, (), torch.empty_like(x), None, (), 0) is None
-
-
-@pytest.mark.parametrize(("headdim", "refused"), [(80, None), (88, "z with headdim up to 80, not 88")])
-def test_cuda_takes_z_with_narrow_heads(headdim, refused):
-    x, B = (torch.empty(1, 64, 2, size, dtype=torch.bfloat16) for size in (headdim, 128))
-    for z, reason in ((None, None), (x, refused)):
-        said = csrc.refusal(x, torch.empty(2), B, B, z, None, (), x, None, (), 0)
-        assert said == reason if reason is None else reason in said
 
 
 @contextlib.contextmanager

@@ -35,6 +35,13 @@ __device__ __forceinline__ void arrive(uint32 barrier, uint32 count) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
+// Only once `loaded` is there, made of what was loaded from shared memory. A load that is issued may be under way for
+// long, an arrival does not wait for it, and what TMA then writes in its place it would read. `zero` is not known to be
+// 0, so that the barrier's address takes `loaded` to know.
+__device__ __forceinline__ void arrive_after(uint32 loaded, uint32 zero, uint32 barrier, uint32 count) {
+  arrive(barrier + (loaded & zero), count);
+}
+
 __device__ __forceinline__ void arrive_expecting(uint32 barrier, uint32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }

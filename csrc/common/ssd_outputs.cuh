@@ -113,8 +113,8 @@ template <typename Config>
 __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMemory<Config>& shared, uint32 reader) {
   constexpr int kSteps = Config::kGroupTiles * 4;  // of 16 columns of B, C and states
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  int row = 16 * warp + lane % 16;                       // of a lane's rows in loads and stores of matrices
-  const int place = place_of(16 * warp + lane / 4) * 4;  // of its first row in products; of row + 8 the next but one
+  int row = 16 * warp + lane % 16;                 // of a lane's rows in loads and stores of matrices
+  int place = place_of(16 * warp + lane / 4) * 4;  // of its first row in products; of row + 8 the next but one
   const bool never = p.nseq < 0, D_per_feature = p.D.data != nullptr && p.D_strides[1] != 0;
   float D = 0.f;
   for_each_scanned<Config>(
@@ -129,7 +129,9 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
       [&](const Unit& unit, int, uint32 iteration, uint32 turn) {
         if (turn % Config::kReaders != reader) return;
         // addresses made of it would be in registers throughout, of which there is none left
-        if constexpr (Config::kSplit && (Config::kHalves == 2 || Config::kGated)) asm volatile("" : "+r"(row));
+        if constexpr (Config::kSplit && (Config::kHalves == 2 || Config::kGated)) {
+          asm volatile("" : "+r"(row), "+r"(place));
+        }
         const int s = iteration % Config::kStages;
         const uint32 group = shared.group(iteration);
         const int buffer = turn % Config::kBuffers;
@@ -185,15 +187,16 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
         skip[0] += D;
         skip[1] += D;
         finish_rows<Config>(x, skip, y, shared.z(s, 0), row, lane);
-        __syncwarp();
-        if (lane == 0) arrive(shared.empty(s));
         wait(shared.y_empty(reader), (turn / Config::kReaders + 1) & 1);
 #pragma unroll
         for (int j = 0; j < Config::kFeatures / 16; ++j) {
           store_matrices(row_of_tiles<Config>(shared.y(reader, 0), j, row, lane), x[j][0], x[j][1], x[j][2], x[j][3]);
         }
         __syncwarp();
-        if (lane == 0) arrive(shared.y_full(reader));
+        if (lane == 0) {
+          arrive(shared.empty(s));  // not before y, made of all that was loaded, is stored: see arrive_after
+          arrive(shared.y_full(reader));
+        }
       });
 }
 

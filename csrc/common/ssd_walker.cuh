@@ -58,8 +58,11 @@ struct Walker {
     shared.wait_for_inputs(iteration);
     load_scaled_x(x, shared.x(s, tile), shared.per_token(s, kWeight), warp, lane);
     a_last = load_shared(shared.per_token(s, kA) + place_of(kChunk - 1) * 4);
+    uint32 loaded = __float_as_uint(a_last);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) loaded ^= x[i / 4][i % 4];
     __syncwarp();
-    if (lane == 0) arrive(shared.empty(s), arrivals<kFinding>());
+    if (lane == 0) arrive_after(loaded, never, shared.empty(s), arrivals<kFinding>());
   }
 
   // Through a chunk that is prepared; then prepares chunk `next`, unless this is the last one. What enters the chunk is

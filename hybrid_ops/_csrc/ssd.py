@@ -12,7 +12,6 @@ from ..triton_kernels.ssd_states import first_interval, sources
 from . import DTYPES
 
 CHUNK = 64  # kChunk of csrc/ssd_sm90.cuh
-_WIDEST_GATED = 80  # with wider heads, of which two stages fit, a few calls in thousands were wrong: docs/measured.md
 
 
 class Config(NamedTuple):
@@ -73,8 +72,6 @@ def refusal(
     widest = 128 if dstate <= 128 else 64
     if headdim > widest or headdim % 8:
         return f"the CUDA kernel has headdim up to {widest} in steps of 8 with dstate {dstate}, not {headdim}"
-    if z is not None and headdim > _WIDEST_GATED:
-        return f"the CUDA kernel takes z with headdim up to {_WIDEST_GATED}, not {headdim}"
     if seq_idx is not None:
         return "the CUDA kernel has no seq_idx"
     if state_interval % CHUNK:
