@@ -6,6 +6,7 @@
 
 #include "common/api.h"
 #include "common/launch.cuh"
+#include "ssd_pair_sm90.cuh"
 
 namespace hybrid_ops {
 namespace {
@@ -43,7 +44,7 @@ bool is_paired(const SsdArgs& a) {
 // CTAs that share a sequence are a group; so many run at once.
 std::int64_t count_groups(const SsdArgs& a) {
   const std::int64_t at_once = a.num_sms / a.segments;
-  return std::min(a.nseq * a.nheads, is_paired(a) ? at_once / 2 * 2 : at_once);
+  return std::min(a.nseq * a.nheads / a.heads, is_paired(a) ? at_once / 2 * 2 : at_once);
 }
 
 // Bytes of the pieces, behind which the flags lie, and of these: see ssd_segments.cuh.
@@ -54,9 +55,9 @@ std::array<std::int64_t, 2> workspace_parts(const SsdArgs& a) {
   return {each * (a.segments + 1) * kPieceFloats * 4, each * a.segments * a.segments * 4 * 8};
 }
 
-template <typename Config>
+template <auto kKernel, typename Config>
 void launch(const SsdParams& p, const SsdArgs& a, Target target) {
-  allow_shared_memory<ssd_kernel<Config>>(Config::kSharedBytes, target.device);
+  allow_shared_memory<kKernel>(Config::kSharedBytes, target.device);
   cudaLaunchAttribute attribute{};
   if (Config::kSplit) {  // CTAs that share a sequence wait for each other
     attribute.id = cudaLaunchAttributeCooperative;
@@ -73,13 +74,23 @@ void launch(const SsdParams& p, const SsdArgs& a, Target target) {
       .attrs = &attribute,
       .numAttrs = Config::kSplit || p.paired ? 1u : 0u,
   };
-  check(cudaLaunchKernelEx(&config, ssd_kernel<Config>, p), "ssd_kernel");
+  check(cudaLaunchKernelEx(&config, kKernel, p), "ssd_kernel");
+}
+
+template <typename Config>
+void launch_single(const SsdParams& p, const SsdArgs& a, Target target) {
+  launch<ssd_kernel<Config>, Config>(p, a, target);
+}
+
+template <typename Config>
+void launch_pair(const SsdParams& p, const SsdArgs& a, Target target) {
+  launch<ssd_pair_kernel<Config>, Config>(p, a, target);
 }
 
 template <int kFeatures, int kHalves, bool kGated>
 void launch_split(const SsdParams& p, const SsdArgs& a, Target target) {
-  if (a.segments > 1) return launch<SsdConfig<kFeatures, kHalves, kGated, true>>(p, a, target);
-  launch<SsdConfig<kFeatures, kHalves, kGated, false>>(p, a, target);
+  if (a.segments > 1) return launch_single<SsdConfig<kFeatures, kHalves, kGated, true>>(p, a, target);
+  launch_single<SsdConfig<kFeatures, kHalves, kGated, false>>(p, a, target);
 }
 
 template <int kFeatures, int kHalves>
@@ -144,8 +155,13 @@ void ssd_fwd(const SsdArgs& a, const SsdTensors& t, Target target) {
 
   // a warp waits for all segments at once, a lane for each
   if (a.segments < 1 || a.segments > 32) throw std::runtime_error("ssd: segments must be 1 to 32");
+  const bool pairs = a.headdim <= 64 && a.dstate <= kStates && a.nheads / a.ngroups % 2 == 0 && a.segments == 1;
+  if (a.heads != 1 && !(a.heads == 2 && pairs)) throw std::runtime_error("ssd: no such pairs of heads");
   const DeviceGuard guard(target.device);
   const bool gated = t.z != 0;
+  if (a.heads == 2) {
+    return gated ? launch_pair<PairConfig<true>>(p, a, target) : launch_pair<PairConfig<false>>(p, a, target);
+  }
   if (a.dstate > kStates) return launch_gated<64, 2>(p, gated, a, target);
   if (a.headdim > 80) return launch_gated<128, 1>(p, gated, a, target);
   if (a.headdim > 64) return launch_gated<80, 1>(p, gated, a, target);

@@ -238,6 +238,7 @@ __global__ void __launch_bounds__(kOneThreads, OneLayout<State, kDstate, kRowsOf
     }
   }
   const float sum = sum_rows<L::kLanes>(sums, part);
+  __syncwarp();
   // to the row's thread; of x, nobody else reads the row any more
   if (part % L::kLanesPerSum == 0) rows[local + part / L::kLanesPerSum * L::kGroups] = sum;
   __syncthreads();

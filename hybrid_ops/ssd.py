@@ -332,7 +332,7 @@ def _choose(
     chosen, reason = _device.choose(impl, torch.device(device), refusal)
     if chosen == "cuda":
         sms = _device.num_sms_to_explain(device)
-        problem = (batch, batch * seqlen, nheads, headdim, dstate, batch_invariant)
+        problem = (batch, batch * seqlen, nheads, ngroups, headdim, dstate, batch_invariant)
         return Choice(chosen, _csrc_ssd.config(*problem, sms)._asdict(), reason)
     if chosen != "triton":
         return Choice(chosen, dict(Q=_torch_ssd.chunk_of(headdim, dstate, state_interval)), reason)

@@ -4,8 +4,8 @@ A product (HGMMA) reads its A from registers, and sums into others, until the gr
 for (WARPGROUP.DEPBAR). The compiler takes registers of A for free as soon as the product is issued, unless the code
 keeps them (keep_operands in csrc/common/hopper.cuh), and what it keeps may be a copy.
 
-An arrival at an mbarrier (SYNCS.ARRIVE) waits for no load from shared memory before it (arrive_after, there too): only
-an instruction that takes what was loaded does.
+An arrival at an mbarrier (SYNCS.ARRIVE) waits for no load from shared memory before it: only an instruction that takes
+what was loaded does. What TMA then writes in its place such a load would read (Walker::walk in csrc/common).
 """
 
 import re

@@ -221,6 +221,8 @@ CUDA_CASES = dict(
     aligned=True,
 )
 WIDE = dict(headdims=st.sampled_from([8, 40, 64]), dstates=st.sampled_from([136, 200, 256]))
+NARROW = dict(headdims=st.sampled_from([8, 40, 64]))
+PAIRS = csrc.Config(segments=1, heads=2)
 
 
 @pytest.mark.gpu
@@ -235,12 +237,13 @@ WIDE = dict(headdims=st.sampled_from([8, 40, 64]), dstates=st.sampled_from([136,
         (None, WIDE),
         (2, WIDE),
         (5, WIDE),
+        (PAIRS, NARROW),
     ],
 )
 @settings(max_examples=15)
 @given(data=st.data())
 def test_ssd_cuda(chosen, sizes, data):
-    """As it is chosen; and whole sequences, or so many segments of each."""
+    """As it is chosen; and whole sequences, or so many segments of each, or pairs of heads."""
     case = data.draw(cases(**CUDA_CASES | sizes))
     assume(case["dtype"] == torch.bfloat16 and case["batch"] * sum(case["lengths"]) > 0)
     assume(case["layout"] == "packed" or case["lengths"][0] > 0)
@@ -250,17 +253,20 @@ def test_ssd_cuda(chosen, sizes, data):
 
 def test_cuda_configuration(monkeypatch):
     """Segments where heads and sequences do not fill the GPU; what `explain` says of it."""
-    assert csrc.config(1, 8192, 128, 64, 128, False, 132) == (1,)  # Super
-    assert csrc.config(8, 16384, 64, 64, 128, False, 132) == (1,)  # Nemotron 3 Nano
-    assert csrc.config(1, 8192, 64, 64, 128, False, 132) == (2,)
-    assert csrc.config(1, 8192, 16, 64, 128, False, 132) == (8,)  # Super by 8 GPUs
-    assert csrc.config(1, 8192, 16, 80, 128, False, 132) == (8,)  # Nano v2 by 8 GPUs
-    assert csrc.config(1, 8192, 16, 64, 128, True, 132) == (1,)
-    assert csrc.config(1, 512, 128, 64, 128, False, 132) == (1,)
+    assert csrc.config(1, 8192, 128, 8, 64, 128, False, 132) == (1, 1)  # Super
+    assert csrc.config(4, 8192, 128, 8, 64, 128, False, 132) == (1, 2)
+    assert csrc.config(4, 8192, 128, 8, 64, 128, True, 132) == (1, 1)
+    assert csrc.config(4, 8192, 128, 128, 64, 128, False, 132) == (1, 1)
+    assert csrc.config(8, 16384, 64, 8, 64, 128, False, 132) == (1, 2)  # Nemotron 3 Nano
+    assert csrc.config(1, 8192, 64, 8, 64, 128, False, 132) == (2, 1)
+    assert csrc.config(1, 8192, 16, 1, 64, 128, False, 132) == (8, 1)  # Super by 8 GPUs
+    assert csrc.config(1, 8192, 16, 1, 80, 128, False, 132) == (8, 1)  # Nano v2 by 8 GPUs
+    assert csrc.config(1, 8192, 16, 1, 64, 128, True, 132) == (1, 1)
+    assert csrc.config(1, 512, 128, 8, 64, 128, False, 132) == (1, 1)
     monkeypatch.setattr(_device, "not_sm90", lambda device: None)
     monkeypatch.setattr(_device, "choose", lambda impl, device, refusal: ("cuda", "as told"))
     explained = hybrid_ops.explain("ssd_chunk_scan", device="cpu", dtype=torch.bfloat16, nheads=16)
-    assert explained.config == dict(segments=8)
+    assert explained.config == dict(segments=8, heads=1)
 
 
 @pytest.mark.parametrize("ways", [1, 8])
@@ -275,10 +281,11 @@ def test_cuda_takes_every_model(model, ways):
 
 @contextlib.contextmanager
 def configured(chosen):
-    """Within it the CUDA kernel has this configuration, and nothing remembered is used."""
+    """Within it the CUDA kernel has this configuration, or so many segments, and nothing remembered is used."""
     with pytest.MonkeyPatch.context() as patch:
         if chosen is not None:
-            forced = functools.partial(csrc.ssd_chunk_scan.__wrapped__, chosen=csrc.Config(chosen))
+            config = csrc.Config(chosen) if isinstance(chosen, int) else chosen
+            forced = functools.partial(csrc.ssd_chunk_scan.__wrapped__, chosen=config)
             patch.setattr(csrc, "ssd_chunk_scan", forced)
             public = sys.modules["hybrid_ops.ssd"]
             patch.setattr(public, "_check", public._check.__wrapped__)
@@ -303,7 +310,7 @@ def test_batch_invariant_cuda():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("chosen", [1, 2, 3])
+@pytest.mark.parametrize("chosen", [1, 2, 3, PAIRS])
 def test_neighbours_may_hold_anything_cuda(chosen):
     """Sequences of a packed batch are copied in boxes that reach into each other."""
     torch.manual_seed(0)
@@ -333,7 +340,7 @@ def test_neighbours_may_hold_anything_cuda(chosen):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("chosen", "dstate"), [(1, 128), (2, 128), (8, 128), (1, 256), (4, 256)])
+@pytest.mark.parametrize(("chosen", "dstate"), [(1, 128), (2, 128), (8, 128), (PAIRS, 128), (1, 256), (4, 256)])
 def test_same_bits_cuda(chosen, dstate):
     """Every time, 1000 times: a race would show."""
     torch.manual_seed(0)

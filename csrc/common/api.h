@@ -56,6 +56,7 @@ struct SsdArgs {
   float dt_min, dt_max;
   int null_slot;
   int segments;          // of a sequence, each walked by a CTA of its own; 1: sequences are not split
+  int heads;             // that a CTA walks side by side: 1, or 2 of whole sequences
   std::uint64_t ticket;  // any number that memory is unlikely to hold
   int num_sms;
 };

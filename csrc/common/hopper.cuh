@@ -35,13 +35,6 @@ __device__ __forceinline__ void arrive(uint32 barrier, uint32 count) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
-// Only once `loaded` is there, made of what was loaded from shared memory. A load that is issued may be under way for
-// long, an arrival does not wait for it, and what TMA then writes in its place it would read. `zero` is not known to be
-// 0, so that the barrier's address takes `loaded` to know.
-__device__ __forceinline__ void arrive_after(uint32 loaded, uint32 zero, uint32 barrier, uint32 count) {
-  arrive(barrier + (loaded & zero), count);
-}
-
 __device__ __forceinline__ void arrive_expecting(uint32 barrier, uint32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -211,6 +204,12 @@ __device__ __forceinline__ void store_matrices(uint32 row, uint32 r0, uint32 r1,
                : "memory");
 }
 
+__device__ __forceinline__ void store_matrices_transposed(uint32 row, uint32 r0, uint32 r1, uint32 r2, uint32 r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r0), "r"(r1),
+               "r"(r2), "r"(r3)
+               : "memory");
+}
+
 // -------------------------------------------------------------------------------------------------------- wgmma
 // D[64, N] += A[64, 16] B[16, N] in bfloat16 with float32 sums. Of D, and of A where it is in registers, warp w of the
 // four holds rows 16 w to 16 w + 15. With r = lane / 4 and c = 2 (lane % 4), d[4 j ..] are of D's columns 8 j ..
@@ -298,6 +297,15 @@ __device__ __forceinline__ void wgmma(float (&d)[32], const uint32* a, uint64 b,
       "}, {%32, %33, %34, %35}, %36, add, 1, 1, %38;\n}"
       : HYBRID_OPS_D32(0)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)), "n"(kBColumns));
+}
+
+// Both operands in shared memory, K contiguous in both.
+__device__ __forceinline__ void wgmma(float (&d)[32], uint64 a, uint64 b, bool add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" HYBRID_OPS_P32 "}, %32, %33, add, 1, 1, 0, 0;\n}"
+      : HYBRID_OPS_D32(0)
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 
 #undef HYBRID_OPS_D8

@@ -19,11 +19,13 @@ __device__ __forceinline__ void prefetch_chunk(const SsdParams& p, const Unit& u
   }
 #pragma unroll 1
   for (int tile = 0; tile < Config::kTiles; ++tile) {
-    prefetch_box(p.x_map, 64 * tile, unit.head, token, unit.row);
-    if constexpr (Config::kGated) prefetch_box(p.z_map, 64 * tile, unit.head, token, unit.row);
+    const int head = head_of<Config>(unit, tile), feature = feature_of<Config>(tile);
+    prefetch_box(p.x_map, feature, head, token, unit.row);
+    if constexpr (Config::kGated) prefetch_box(p.z_map, feature, head, token, unit.row);
   }
 }
 
+// By one lane.
 template <typename Config>
 __device__ __forceinline__ void copy_chunks(const SsdParams& p, const SharedMemory<Config>& shared) {
   for_each_chunk<Config>(
@@ -37,10 +39,9 @@ __device__ __forceinline__ void copy_chunks(const SsdParams& p, const SharedMemo
         arrive_expecting(loaded, whole ? Config::kHeadBytes + Config::kGroupBytes : Config::kZ + Config::kC);
 #pragma unroll
         for (int tile = 0; tile < Config::kTiles; ++tile) {
-          load_box(shared.x(s, tile), p.x_map, loaded, 64 * tile, unit.head, token, unit.row);
-          if (Config::kGated && whole) {
-            load_box(shared.z(s, tile), p.z_map, loaded, 64 * tile, unit.head, token, unit.row);
-          }
+          const int head = head_of<Config>(unit, tile), feature = feature_of<Config>(tile);
+          load_box(shared.x(s, tile), p.x_map, loaded, feature, head, token, unit.row);
+          if (Config::kGated && whole) load_box(shared.z(s, tile), p.z_map, loaded, feature, head, token, unit.row);
         }
         wait(shared.group_empty(iteration), (iteration / Config::kGroupStages + 1) & 1);
 #pragma unroll 4
@@ -60,7 +61,8 @@ __device__ __forceinline__ void copy_chunks(const SsdParams& p, const SharedMemo
         if constexpr (Config::kPrefetched > 0) {
           if (whole && c + Config::kPrefetched < unit.chunks) prefetch_chunk<Config>(p, unit, c + Config::kPrefetched);
         }
-      });
+      },
+      1u);
 }
 
 // log(1 + exp(x)) with 2e-5 of relative error or less, also where it is small: there it is a series in u = exp(x). With
@@ -84,11 +86,12 @@ __device__ __forceinline__ void clear_rows(uint32 tile, int low, int high, int l
 // A warp that makes a, b and weights of chunks from dt. A lane has two neighbouring tokens.
 template <typename Config>
 struct DecayMaker {
+  static constexpr int kHeads = Config::kHeads;
   const SsdParams& p;
   const SharedMemory<Config>& shared;
   int lane = threadIdx.x % 32;
-  float A = 0.f, bias = 0.f;  // of the head
-  Element coming[2];          // dt of the warp's next chunk, as it is stored: a conversion would wait for it
+  float A[kHeads] = {}, bias[kHeads] = {};  // of the heads
+  Element coming[kHeads][2];  // dt of the warp's next chunk, as it is stored: a conversion would wait for it
 
   __device__ __forceinline__ DecayMaker(const SsdParams& p, const SharedMemory<Config>& shared)
       : p(p), shared(shared) {}
@@ -96,40 +99,62 @@ struct DecayMaker {
   // Before the unit's chunks of this warp, of which the first is the i-th.
   __device__ __forceinline__ void enter(const Unit& unit, int i) {
     load(unit, i);
-    A = p.A[unit.head] * 1.4426950408889634f;
-    bias = p.dt_bias.data == nullptr ? 0.f : p.dt_bias[unit.head * p.dt_bias_stride];
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      A[h] = p.A[unit.head + h] * 1.4426950408889634f;
+      bias[h] = p.dt_bias.data == nullptr ? 0.f : p.dt_bias[(unit.head + h) * p.dt_bias_stride];
+    }
   }
 
   // Chunk i of the unit, whose next one of this warp is `stride` further.
   __device__ __forceinline__ void make(const Unit& unit, int i, uint32 iteration, int stride) {
     const int s = iteration % Config::kStages;
     const int first = unit.first + chunk_at<Config>(unit, i) * kChunk, token = first + 2 * lane;
-    const float dt0 = step(unit, token, 0), dt1 = step(unit, token + 1, 1);
+    float dt[kHeads][2], sum[kHeads], first_a[kHeads];
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      dt[h][0] = step(unit, token, 0, h);
+      dt[h][1] = step(unit, token + 1, 1, h);
+    }
     load(unit, i + stride);
     if constexpr (Config::kDtPrefetched > 0) prefetch(unit, i + stride + Config::kDtPrefetched);
-    const float a0 = dt0 * A;
-    float sum = a0 + dt1 * A;
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      first_a[h] = dt[h][0] * A[h];
+      sum[h] = first_a[h] + dt[h][1] * A[h];
+    }
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
-      const float before = __shfl_up_sync(~0u, sum, distance);
-      if (lane >= distance) sum += before;
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        const float before = __shfl_up_sync(~0u, sum[h], distance);
+        if (lane >= distance) sum[h] += before;
+      }
     }
-    float before = __shfl_up_sync(~0u, sum, 1);
-    if (lane == 0) before = 0.f;
-    const float last = __shfl_sync(~0u, sum, 31);
-    const float first_a = before + a0;
-    const float b0 = dt0 > 0.f ? first_a - log2_fast(dt0) : __int_as_float(0x7F800000);
-    const float b1 = dt1 > 0.f ? sum - log2_fast(dt1) : __int_as_float(0x7F800000);
-    const float weight0 = exp2_fast(last - b0), weight1 = exp2_fast(last - b1);
-    const uint32 weights = pack_bf16(weight0, weight1);
-    const uint32 lost = pack_bf16(weight0 - low_half(weights), weight1 - high_half(weights));
+    float b[kHeads][2];
+    uint32 weights[kHeads], lost[kHeads];
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      float before = __shfl_up_sync(~0u, sum[h], 1);
+      if (lane == 0) before = 0.f;
+      const float last = __shfl_sync(~0u, sum[h], 31);
+      first_a[h] += before;
+      b[h][0] = dt[h][0] > 0.f ? first_a[h] - log2_fast(dt[h][0]) : __int_as_float(0x7F800000);
+      b[h][1] = dt[h][1] > 0.f ? sum[h] - log2_fast(dt[h][1]) : __int_as_float(0x7F800000);
+      const float weight0 = exp2_fast(last - b[h][0]), weight1 = exp2_fast(last - b[h][1]);
+      weights[h] = pack_bf16(weight0, weight1);
+      lost[h] = pack_bf16(weight0 - low_half(weights[h]), weight1 - high_half(weights[h]));
+    }
     wait(shared.empty(s), (iteration / Config::kStages + 1) & 1);
-    const auto store = [&](PerToken which, float first, float second) {
-      store_shared2(shared.per_token(s, which) + place_of(2 * lane) * 4, first, second);
-    };
-    store(kA, first_a, sum);
-    store(kB, b0, b1);
-    store(kWeight, __uint_as_float(weights), __uint_as_float(lost));
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      const auto store = [&](PerToken which, float first, float second) {
+        store_shared2(shared.per_token(s, which, h) + place_of(2 * lane) * 4, first, second);
+      };
+      store(kA, first_a[h], sum[h]);
+      store(kB, b[h][0], b[h][1]);
+      store(kWeight, __uint_as_float(weights[h]), __uint_as_float(lost[h]));
+    }
     const int low = max(unit.begin - first, 0), high = min(unit.end - first, kChunk);
     if (low > 0 || high < kChunk) {
       wait(shared.loaded(s), (iteration / Config::kStages) & 1);
@@ -146,8 +171,8 @@ struct DecayMaker {
   }
 
  private:
-  __device__ __forceinline__ int64 place(const Unit& unit, int token) const {
-    return unit.row * p.dt_strides[0] + token * p.dt_strides[1] + unit.head * p.dt_strides[2];
+  __device__ __forceinline__ int64 place(const Unit& unit, int token, int h = 0) const {
+    return unit.row * p.dt_strides[0] + token * p.dt_strides[1] + (unit.head + h) * p.dt_strides[2];
   }
 
   __device__ __forceinline__ void load(const Unit& unit, int i) {
@@ -155,7 +180,10 @@ struct DecayMaker {
 #pragma unroll
     for (int next = 0; next < 2; ++next) {
       const bool present = token + next >= unit.begin && token + next < unit.end;
-      coming[next] = load_bits(p.dt.data, p.dt.dtype, place(unit, token) + next * p.dt_strides[1], present);
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        coming[h][next] = load_bits(p.dt.data, p.dt.dtype, place(unit, token, h) + next * p.dt_strides[1], present);
+      }
     }
   }
 
@@ -167,8 +195,8 @@ struct DecayMaker {
     if (token + 1 < unit.end) prefetch_bits(p.dt.data, p.dt.dtype, place(unit, token) + p.dt_strides[1]);
   }
 
-  __device__ __forceinline__ float step(const Unit& unit, int token, int i) const {
-    float dt = from_bits(coming[i], p.dt.dtype) + bias;
+  __device__ __forceinline__ float step(const Unit& unit, int token, int i, int h) const {
+    float dt = from_bits(coming[h][i], p.dt.dtype) + bias[h];
     if (p.dt_softplus) dt = softplus(dt);
     dt = fminf(fmaxf(dt, p.dt_min), p.dt_max);
     return token >= unit.begin && token < unit.end ? dt : 0.f;
@@ -180,7 +208,12 @@ struct DecayMaker {
 template <typename Config>
 __device__ __forceinline__ void make_decays(const SsdParams& p, const SharedMemory<Config>& shared, uint32 worker) {
   DecayMaker<Config> maker(p, shared);
-  const auto makers = [](const Unit& unit) { return Config::kSplit && unit.finding ? Config::kMakers : 2; };
+  const auto makers = [](const Unit& unit) -> uint32 {
+    if constexpr (Config::kSplit) {
+      if (unit.finding) return Config::kMakers;
+    }
+    return 2;
+  };
   for_each_chunk<Config>(
       p, [&](const Unit& unit, uint32 iteration) { maker.enter(unit, (worker - iteration) % makers(unit)); },
       [&](const Unit& unit, int i, uint32 iteration) {

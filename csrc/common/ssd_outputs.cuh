@@ -150,12 +150,12 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
                             load_shared(shared.per_token(s, kA) + place + 8)};
         float b[16];
         load_tokens(b, shared.per_token(s, kB), lane);
-        wait(shared.state_full(buffer), (turn / Config::kBuffers) & 1);
+        wait(shared.passed_full(buffer), (turn / Config::kBuffers) & 1);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {  // C S^T
           const uint32 offset = k / 4 * Config::kColumnBytes + k % 4 * 32;
-          wgmma<false>(y, c[k], swizzled_operand(shared.operand(shared.state(buffer)), offset), k > 0);
+          wgmma<false>(y, c[k], swizzled_operand(shared.operand(shared.passed(buffer)), offset), k > 0);
         }
         wgmma_commit();
         wgmma_wait<1>();
@@ -167,7 +167,7 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
         wgmma_wait<0>();
         keep_operands(c, never, group);
         __syncwarp();
-        if (lane == 0) arrive(shared.state_empty(buffer));
+        if (lane == 0) arrive(shared.passed_empty(buffer));
 #pragma unroll
         for (int i = 0; i < Config::kFeatures / 2; ++i) y[i] *= reach[i / 2 % 2];
         wgmma_fence();
@@ -194,7 +194,7 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
         }
         __syncwarp();
         if (lane == 0) {
-          arrive(shared.empty(s));  // not before y, made of all that was loaded, is stored: see arrive_after
+          arrive(shared.empty(s));  // not before y, made of all that was loaded, is stored: see Walker::walk
           arrive(shared.y_full(reader));
         }
       });
@@ -204,38 +204,44 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
 // is not ours to write.
 template <typename Config>
 __device__ __forceinline__ void store_chunks(const SsdParams& p, const SharedMemory<Config>& shared) {
+  constexpr int kTiles = Config::kTiles / Config::kHeads;  // of a head's y
   const int lane = threadIdx.x % 32;
   for_each_scanned<Config>(
       p, [](const Unit&, uint32) {}, [](const Unit&) {},
       [&](const Unit& unit, int c, uint32, uint32 turn) {
-        const int token = unit.first + c * kChunk, reader = turn % Config::kReaders;
+        const int token = unit.first + c * kChunk;
         const int low = max(unit.begin - token, 0), high = min(unit.end - token, kChunk);
-        wait(shared.y_full(reader), (turn / Config::kReaders) & 1);
-        if (high - low == kChunk) {
-          if (lane == 0) {
-            fence_async_proxy();
-            for (int tile = 0; tile < Config::kTiles; ++tile) {
-              store_box(p.y_map, shared.y(reader, tile), 64 * tile, unit.head, token, unit.row);
-            }
-            wait_for_stores<false>();
-          }
-        } else {
-          bf16* y = p.y + unit.row * p.y_strides[0] + unit.head * p.y_strides[2];
 #pragma unroll 1
-          for (int i = lane; i < kChunk * Config::kTiles * 8; i += 32) {
-            const int row = i / (Config::kTiles * 8), column = i % (Config::kTiles * 8);
-            uint4 v;
-            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                         : "r"(swizzled(shared.y(reader, column / 8), row, column % 8))
-                         : "memory");
-            if (row >= low && row < high && 8 * column < p.headdim) {
-              *reinterpret_cast<uint4*>(y + static_cast<int64>(token + row) * p.y_strides[1] + 8 * column) = v;
+        for (int i = 0; i < Config::kHeads; ++i) {
+          const uint32 number = turn * Config::kHeads + i;  // of outputs
+          const int output = number % Config::kOutputs, head = unit.head + i;
+          wait(shared.y_full(output), (number / Config::kOutputs) & 1);
+          if (high - low == kChunk) {
+            if (lane == 0) {
+              fence_async_proxy();
+              for (int tile = 0; tile < kTiles; ++tile) {
+                store_box(p.y_map, shared.y(output, tile), 64 * tile, head, token, unit.row);
+              }
+              wait_for_stores<false>();
+            }
+          } else {
+            bf16* y = p.y + unit.row * p.y_strides[0] + head * p.y_strides[2];
+#pragma unroll 1
+            for (int place = lane; place < kChunk * kTiles * 8; place += 32) {
+              const int row = place / (kTiles * 8), column = place % (kTiles * 8);
+              uint4 v;
+              asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                           : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                           : "r"(swizzled(shared.y(output, column / 8), row, column % 8))
+                           : "memory");
+              if (row >= low && row < high && 8 * column < p.headdim) {
+                *reinterpret_cast<uint4*>(y + static_cast<int64>(token + row) * p.y_strides[1] + 8 * column) = v;
+              }
             }
           }
+          __syncwarp();
+          if (lane == 0) arrive(shared.y_empty(output));
         }
-        __syncwarp();
-        if (lane == 0) arrive(shared.y_empty(reader));
       });
   if (lane == 0) wait_for_stores<true>();
 }

@@ -63,8 +63,9 @@ struct SsdConfig {
   static constexpr int kHalves = kHalves_;      // 2: a state is too wide for one warpgroup
   static constexpr bool kGated = kGated_;
   static constexpr bool kSplit = kSplit_;  // several CTAs share a sequence of a head, each a segment
+  static constexpr int kHeads = 1;         // of a CTA
 
-  static constexpr int kTiles = (kFeatures + 63) / 64;  // of 64 features
+  static constexpr int kTiles = (kFeatures + 63) / 64;  // of x: 64 features each
   static constexpr int kWalkers = kTiles * kHalves;     // warpgroups with a part of the state
   // and those that make y, each of every so many chunks; the second would have no registers beside two walkers
   static constexpr int kReaders = kWalkers == 1 ? 2 : 1;
@@ -94,11 +95,13 @@ struct SsdConfig {
   static constexpr int kHeadBytes = kZ * (kGated ? 2 : 1);
   static constexpr int kPerTokenBytes = 3 * kTokens * 4;
 
-  // behind the stages: states that enter a chunk, in bfloat16, as tiles of all features by 64 columns; y on its way out
+  // behind the stages: what walkers pass on to readers, states that enter a chunk, in bfloat16, as tiles of all
+  // features by 64 columns; y on its way out
   static constexpr int kColumnBytes = kFeatures * 128;
-  static constexpr int kStateBytes = kGroupTiles * kColumnBytes;
-  static constexpr int kBuffers = kReaders;                 // of states that enter a chunk
-  static constexpr int kOutputBytes = kTiles * kTileBytes;  // of each reader
+  static constexpr int kPassedBytes = kGroupTiles * kColumnBytes;
+  static constexpr int kBuffers = kReaders;  // of states that enter a chunk
+  static constexpr int kOutputs = kReaders;  // places of y
+  static constexpr int kOutputBytes = kTiles * kTileBytes;
   static constexpr int kBarrierBytes = 512;
   static constexpr int kLimit = 231424;  // a CTA's shared memory, less what the system and aligning take
 
@@ -106,7 +109,7 @@ struct SsdConfig {
   static constexpr int kGroupStages = kHalves == 2 ? 2 : kHeadBytes > kTileBytes ? 3 : 4;
   static constexpr int kMost = kReaders == 1 ? 8 : 4;
   static constexpr int kFixedBytes =
-      kGroupStages * kGroupBytes + kBuffers * kStateBytes + kReaders * kOutputBytes + kBarrierBytes;
+      kGroupStages * kGroupBytes + kBuffers * kPassedBytes + kOutputs * kOutputBytes + kBarrierBytes;
   static constexpr int kFitting = (kLimit - kFixedBytes) / (kHeadBytes + kPerTokenBytes);
   static constexpr int kStages = kFitting > kMost ? kMost : kFitting;
   // who takes every second chunk finds it in every second stage, and so misses no phase of a barrier
@@ -135,14 +138,14 @@ struct SharedMemory {
     return base + Config::kGroupStages * Config::kGroupBytes + s * Config::kHeadBytes + tile * Config::kTileBytes;
   }
   __device__ __forceinline__ uint32 z(int s, int tile) const { return x(s, tile) + Config::kZ; }
-  __device__ __forceinline__ uint32 state(int buffer) const {
-    return x(Config::kStages, 0) + buffer * Config::kStateBytes;
+  __device__ __forceinline__ uint32 passed(int buffer) const {
+    return x(Config::kStages, 0) + buffer * Config::kPassedBytes;
   }
-  __device__ __forceinline__ uint32 y(int reader, int tile) const {
-    return state(Config::kBuffers) + reader * Config::kOutputBytes + tile * Config::kTileBytes;
+  __device__ __forceinline__ uint32 y(int output, int tile) const {
+    return passed(Config::kBuffers) + output * Config::kOutputBytes + tile * Config::kTileBytes;
   }
-  __device__ __forceinline__ uint32 per_token(int s, PerToken which) const {
-    return y(Config::kReaders, 0) + s * Config::kPerTokenBytes + which * kTokens * 4;
+  __device__ __forceinline__ uint32 per_token(int s, PerToken which, int head = 0) const {
+    return y(Config::kOutputs, 0) + s * Config::kPerTokenBytes + (3 * head + which) * kTokens * 4;
   }
   __device__ __forceinline__ uint32 barrier(int i) const { return per_token(Config::kStages, kA) + 8 * i; }
   // of a stage of x: TMA's bytes are there, B's and C's too; what is made of dt is too, and rows of other sequences are
@@ -153,14 +156,16 @@ struct SharedMemory {
   __device__ __forceinline__ uint32 group_empty(uint32 iteration) const {
     return barrier(3 * Config::kStages + iteration % Config::kGroupStages);
   }
-  __device__ __forceinline__ uint32 state_full(int buffer) const {
+  __device__ __forceinline__ uint32 passed_full(int buffer) const {
     return barrier(3 * Config::kStages + Config::kGroupStages + buffer);
   }
-  __device__ __forceinline__ uint32 state_empty(int buffer) const { return state_full(Config::kBuffers) + 8 * buffer; }
-  __device__ __forceinline__ uint32 y_full(int reader) const { return state_empty(Config::kBuffers) + 8 * reader; }
-  __device__ __forceinline__ uint32 y_empty(int reader) const { return y_full(Config::kReaders) + 8 * reader; }
+  __device__ __forceinline__ uint32 passed_empty(int buffer) const {
+    return passed_full(Config::kBuffers) + 8 * buffer;
+  }
+  __device__ __forceinline__ uint32 y_full(int output) const { return passed_empty(Config::kBuffers) + 8 * output; }
+  __device__ __forceinline__ uint32 y_empty(int output) const { return y_full(Config::kOutputs) + 8 * output; }
   // of what a reader has found, beside its state
-  __device__ __forceinline__ uint32 found_decay() const { return y_empty(Config::kReaders); }
+  __device__ __forceinline__ uint32 found_decay() const { return y_empty(Config::kOutputs); }
 
   // A warp is done with a stage of B and C, `count`-fold: a lane tells each CTA that loads parts of it.
   __device__ __forceinline__ void leave_group(uint32 iteration, int lane, uint32 count = 1) const {
@@ -238,13 +243,14 @@ __device__ __forceinline__ uint32 swizzled(uint32 tile, int row, int column) {
 
 // ---------------------------------------------------------------------------------------------------- work units
 
-// A head's sequence, or a stretch of one.
+// A sequence of a head, or of several, or a stretch of one.
 struct Unit {
   int sequence, row, begin, end;  // its tokens [begin, end) of a batch row
   int first;                      // token at the first place of this stretch's first chunk; may lie before `begin`
   int position;                   // of that place, from the beginning of the sequence, and seq_offsets
-  int chunks, head;
-  bool finding;  // only the state that its chunks lead to is asked for
+  int chunks, head;               // the first one
+  int round;                      // sequences of this CTA before
+  bool finding;                   // only the state that its chunks lead to is asked for
 };
 
 // The tokens of a sequence, and where its chunks begin: at multiples of kChunk, counted from seq_offsets.
@@ -281,16 +287,31 @@ __device__ __forceinline__ Unit cut(const SsdParams& p, const Unit& sequence, bo
   return unit;
 }
 
-// body(unit) for every sequence of every head of this CTA, or for its piece and then its segment of each.
+// The head, and the first of its features, that a tile of x has.
+template <typename Config>
+__device__ __forceinline__ int head_of(const Unit& unit, int tile) {
+  return unit.head + (Config::kHeads == 1 ? 0 : tile);
+}
+template <typename Config>
+__device__ __forceinline__ int feature_of(int tile) {
+  return Config::kHeads == 1 ? 64 * tile : 0;
+}
+
+// body(unit) for every sequence of every head of this CTA, or for its piece and then its segment of each; called by
+// these lanes of a warp.
 template <typename Config, typename Body>
-__device__ __forceinline__ void for_each_unit(const SsdParams& p, Body body) {
+__device__ __forceinline__ void for_each_unit(const SsdParams& p, Body body, uint32 lanes = ~0u) {
   const int size = Config::kSplit ? p.segments : 1, stretches = Config::kSplit ? 2 : 1;
+  const int heads = p.nheads / Config::kHeads;
   for (int step = 0;; ++step) {
+    // the same in all lanes, which the compiler must see to keep it in no register of theirs
+    if constexpr (Config::kSplit) step = __shfl_sync(lanes, step, 0);
     const int index = (blockIdx.x + step / stretches * gridDim.x) / size;
-    if (index >= p.nseq * p.nheads) return;
+    if (index >= p.nseq * heads) return;
     Unit unit;
-    find_sequence(p, index / p.nheads, unit);
-    unit.head = index % p.nheads;
+    find_sequence(p, index / heads, unit);
+    unit.round = step / stretches;
+    unit.head = index % heads * Config::kHeads;
     body(Config::kSplit ? cut(p, unit, step % 2 == 0) : unit);
   }
 }
@@ -298,20 +319,25 @@ __device__ __forceinline__ void for_each_unit(const SsdParams& p, Body body) {
 // The i-th chunk of a unit in the order in which they are loaded: finders, who each have neighbours, take turns.
 template <typename Config>
 __device__ __forceinline__ int chunk_at(const Unit& unit, int i) {
-  if (!Config::kSplit || !unit.finding || Config::kFinders == 1) return i;
-  const int finder = i % Config::kFinders;
-  return finder * (unit.chunks / Config::kFinders) + min(finder, unit.chunks % Config::kFinders) + i / Config::kFinders;
+  if constexpr (Config::kSplit) {
+    if (unit.finding) {
+      const int finder = i % Config::kFinders, all = unit.chunks / Config::kFinders;
+      return finder * all + min(finder, unit.chunks % Config::kFinders) + i / Config::kFinders;
+    }
+  }
+  return i;
 }
 
 // chunk(unit, i, iteration) for every chunk of every unit of this CTA, in the order in which they are loaded; all roles
 // count alike.
 template <typename Config, typename Enter, typename Chunk>
-__device__ __forceinline__ void for_each_chunk(const SsdParams& p, Enter enter, Chunk chunk) {
+__device__ __forceinline__ void for_each_chunk(const SsdParams& p, Enter enter, Chunk chunk, uint32 lanes = ~0u) {
   uint32 iteration = 0;
-  for_each_unit<Config>(p, [&](const Unit& unit) {
+  const auto walk = [&](const Unit& unit) {
     enter(unit, iteration);
     for (int i = 0; i < unit.chunks; ++i, ++iteration) chunk(unit, i, iteration);
-  });
+  };
+  for_each_unit<Config>(p, walk, lanes);
 }
 
 }  // namespace hybrid_ops

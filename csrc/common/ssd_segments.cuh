@@ -17,7 +17,7 @@ __device__ __forceinline__ void find_state(const SsdParams& p, Walker<Config>& w
   if (unit.chunks == 0) {
 #pragma unroll
     for (int i = 0; i < kStates / 2; ++i) w.state[i] = 0.f;
-    w.decay = 0.f;
+    w.decay = 1.f;
     return;
   }
   constexpr int kThreads = Config::kThreads - 128;
@@ -25,8 +25,8 @@ __device__ __forceinline__ void find_state(const SsdParams& p, Walker<Config>& w
   if (finder < Config::kFinders) {
 #pragma unroll
     for (int i = 0; i < kStates / 2; ++i) w.state[i] = 0.f;
-    w.decay = 0.f;
-    if (finder < unit.chunks) w.template prepare<true>(iteration + finder);
+    w.decay = 1.f;
+    if (finder < unit.chunks) w.prepare(iteration + finder);
 #pragma unroll 1
     for (int i = finder; i < unit.chunks; i += Config::kFinders) {
       const uint32 next = iteration + i + Config::kFinders;
@@ -37,7 +37,7 @@ __device__ __forceinline__ void find_state(const SsdParams& p, Walker<Config>& w
   }
   sync_threads(1, kThreads);
   if constexpr (Config::kFinders == 2) {
-    const uint32 place = w.shared.state(0) + w.warp * 2048 + w.lane * 16;
+    const uint32 place = w.shared.passed(0) + w.warp * 2048 + w.lane * 16;
     if (finder == 1) {
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
@@ -48,15 +48,15 @@ __device__ __forceinline__ void find_state(const SsdParams& p, Walker<Config>& w
     }
     sync_threads(1, kThreads);
     if (finder == 0) {
-      const float decay = load_shared(w.shared.found_decay()), keep = exp2_fast(decay);
+      const float decay = load_shared(w.shared.found_decay());
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
         float added[4];
         load_shared4(added, place + i / 4 * 8192 + i % 4 * 512);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) w.state[4 * i + j] = fmaf(w.state[4 * i + j], keep, added[j]);
+        for (int j = 0; j < 4; ++j) w.state[4 * i + j] = fmaf(w.state[4 * i + j], decay, added[j]);
       }
-      w.decay += decay;
+      w.decay *= decay;
     }
   }
 }
@@ -83,7 +83,7 @@ template <typename Config>
 struct Pieces {
   const SsdParams& p;
   int walker;
-  uint32 round;  // sequences of these CTAs before
+  int round;  // sequences of these CTAs before
 
   __device__ __forceinline__ int rank() const { return blockIdx.x % p.segments; }
   __device__ __forceinline__ int64 group() const { return blockIdx.x / p.segments * 2 + round % 2; }
@@ -129,7 +129,7 @@ struct Pieces {
 #pragma unroll 1
     for (int piece = p.initial.data == nullptr ? 0 : -1; piece < pieces; ++piece) {
       const float* const place = at(piece < 0 ? p.segments : piece);
-      const float keep = piece < 0 ? 0.f : exp2f(__ldcg(place + 64 * kStates + w.warp));
+      const float keep = piece < 0 ? 0.f : __ldcg(place + 64 * kStates + w.warp);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float4 added[8];  // past the L1 cache: it may have what was here before

@@ -25,14 +25,13 @@ __device__ __forceinline__ void pass_on(uint32 columns, const float (&state)[kSt
 }
 
 // x of a warp's 16 features times the tokens' weights. The two parts of a weight make it one rounding.
-__device__ __forceinline__ void load_scaled_x(uint32 (&x)[4][4], uint32 tile, uint32 weights, int warp, int lane) {
-  load_x(x, tile, warp, lane);
+__device__ __forceinline__ void scale_x(uint32 (&scaled)[4][4], const uint32 (&x)[4][4], uint32 weights, int lane) {
   float parts[16];
   load_tokens(parts, weights, lane);
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const int pair = i / 4 * 4 + i % 4 / 2 * 2;  // of tokens
-    x[i / 4][i % 4] = scale_bf16(x[i / 4][i % 4], __float_as_uint(parts[pair]), __float_as_uint(parts[pair + 1]));
+    scaled[i / 4][i % 4] = scale_bf16(x[i / 4][i % 4], __float_as_uint(parts[pair]), __float_as_uint(parts[pair + 1]));
   }
 }
 
@@ -43,26 +42,15 @@ struct Walker {
   bool never;
   float state[kStates / 2];
   uint32 x[4][4];  // the next chunk's x, scaled
-  float a_last;    // log2 of what it leaves of the state
-  float decay;     // of all chunks since it was set to 0
+  float keep;      // what it leaves of the state
+  float decay;     // what all chunks since it was set to 1 leave of it
 
-  // Who else reads a chunk, when it only is to find a state, does not, and this warpgroup arrives in its place.
-  template <bool kFinding>
-  __device__ __forceinline__ uint32 arrivals() const {
-    return kFinding && tile + half == 0 ? 2 : 1;
-  }
-
-  template <bool kFinding>
   __device__ __forceinline__ void prepare(uint32 iteration) {
     const int s = iteration % Config::kStages;
     shared.wait_for_inputs(iteration);
-    load_scaled_x(x, shared.x(s, tile), shared.per_token(s, kWeight), warp, lane);
-    a_last = load_shared(shared.per_token(s, kA) + place_of(kChunk - 1) * 4);
-    uint32 loaded = __float_as_uint(a_last);
-#pragma unroll
-    for (int i = 0; i < 16; ++i) loaded ^= x[i / 4][i % 4];
-    __syncwarp();
-    if (lane == 0) arrive_after(loaded, never, shared.empty(s), arrivals<kFinding>());
+    load_x(x, shared.x(s, tile), warp, lane);
+    scale_x(x, x, shared.per_token(s, kWeight), lane);
+    keep = exp2_fast(load_shared(shared.per_token(s, kA) + place_of(kChunk - 1) * 4));
   }
 
   // Through a chunk that is prepared; then prepares chunk `next`, unless this is the last one. What enters the chunk is
@@ -71,24 +59,25 @@ struct Walker {
   __device__ __forceinline__ void walk(uint32 iteration, uint32 turn, uint32 next, bool last) {
     // who finds leaves its stage before it waits for another: stages are all that loads can be ahead by
     constexpr bool kAhead = Config::kAhead && !kFinding;
+    // who else reads a chunk, when it only is to find a state, does not, and this warpgroup arrives in its place
+    const uint32 arrivals = kFinding && tile + half == 0 ? 2 : 1;
     const uint32 group = shared.operand(shared.group(iteration));
-    const int buffer = turn % Config::kBuffers;
+    const int s = iteration % Config::kStages, buffer = turn % Config::kBuffers;
     uint32 now[4][4];
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       now[i / 4][i % 4] = kAhead ? copy_operand(x[i / 4][i % 4], never) : x[i / 4][i % 4];
     }
     if constexpr (kFinding) {
-      decay += a_last;
+      decay *= keep;
     } else {
-      wait(shared.state_empty(buffer), (turn / Config::kBuffers + 1) & 1);
+      wait(shared.passed_empty(buffer), (turn / Config::kBuffers + 1) & 1);
       const int row = 64 * tile + 16 * warp;
       if (row < Config::kFeatures) {
-        const uint32 columns = shared.state(buffer) + half * (kStates / 64) * Config::kColumnBytes;
+        const uint32 columns = shared.passed(buffer) + half * (kStates / 64) * Config::kColumnBytes;
         pass_on<Config>(columns, state, row, lane);
       }
     }
-    const float keep = exp2_fast(a_last);
 #pragma unroll
     for (int i = 0; i < kStates / 2; ++i) state[i] *= keep;
     wgmma_fence();
@@ -98,17 +87,20 @@ struct Walker {
       wgmma<true>(state, now[k], swizzled_operand(B, k * 2048, Config::kTileBytes), true);
     }
     wgmma_commit();
-    if constexpr (!kFinding) {
-      fence_async_proxy();
-      __syncwarp();
-      if (lane == 0) arrive(shared.state_full(buffer));
+    if constexpr (!kFinding) fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) {
+      // An arrival waits for no load, and one that is still under way would read what TMA writes in its place: no
+      // sooner than products have taken x.
+      arrive(shared.empty(s), arrivals);
+      if constexpr (!kFinding) arrive(shared.passed_full(buffer));
     }
-    if (kAhead && !last) prepare<kFinding>(next);
+    if (kAhead && !last) prepare(next);
     wgmma_wait<0>();
     keep_operands(now, never, shared.base);
     __syncwarp();
-    shared.leave_group(iteration, lane, arrivals<kFinding>());
-    if (!kAhead && !last) prepare<kFinding>(next);
+    shared.leave_group(iteration, lane, arrivals);
+    if (!kAhead && !last) prepare(next);
   }
 };
 

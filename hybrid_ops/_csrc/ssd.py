@@ -16,36 +16,50 @@ CHUNK = 64  # kChunk of csrc/ssd_sm90.cuh
 
 class Config(NamedTuple):
     segments: int  # of a sequence, which run side by side
+    heads: int = 1  # that a CTA walks side by side: 2 where those of a group come in pairs, and segments is 1
 
 
 # microseconds, of an H100, of a chunk of one head: of its y, and of its state alone; by how many warpgroups walk a
-# state, and of how many columns each
+# state, and of how many columns each; and of a chunk of two heads side by side
 _CHUNK_US = {"headdim 64": (0.96, 0.52), "headdim 128": (1.3, 0.88), "dstate 256": (1.7, 0.8)}
+_PAIR_US = 1.6
 # of a launch; of CTAs that tell each other their states, and of each of these states
 _LAUNCH_US, _EXCHANGE_US, _STATE_US = 8.0, 3.0, 0.55
 
 
 @functools.cache
 def config(
-    nseq: int, total: int, nheads: int, headdim: int, dstate: int, batch_invariant: bool, num_sms: int
+    nseq: int,
+    total: int,
+    nheads: int,
+    ngroups: int,
+    headdim: int,
+    dstate: int,
+    batch_invariant: bool,
+    num_sms: int,
 ) -> Config:
     """For `total` tokens of `nseq` sequences: segments where there are too few sequences' heads for all
-    multiprocessors, and where that saves more time than it takes to find the states that enter them."""
+    multiprocessors, and where that saves more time than it takes to find the states that enter them; pairs of heads
+    where there are so many that even of these each multiprocessor has its share."""
     if batch_invariant:
         return Config(segments=1)
     kind = "dstate 256" if dstate > 128 else "headdim 128" if headdim > 64 else "headdim 64"
     chunk, state = _CHUNK_US[kind]
     chunks = -(-total // (CHUNK * max(nseq, 1)))
 
-    def cost(segments: int) -> float:
-        length, rounds = -(-chunks // segments), -(-nseq * nheads // (num_sms // segments))
+    def cost(config: Config) -> float:
+        segments, heads = config
+        length, rounds = -(-chunks // segments), -(-nseq * (nheads // heads) // (num_sms // segments))
         if segments == 1:
-            return rounds * length * chunk + _LAUNCH_US
+            return rounds * length * (chunk if heads == 1 else _PAIR_US) + _LAUNCH_US
         found = -(-length // 2) if segments == 2 else length  # see pieces_before of csrc/common/ssd_problem.cuh
         exchange = _EXCHANGE_US + _STATE_US * (segments - 1)
         return rounds * (length * chunk + found * state + exchange) + _LAUNCH_US
 
-    return Config(segments=min(range(1, min(16, num_sms) + 1), key=cost))
+    choices = [Config(segments) for segments in range(1, min(16, num_sms) + 1)]
+    if headdim <= 64 and dstate <= 128 and nheads // ngroups % 2 == 0:
+        choices.append(Config(segments=1, heads=2))
+    return min(choices, key=cost)
 
 
 def refusal(
@@ -137,7 +151,7 @@ def ssd_chunk_scan(
     index = x.device.index
     num_sms = _device.num_sms(index)
     if chosen is None:
-        chosen = config(nseq, batch * seqlen, nheads, headdim, dstate, batch_invariant, num_sms)
+        chosen = config(nseq, batch * seqlen, nheads, ngroups, headdim, dstate, batch_invariant, num_sms)
     states = sources(initial_states, final_states, interval_states, ssm_state, read_slots, write_slots, interval_slots)
     num_intervals = 0
     if interval_slots is not None:
@@ -161,6 +175,7 @@ def ssd_chunk_scan(
         dt_max=dt_max,
         null_slot=null_slot,
         segments=chosen.segments,
+        heads=chosen.heads,
         num_sms=num_sms,
     )
     bytes_beside = launch.workspace
