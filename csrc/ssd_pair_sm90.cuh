@@ -21,29 +21,17 @@
 
 namespace hybrid_ops {
 
-template <bool kGated_>
-struct PairConfig {
-  static constexpr bool kGated = kGated_;
-  static constexpr bool kSplit = false;
-  static constexpr int kHeads = 2;
-
-  static constexpr int kTiles = kHeads;  // of x: 64 features each
+template <bool kGated>
+struct PairConfig : InputSizes<2, 2, 1, kGated> {
+  using Sizes = InputSizes<2, 2, 1, kGated>;
+  using Sizes::kHeads, Sizes::kTileBytes, Sizes::kGroupBytes;
+  static constexpr bool kSplit = false, kPaired = false;
   static constexpr int kThreads = 128 * (1 + kHeads + 1);
-  static constexpr bool kPaired = false;
 
   // of 512 for a thread of each warpgroup together; all with which ptxas spills nothing
   static constexpr int kProducerRegisters = 56;
   static constexpr int kWalkerRegisters = 184;
   static constexpr int kMixerRegisters = 88;
-
-  // Bytes, and stages, as in SsdConfig
-  static constexpr int kTileBytes = kChunk * 64 * 2;
-  static constexpr int kGroupTiles = kStates / 64;
-  static constexpr int kC = kGroupTiles * kTileBytes;
-  static constexpr int kGroupBytes = 2 * kC;
-  static constexpr int kZ = kTiles * kTileBytes;
-  static constexpr int kHeadBytes = kZ * (kGated ? 2 : 1);
-  static constexpr int kPerTokenBytes = kHeads * 3 * kTokens * 4;
 
   // behind the stages: what the mixer passes on to walkers, M of a head, and two numbers of each token; y on its way
   // out
@@ -52,18 +40,14 @@ struct PairConfig {
   static constexpr int kBuffers = 2 * kHeads;
   static constexpr int kOutputs = kHeads;
   static constexpr int kOutputBytes = kTileBytes;
-  static constexpr int kBarrierBytes = 512;
-  static constexpr int kLimit = 231424;
 
   static constexpr int kGroupStages = 3;
   static constexpr int kFixedBytes =
       kGroupStages * kGroupBytes + kBuffers * kPassedBytes + kOutputs * kOutputBytes + kBarrierBytes;
-  static constexpr int kFitting = (kLimit - kFixedBytes) / (kHeadBytes + kPerTokenBytes);
-  static constexpr int kStages = kFitting > 4 ? 4 : kFitting;
+  static constexpr int kStages = Sizes::stages_beside(kFixedBytes, 4);
   static_assert(kStages >= 2);
-  static constexpr int kPrefetched = 0;
-  static constexpr int kDtPrefetched = 0;
-  static constexpr int kSharedBytes = kFixedBytes + kStages * (kHeadBytes + kPerTokenBytes) + 1024;
+  static constexpr int kPrefetched = 0, kDtPrefetched = 0;
+  static constexpr int kSharedBytes = Sizes::all_bytes(kFixedBytes, kStages);
 };
 
 // Where 2^a of a token is, and behind it its weight in its own y. What the four lanes of a quarter need, tokens

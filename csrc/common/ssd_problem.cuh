@@ -57,16 +57,42 @@ constexpr int kStates = 128;  // columns of a state that a warpgroup has: dstate
 constexpr int kTokens = 4 * 20;
 __device__ __forceinline__ int place_of(int token) { return token % 8 / 2 * 20 + token / 8 * 2 + token % 2; }
 
+// Bytes of what comes from memory into shared memory, in two rings of stages: B and C, which are free again as soon as
+// they are multiplied, and x, z and the three of `PerToken`, which stay until y is made.
+template <int kHeads_, int kTiles_, int kHalves, bool kGated_>
+struct InputSizes {
+  static constexpr int kHeads = kHeads_;  // of a CTA
+  static constexpr int kTiles = kTiles_;  // of x: 64 features each
+  static constexpr bool kGated = kGated_;
+
+  static constexpr int kTileBytes = kChunk * 64 * 2;          // 64 tokens of 128 bytes, swizzled
+  static constexpr int kGroupTiles = kHalves * kStates / 64;  // of B, and of C
+  static constexpr int kC = kGroupTiles * kTileBytes;         // from a stage's beginning
+  static constexpr int kGroupBytes = 2 * kC;
+  static constexpr int kZ = kTiles * kTileBytes;  // from a stage's beginning
+  static constexpr int kHeadBytes = kZ * (kGated ? 2 : 1);
+  static constexpr int kPerTokenBytes = kHeads * 3 * kTokens * 4;
+
+  // Stages of x that fit beside so many bytes, and the bytes of all: what the system and aligning take is left out.
+  static constexpr int stages_beside(int bytes, int most) {
+    const int fitting = (231424 - bytes) / (kHeadBytes + kPerTokenBytes);
+    return fitting > most ? most : fitting;
+  }
+  static constexpr int all_bytes(int bytes, int stages) {
+    return bytes + stages * (kHeadBytes + kPerTokenBytes) + 1024;
+  }
+};
+constexpr int kBarrierBytes = 512;
+
 template <int kFeatures_, int kHalves_, bool kGated_, bool kSplit_>
-struct SsdConfig {
+struct SsdConfig : InputSizes<1, (kFeatures_ + 63) / 64, kHalves_, kGated_> {
+  using Sizes = InputSizes<1, (kFeatures_ + 63) / 64, kHalves_, kGated_>;
+  using Sizes::kTiles, Sizes::kTileBytes, Sizes::kGroupTiles, Sizes::kGroupBytes, Sizes::kHeadBytes;
   static constexpr int kFeatures = kFeatures_;  // of a head, padded: 64, 80 or 128
   static constexpr int kHalves = kHalves_;      // 2: a state is too wide for one warpgroup
-  static constexpr bool kGated = kGated_;
-  static constexpr bool kSplit = kSplit_;  // several CTAs share a sequence of a head, each a segment
-  static constexpr int kHeads = 1;         // of a CTA
+  static constexpr bool kSplit = kSplit_;       // several CTAs share a sequence of a head, each a segment
 
-  static constexpr int kTiles = (kFeatures + 63) / 64;  // of x: 64 features each
-  static constexpr int kWalkers = kTiles * kHalves;     // warpgroups with a part of the state
+  static constexpr int kWalkers = kTiles * kHalves;  // warpgroups with a part of the state
   // and those that make y, each of every so many chunks; the second would have no registers beside two walkers
   static constexpr int kReaders = kWalkers == 1 ? 2 : 1;
   static constexpr int kThreads = 128 * (1 + kWalkers + kReaders);
@@ -84,17 +110,6 @@ struct SsdConfig {
   static constexpr int kWalkerRegisters = kReaders == 2 ? 160 : 144;
   static constexpr int kReaderRegisters = kReaders == 2 ? 152 : 176;
 
-  static constexpr int kTileBytes = kChunk * 64 * 2;          // 64 tokens of 128 bytes, swizzled
-  static constexpr int kGroupTiles = kHalves * kStates / 64;  // of B, and of C
-
-  // Two rings of stages: B and C, which are free again as soon as they are multiplied, and x, z and the three of
-  // `PerToken`, which stay until y is made. Bytes of a stage:
-  static constexpr int kC = kGroupTiles * kTileBytes;  // from its beginning
-  static constexpr int kGroupBytes = 2 * kC;
-  static constexpr int kZ = kTiles * kTileBytes;  // from its beginning
-  static constexpr int kHeadBytes = kZ * (kGated ? 2 : 1);
-  static constexpr int kPerTokenBytes = 3 * kTokens * 4;
-
   // behind the stages: what walkers pass on to readers, states that enter a chunk, in bfloat16, as tiles of all
   // features by 64 columns; y on its way out
   static constexpr int kColumnBytes = kFeatures * 128;
@@ -102,16 +117,13 @@ struct SsdConfig {
   static constexpr int kBuffers = kReaders;  // of states that enter a chunk
   static constexpr int kOutputs = kReaders;  // places of y
   static constexpr int kOutputBytes = kTiles * kTileBytes;
-  static constexpr int kBarrierBytes = 512;
-  static constexpr int kLimit = 231424;  // a CTA's shared memory, less what the system and aligning take
 
   // of B and C as many as leave room for those of x, z, of which more than kMost were no faster
   static constexpr int kGroupStages = kHalves == 2 ? 2 : kHeadBytes > kTileBytes ? 3 : 4;
   static constexpr int kMost = kReaders == 1 ? 8 : 4;
   static constexpr int kFixedBytes =
       kGroupStages * kGroupBytes + kBuffers * kPassedBytes + kOutputs * kOutputBytes + kBarrierBytes;
-  static constexpr int kFitting = (kLimit - kFixedBytes) / (kHeadBytes + kPerTokenBytes);
-  static constexpr int kStages = kFitting > kMost ? kMost : kFitting;
+  static constexpr int kStages = Sizes::stages_beside(kFixedBytes, kMost);
   // who takes every second chunk finds it in every second stage, and so misses no phase of a barrier
   static_assert(kStages >= 2 && kStages % kFinders == 0 && kStages % kReaders == 0);
   // warps that make decays where a state is to be found; of so many stages none of them misses a phase, either
@@ -119,7 +131,7 @@ struct SsdConfig {
   // chunks that come into the L2 cache before: all of them where stages are too few for the latency of memory, and dt
   static constexpr int kPrefetched = kGroupStages == 2 ? (kPaired ? 3 : 6) : 0;
   static constexpr int kDtPrefetched = kReaders == 2 && !kSplit ? 6 : 0;
-  static constexpr int kSharedBytes = kFixedBytes + kStages * (kHeadBytes + kPerTokenBytes) + 1024;
+  static constexpr int kSharedBytes = Sizes::all_bytes(kFixedBytes, kStages);
 };
 
 // a; b; of two neighbouring tokens 2^(a_last - b) in bfloat16, and what that has lost.
