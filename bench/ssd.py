@@ -50,6 +50,7 @@ def cases(on_gpu: bool) -> Iterator[Case]:
         yield ssd_update("super", batch, torch.float32)
     for dtype in (torch.bfloat16, torch.float16):
         yield ssd_update("super", 64, dtype)
+    yield ssd_update("super", 64, torch.float16, stochastic=True)
     for batch in (1, 16, 64, 256):
         yield ssd_replay("super", batch, torch.float32)
     yield ssd_replay("super", 64, torch.bfloat16)
@@ -112,8 +113,9 @@ def ssd(model: str, seqlen: int, batch: int, tp: int = 1) -> Case:
     )
 
 
-def ssd_update(model: str, batch: int, state_dtype: torch.dtype, tp: int = 1) -> Case:
-    """From one half of a pool into the other, so that every replay does and leaves the same."""
+def ssd_update(model: str, batch: int, state_dtype: torch.dtype, tp: int = 1, *, stochastic: bool = False) -> Case:
+    """From one half of a pool into the other, so that every replay does and leaves the same. With stochastic rounding
+    of states there is no peer that draws the same bits."""
     mixer = mixer_of(model, tp)
 
     def make(device: torch.device, generator: torch.Generator) -> Tensors:
@@ -124,10 +126,12 @@ def ssd_update(model: str, batch: int, state_dtype: torch.dtype, tp: int = 1) ->
             **inputs(mixer, generator, batch),
             "read_slots": slots,
             "write_slots": slots + batch,
+            **({"seed": torch.ones(1, dtype=torch.int64, device=device)} if stochastic else {}),
         }
 
     def call(t: Tensors, impl: str) -> Tensors:
-        y = hybrid_ops.ssd_state_update(**t, dt_softplus=True, impl=impl)
+        rounding = "stochastic" if "seed" in t else "nearest"
+        y = hybrid_ops.ssd_state_update(**t, dt_softplus=True, rounding=rounding, impl=impl)
         return {"y": y, "state": t["state"][batch:]}
 
     def torch_update(t: Tensors) -> torch.Tensor:
@@ -144,7 +148,7 @@ def ssd_update(model: str, batch: int, state_dtype: torch.dtype, tp: int = 1) ->
     return Case(
         op="ssd_state_update",
         public="ssd_state_update",
-        name=decode(model, batch, *sharded(tp)),
+        name=decode(model, batch, *(["stochastic"] if stochastic else []), *sharded(tp)),
         dtype=state_dtype,
         make=make,
         call=call,
@@ -159,7 +163,7 @@ def ssd_update(model: str, batch: int, state_dtype: torch.dtype, tp: int = 1) ->
             "dstate": mixer.dstate,
             "state_dtype": state_dtype,
         },
-        peers={**peers.ssd_update(), **peers.eager_and_compiled(torch_update, model)},
+        peers={} if stochastic else {**peers.ssd_update(), **peers.eager_and_compiled(torch_update, model)},
     )
 
 

@@ -76,6 +76,7 @@ def test_a_sweep_repeats_no_other_case():
         mamba2_step.mamba2_step("tiny", 2, tp=2),
         ssd.ssd("tiny", 64, 1, tp=2),
         ssd.ssd_update("tiny", 2, torch.float32, tp=2),
+        ssd.ssd_update("tiny", 2, torch.float16, tp=2, stochastic=True),
         norm.gated_norm("tiny", 64, 1, tp=2),
         norm.gated_norm_bwd("tiny", 64, 1, tp=2),
         grouped_gemm.up("tiny", 64, tp=2),
@@ -235,7 +236,7 @@ def test_a_sample_has_both_ends(tokens, monkeypatch):
 def test_cases_have_unique_agreed_names(cases):
     names = [(case.op, case.name, case.dtype) for case in cases()]
     assert len(set(names)) == len(names)
-    sequences = r"(-L\d+)?-b\d+(-(strided|channel-last|packed\d+|residual|gated|tp8|T\d+-a\d))*"
+    sequences = r"(-L\d+)?-b\d+(-(strided|channel-last|packed\d+|residual|gated|stochastic|tp8|T\d+-a\d))*"
     tokens = (
         r"-T\d+(-(up|down|tensor|row|1x128|128x128|mx|column|1x16|16x16|swizzled|hadamard|modelopt|4over6|w4a16|tp8))*"
     )

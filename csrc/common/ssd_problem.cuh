@@ -73,12 +73,13 @@ struct InputSizes {
   static constexpr int kHeadBytes = kZ * (kGated ? 2 : 1);
   static constexpr int kPerTokenBytes = kHeads * 3 * kTokens * 4;
 
-  // Stages of x that fit beside so many bytes, and the bytes of all: what the system and aligning take is left out.
-  static constexpr int stages_beside(int bytes, int most) {
+  // Stages of x that fit beside so many bytes, into what the system and aligning leave of a CTA's; and the bytes of
+  // all, with what aligning takes.
+  __host__ __device__ static constexpr int stages_beside(int bytes, int most) {
     const int fitting = (231424 - bytes) / (kHeadBytes + kPerTokenBytes);
     return fitting > most ? most : fitting;
   }
-  static constexpr int all_bytes(int bytes, int stages) {
+  __host__ __device__ static constexpr int all_bytes(int bytes, int stages) {
     return bytes + stages * (kHeadBytes + kPerTokenBytes) + 1024;
   }
 };
