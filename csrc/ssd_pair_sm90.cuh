@@ -174,7 +174,7 @@ struct PairWalker {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       float of[4];
-      load_shared4(of, numbers + lane % 4 * 144 + j * 16);
+      load_shared4(of, number_place(numbers, 8 * j + 2 * (lane % 4)));
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         const uint32 pair = x[j / 2][j % 2 * 2 + row];
@@ -198,8 +198,8 @@ struct PairWalker {
 
   __device__ __forceinline__ void store_y(const float (&y)[32]) const {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {  // where load_x finds x
-      const uint32 place = swizzled(shared.y(head, 0), 16 * k + lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2);
+    for (int k = 0; k < 4; ++k) {
+      const uint32 place = column_of_tile(shared.y(head, 0), k, warp, lane);
       store_matrices_transposed(place, pack_bf16(y[8 * k], y[8 * k + 1]), pack_bf16(y[8 * k + 2], y[8 * k + 3]),
                                 pack_bf16(y[8 * k + 4], y[8 * k + 5]), pack_bf16(y[8 * k + 6], y[8 * k + 7]));
     }

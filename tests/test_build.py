@@ -173,7 +173,7 @@ def test_every_header_is_compiled():
 
 @pytest.mark.parametrize("header", sorted(KERNELS))
 def test_nvrtc(header, setup, tmp_path):
-    """To machine code for its architectures; nothing spills, and products find their operands."""
+    """To machine code for its architectures; nothing spills, products find their operands, loads their stages."""
     for architecture in setup.architectures(CSRC / header):
         cubin = nvrtc_compile(header, KERNELS[header], architecture)
         path = tmp_path / "kernels.cubin"
@@ -346,9 +346,7 @@ def test_extension_says_what_went_wrong_without_a_gpu(extension):
 
 
 def test_extension_has_the_architectures_of_the_file_names(extension, setup):
-    triton = pytest.importorskip("triton", reason="cuobjdump comes with Triton")
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    printed = subprocess.run([cuobjdump, "--list-elf", extension], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run([cuobjdump(), "--list-elf", extension], capture_output=True, text=True, check=True).stdout
     found = set(re.findall(r"(\w+)\.(sm_\w+)\.cubin", printed))
     assert found == {(p.stem, f"sm_{a}") for p in CSRC.glob("*.cu") for a in setup.architectures(p)}
 
@@ -357,6 +355,16 @@ def test_no_kernel_of_the_extension_spills(extension):
     usage = resource_usage(extension)
     assert len(usage) > sum(map(len, KERNELS.values()))
     assert all(stack == local == 0 for _, _, stack, local in usage), usage
+
+
+def test_machine_code_of_the_ssd(extension, tmp_path):
+    """What test_nvrtc sees of some forms, of all."""
+    subprocess.run([cuobjdump(), "--extract-elf", "ssd_sm90", extension], cwd=tmp_path, check=True)
+    (cubin,) = tmp_path.glob("*.cubin")
+    machine_code = sass.of_cubin(cuobjdump(), cubin)
+    assert machine_code.count("Function :") == 18
+    assert sass.products_disturbed(machine_code) == []
+    assert sass.loads_left_behind(machine_code) == []
 
 
 def test_extension_was_built_with_cutlass(extension, setup):

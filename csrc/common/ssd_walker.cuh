@@ -5,11 +5,17 @@
 
 namespace hybrid_ops {
 
+// Where a lane points at for tokens 16 k .. of a warp's 16 features: a matrix of 8 x 8 each for {features, the next 8}
+// x {tokens, tokens + 8}, transposed on its way.
+__device__ __forceinline__ uint32 column_of_tile(uint32 tile, int k, int warp, int lane) {
+  return swizzled(tile, 16 * k + lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2);
+}
+
 // X^T of a warp's 16 features, of tokens 16 k .. in x[k]: an operand of wgmma.
 __device__ __forceinline__ void load_x(uint32 (&x)[4][4], uint32 tile, int warp, int lane) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    load_matrices_transposed(x[k], swizzled(tile, 16 * k + lane % 8 + lane / 16 * 8, 2 * warp + lane / 8 % 2));
+    load_matrices_transposed(x[k], column_of_tile(tile, k, warp, lane));
   }
 }
 
