@@ -252,6 +252,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_pair_kernel(const __g
     fence_barrier_init();
   }
   __syncthreads();
+  let_next_kernel_start();
+  wait_for_kernel_before();
 
   if (warpgroup == 0) {
     give_registers<Config::kProducerRegisters>();

@@ -58,21 +58,24 @@ std::array<std::int64_t, 2> workspace_parts(const SsdArgs& a) {
 template <auto kKernel, typename Config>
 void launch(const SsdParams& p, const SsdArgs& a, Target target) {
   allow_shared_memory<kKernel>(Config::kSharedBytes, target.device);
-  cudaLaunchAttribute attribute{};
+  cudaLaunchAttribute early{.id = cudaLaunchAttributeProgrammaticStreamSerialization};
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute together{};
   if (Config::kSplit) {  // CTAs that share a sequence wait for each other
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
+    together.id = cudaLaunchAttributeCooperative;
+    together.val.cooperative = 1;
   } else {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {2, 1, 1};
+    together.id = cudaLaunchAttributeClusterDimension;
+    together.val.clusterDim = {2, 1, 1};
   }
+  std::array attributes{early, together};
   const cudaLaunchConfig_t config{
       .gridDim = dim3(static_cast<unsigned>(count_groups(a) * a.segments)),
       .blockDim = dim3(Config::kThreads),
       .dynamicSmemBytes = Config::kSharedBytes,
       .stream = reinterpret_cast<cudaStream_t>(target.stream),
-      .attrs = &attribute,
-      .numAttrs = Config::kSplit || p.paired ? 1u : 0u,
+      .attrs = attributes.data(),
+      .numAttrs = Config::kSplit || p.paired ? 2u : 1u,
   };
   check(cudaLaunchKernelEx(&config, kKernel, p), "ssd_kernel");
 }

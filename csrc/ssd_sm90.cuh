@@ -87,6 +87,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
   }
   __syncthreads();
   if (shared.paired) cluster_arrive(), cluster_wait();  // before anything comes from the other CTA
+  let_next_kernel_start();
+  wait_for_kernel_before();
 
   if (warpgroup == 0) {
     give_registers<Config::kProducerRegisters>();
