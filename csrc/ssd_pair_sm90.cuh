@@ -26,6 +26,7 @@ struct PairConfig : InputSizes<2, 2, 1, kGated> {
   using Sizes = InputSizes<2, 2, 1, kGated>;
   using Sizes::kHeads, Sizes::kTileBytes, Sizes::kGroupBytes;
   static constexpr bool kSplit = false, kPaired = false;
+  static constexpr int kTurns = 1;
   static constexpr int kThreads = 128 * (1 + kHeads + 1);
 
   // of 512 for a thread of each warpgroup together; all with which ptxas spills nothing
@@ -222,7 +223,7 @@ __device__ __forceinline__ void walk_pairs(const SsdParams& p, const SharedMemor
                      ? 0.f
                      : p.D[unit.head * p.D_strides[0] + feature * p.D_strides[1]];
     }
-    walk_and_keep(p, unit, 0, 0, w.state, [&](int) { w.walk(iteration++); });
+    walk_and_keep<Config>(p, unit, 0, 0, w.state, [&](int) { w.walk(iteration++); });
   });
 }
 

@@ -38,12 +38,12 @@ TensorMap tensor_map(std::uintptr_t data, const std::array<std::int64_t, 4>& siz
 
 // See SsdConfig::kPaired.
 bool is_paired(const SsdArgs& a) {
-  return a.dstate > kStates && a.segments == 1 && a.nheads / a.ngroups % 2 == 0 && a.num_sms >= 2;
+  return a.dstate > kStates && a.segments == 1 && a.turns == 1 && a.nheads / a.ngroups % 2 == 0 && a.num_sms >= 2;
 }
 
 // CTAs that share a sequence are a group; so many run at once.
 std::int64_t count_groups(const SsdArgs& a) {
-  const std::int64_t at_once = a.num_sms / a.segments;
+  const std::int64_t at_once = a.num_sms / (a.segments * a.turns);
   return std::min(a.nseq * a.nheads / a.heads, is_paired(a) ? at_once / 2 * 2 : at_once);
 }
 
@@ -61,6 +61,7 @@ void launch(const SsdParams& p, const SsdArgs& a, Target target) {
   cudaLaunchAttribute early{.id = cudaLaunchAttributeProgrammaticStreamSerialization};
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchAttribute together{};
+  const bool clustered = p.paired || a.turns > 1;
   if (Config::kSplit) {  // CTAs that share a sequence wait for each other
     together.id = cudaLaunchAttributeCooperative;
     together.val.cooperative = 1;
@@ -70,12 +71,12 @@ void launch(const SsdParams& p, const SsdArgs& a, Target target) {
   }
   std::array attributes{early, together};
   const cudaLaunchConfig_t config{
-      .gridDim = dim3(static_cast<unsigned>(count_groups(a) * a.segments)),
+      .gridDim = dim3(static_cast<unsigned>(count_groups(a) * a.segments * a.turns)),
       .blockDim = dim3(Config::kThreads),
       .dynamicSmemBytes = Config::kSharedBytes,
       .stream = reinterpret_cast<cudaStream_t>(target.stream),
       .attrs = attributes.data(),
-      .numAttrs = Config::kSplit || p.paired ? 2u : 1u,
+      .numAttrs = Config::kSplit || clustered ? 2u : 1u,
   };
   check(cudaLaunchKernelEx(&config, kKernel, p), "ssd_kernel");
 }
@@ -92,8 +93,12 @@ void launch_pair(const SsdParams& p, const SsdArgs& a, Target target) {
 
 template <int kFeatures, int kHalves, bool kGated>
 void launch_split(const SsdParams& p, const SsdArgs& a, Target target) {
-  if (a.segments > 1) return launch_single<SsdConfig<kFeatures, kHalves, kGated, true>>(p, a, target);
-  launch_single<SsdConfig<kFeatures, kHalves, kGated, false>>(p, a, target);
+  const auto launch = [&]<Sharing kSharing>() {
+    launch_single<SsdConfig<kFeatures, kHalves, kGated, kSharing>>(p, a, target);
+  };
+  if (a.segments > 1) return launch.template operator()<Sharing::segments>();
+  if (a.turns > 1) return launch.template operator()<Sharing::turns>();
+  launch.template operator()<Sharing::none>();
 }
 
 template <int kFeatures, int kHalves>
@@ -159,7 +164,9 @@ void ssd_fwd(const SsdArgs& a, const SsdTensors& t, Target target) {
   // a warp waits for all segments at once, a lane for each
   if (a.segments < 1 || a.segments > 32) throw std::runtime_error("ssd: segments must be 1 to 32");
   const bool pairs = a.headdim <= 64 && a.dstate <= kStates && a.nheads / a.ngroups % 2 == 0 && a.segments == 1;
-  if (a.heads != 1 && !(a.heads == 2 && pairs)) throw std::runtime_error("ssd: no such pairs of heads");
+  if (a.heads != 1 && !(a.heads == 2 && pairs && a.turns == 1)) throw std::runtime_error("ssd: no such pairs of heads");
+  if (a.turns != 1 && !(a.turns == 2 && a.segments == 1))
+    throw std::runtime_error("ssd: turns must be 1, or 2 of one segment");
   const DeviceGuard guard(target.device);
   const bool gated = t.z != 0;
   if (a.heads == 2) {

@@ -24,12 +24,23 @@
 
 namespace hybrid_ops {
 
+// The first of two CTAs that take turns waits until the other has the state that enters the `turn`-th sequence.
+template <typename Config>
+__device__ __forceinline__ void enter_in_turn(const SharedMemory<Config>& shared, uint32 turn, int lane) {
+  if (cluster_rank() == 0) {
+    wait(shared.entered(), turn & 1);
+  } else {
+    __syncwarp();
+    if (lane == 0) arrive_in_cluster(address_in_cta(shared.entered(), 0), 1);
+  }
+}
+
 // The state of a walker's features and columns, from chunk to chunk.
 template <typename Config>
 __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemory<Config>& shared, int walker) {
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   Walker<Config> w{shared, walker / Config::kHalves, walker % Config::kHalves, warp, lane, p.nseq < 0};
-  uint32 iteration = 0, found = 0;
+  uint32 iteration = 0, found = 0, entered = 0;
   for_each_unit<Config>(p, [&](const Unit& unit) {
     if constexpr (Config::kSplit) {
       const Pieces<Config> pieces{p, walker, unit.round};
@@ -50,9 +61,11 @@ __device__ __forceinline__ void walk_states(const SsdParams& p, const SharedMemo
       if (unit.chunks > 0) w.prepare(iteration);
       load_state(p, unit, w.tile, w.half, w.state);
     }
-    walk_and_keep(p, unit, w.tile, w.half, w.state, [&](int c) {
-      w.template walk<false>(iteration, iteration - found, iteration + 1, c + 1 == unit.chunks);
+    walk_and_keep<Config>(p, unit, w.tile, w.half, w.state, [&](int c) {
+      w.template walk<false>(iteration, (iteration - found) / Config::kTurns, iteration + 1, c + 1 == unit.chunks);
       ++iteration;
+      // what enters is in registers now; before, the first CTA must not store a state, perhaps in the same slot
+      if (Config::kTurns > 1 && c == 0 && p.initial.data != nullptr) enter_in_turn(shared, entered++, lane);
     });
   });
 }
@@ -83,10 +96,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
       init_barrier(shared.y_full(reader), 4);
       init_barrier(shared.y_empty(reader), 1);
     }
+    if (Config::kTurns > 1) init_barrier(shared.entered(), 4 * Config::kWalkers);
     fence_barrier_init();
   }
   __syncthreads();
-  if (shared.paired) cluster_arrive(), cluster_wait();  // before anything comes from the other CTA
+  if (shared.paired || Config::kTurns > 1) cluster_arrive(), cluster_wait();  // before anything comes from another CTA
   let_next_kernel_start();
   wait_for_kernel_before();
 
@@ -106,7 +120,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
     take_registers<Config::kReaderRegisters>();
     make_outputs<Config>(p, shared, warpgroup - 1 - Config::kWalkers);
   }
-  if (shared.paired) {
+  if (shared.paired || Config::kTurns > 1) {
     __syncwarp();
     cluster_arrive(), cluster_wait();  // until then the other CTA tells this one what it is done with
   }

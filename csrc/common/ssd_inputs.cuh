@@ -32,7 +32,8 @@ __device__ __forceinline__ void copy_chunks(const SsdParams& p, const SharedMemo
       p, [](const Unit&, uint32) {},
       [&](const Unit& unit, int i, uint32 iteration) {
         const int s = iteration % Config::kStages, c = chunk_at<Config>(unit, i);
-        const bool whole = !Config::kSplit || !unit.finding;  // else x and B are all it takes
+        // else x and B are all it takes
+        const bool whole = (!Config::kSplit || !unit.finding) && makes_y<Config>(iteration);
         const uint32 loaded = shared.loaded(s);
         const int token = unit.first + c * kChunk, group = unit.head / p.heads_per_group;
         wait(shared.empty(s), (iteration / Config::kStages + 1) & 1);

@@ -104,7 +104,9 @@ __device__ __forceinline__ void for_each_scanned(const SsdParams& p, Find find, 
       }
     }
     enter(unit);
-    for (int c = 0; c < unit.chunks; ++c, ++iteration) chunk(unit, c, iteration, iteration - found);
+    for (int c = 0; c < unit.chunks; ++c, ++iteration) {
+      if (makes_y<Config>(iteration)) chunk(unit, c, iteration, (iteration - found) / Config::kTurns);
+    }
   });
 }
 

@@ -85,13 +85,18 @@ struct InputSizes {
 };
 constexpr int kBarrierBytes = 512;
 
-template <int kFeatures_, int kHalves_, bool kGated_, bool kSplit_>
+// How CTAs share a sequence of a head: not at all; each has a segment; each walks the state through all chunks, as one
+// alone would, and makes y of every so manieth.
+enum class Sharing { none, segments, turns };
+
+template <int kFeatures_, int kHalves_, bool kGated_, Sharing kSharing>
 struct SsdConfig : InputSizes<1, (kFeatures_ + 63) / 64, kHalves_, kGated_> {
   using Sizes = InputSizes<1, (kFeatures_ + 63) / 64, kHalves_, kGated_>;
   using Sizes::kTiles, Sizes::kTileBytes, Sizes::kGroupTiles, Sizes::kGroupBytes, Sizes::kHeadBytes;
   static constexpr int kFeatures = kFeatures_;  // of a head, padded: 64, 80 or 128
   static constexpr int kHalves = kHalves_;      // 2: a state is too wide for one warpgroup
-  static constexpr bool kSplit = kSplit_;       // several CTAs share a sequence of a head, each a segment
+  static constexpr bool kSplit = kSharing == Sharing::segments;
+  static constexpr int kTurns = kSharing == Sharing::turns ? 2 : 1;
 
   static constexpr int kWalkers = kTiles * kHalves;  // warpgroups with a part of the state
   // and those that make y, each of every so many chunks; the second would have no registers beside two walkers
@@ -99,7 +104,7 @@ struct SsdConfig : InputSizes<1, (kFeatures_ + 63) / 64, kHalves_, kGated_> {
   static constexpr int kThreads = 128 * (1 + kWalkers + kReaders);
   // Where heads that share B and C come in pairs, CTAs 2 i and 2 i + 1, a cluster, have a pair, and each loads half of
   // B and C for both. With narrower states the instructions that this takes cost what it gains.
-  static constexpr bool kPaired = kHalves == 2 && !kSplit;
+  static constexpr bool kPaired = kHalves == 2 && kSharing == Sharing::none;
   // warpgroups that find what enters a segment, each by chunks of its own: one or both walkers, or a walker and a
   // reader
   static constexpr int kFinders = kWalkers == 1 ? 2 : 1;
@@ -124,9 +129,10 @@ struct SsdConfig : InputSizes<1, (kFeatures_ + 63) / 64, kHalves_, kGated_> {
   static constexpr int kMost = kReaders == 1 ? 8 : 4;
   static constexpr int kFixedBytes =
       kGroupStages * kGroupBytes + kBuffers * kPassedBytes + kOutputs * kOutputBytes + kBarrierBytes;
-  static constexpr int kStages = Sizes::stages_beside(kFixedBytes, kMost);
   // who takes every second chunk finds it in every second stage, and so misses no phase of a barrier
-  static_assert(kStages >= 2 && kStages % kFinders == 0 && kStages % kReaders == 0);
+  static constexpr int kSkipping = kReaders * kTurns;
+  static constexpr int kStages = Sizes::stages_beside(kFixedBytes, kMost) / kSkipping * kSkipping;
+  static_assert(kStages >= 2 && kStages % kFinders == 0);
   // warps that make decays where a state is to be found; of so many stages none of them misses a phase, either
   static constexpr uint32 kMakers = kStages >= 4 ? 4 : 2;
   // chunks that come into the L2 cache before: all of them where stages are too few for the latency of memory, and dt
@@ -179,6 +185,8 @@ struct SharedMemory {
   __device__ __forceinline__ uint32 y_empty(int output) const { return y_full(Config::kOutputs) + 8 * output; }
   // of what a reader has found, beside its state
   __device__ __forceinline__ uint32 found_decay() const { return y_empty(Config::kOutputs); }
+  // where CTAs take turns: the second one has the state that enters the sequence
+  __device__ __forceinline__ uint32 entered() const { return found_decay() + 8; }
 
   // A warp is done with a stage of B and C, `count`-fold: a lane tells each CTA that loads parts of it.
   __device__ __forceinline__ void leave_group(uint32 iteration, int lane, uint32 count = 1) const {
@@ -190,7 +198,9 @@ struct SharedMemory {
   }
 
   // Of a place, for a descriptor of wgmma, which has no room for the CTA's number in a cluster.
-  __device__ __forceinline__ static uint32 operand(uint32 place) { return Config::kPaired ? place & 0x3FFFF : place; }
+  __device__ __forceinline__ static uint32 operand(uint32 place) {
+    return Config::kPaired || Config::kTurns > 1 ? place & 0x3FFFF : place;
+  }
 
   // Until chunk `iteration` lies in its stages.
   __device__ __forceinline__ void wait_for_inputs(uint32 iteration) const {
@@ -310,11 +320,17 @@ __device__ __forceinline__ int feature_of(int tile) {
   return Config::kHeads == 1 ? 64 * tile : 0;
 }
 
+// Whether this CTA makes y of a chunk. Who takes turns counts iterations, so that readers miss no phase of a barrier.
+template <typename Config>
+__device__ __forceinline__ bool makes_y(uint32 iteration) {
+  return Config::kTurns == 1 || iteration % Config::kTurns == blockIdx.x % Config::kTurns;
+}
+
 // body(unit) for every sequence of every head of this CTA, or for its piece and then its segment of each; called by
 // these lanes of a warp.
 template <typename Config, typename Body>
 __device__ __forceinline__ void for_each_unit(const SsdParams& p, Body body, uint32 lanes = ~0u) {
-  const int size = Config::kSplit ? p.segments : 1, stretches = Config::kSplit ? 2 : 1;
+  const int size = Config::kSplit ? p.segments : Config::kTurns, stretches = Config::kSplit ? 2 : 1;
   const int heads = p.nheads / Config::kHeads;
   for (int step = 0;; ++step) {
     // the same in all lanes, which the compiler must see to keep it in no register of theirs

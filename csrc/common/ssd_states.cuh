@@ -103,8 +103,9 @@ __device__ __forceinline__ bool find_target(const SsdParams& p, const Unit& unit
          find_slot(p, target.slots, place, slot);
 }
 
-// body(c) for chunks of a unit in turn, and after each the state of the unit's (first) head wherever it is kept.
-template <typename Body>
+// body(c) for chunks of a unit in turn, and after each the state of the unit's (first) head wherever it is kept, by the
+// first of the CTAs that all have it.
+template <typename Config, typename Body>
 __device__ __forceinline__ void walk_and_keep(const SsdParams& p, const Unit& unit, int tile, int half,
                                               const float (&state)[kStates / 2], Body body) {
   int c = 0;
@@ -114,7 +115,8 @@ __device__ __forceinline__ void walk_and_keep(const SsdParams& p, const Unit& un
     for (int copy = 0; copy < 2; ++copy) {
       States target;
       int64 slot;
-      if (find_target(p, unit, c, copy, target, slot)) store_state(p, target, slot, unit.head, tile, half, state);
+      if (blockIdx.x % Config::kTurns == 0 && find_target(p, unit, c, copy, target, slot))
+        store_state(p, target, slot, unit.head, tile, half, state);
     }
   } while (c < unit.chunks);
 }

@@ -65,8 +65,9 @@ struct Walker {
   __device__ __forceinline__ void walk(uint32 iteration, uint32 turn, uint32 next, bool last) {
     // who finds leaves its stage before it waits for another: stages are all that loads can be ahead by
     constexpr bool kAhead = Config::kAhead && !kFinding;
-    // who else reads a chunk, when it only is to find a state, does not, and this warpgroup arrives in its place
-    const uint32 arrivals = kFinding && tile + half == 0 ? 2 : 1;
+    const bool passes = !kFinding && makes_y<Config>(iteration);
+    // who else reads a chunk, when only its state is asked for, does not, and this warpgroup arrives in its place
+    const uint32 arrivals = !passes && tile + half == 0 ? 2 : 1;
     const uint32 group = shared.operand(shared.group(iteration));
     const int s = iteration % Config::kStages, buffer = turn % Config::kBuffers;
     uint32 now[4][4];
@@ -74,9 +75,8 @@ struct Walker {
     for (int i = 0; i < 16; ++i) {
       now[i / 4][i % 4] = kAhead ? copy_operand(x[i / 4][i % 4], never) : x[i / 4][i % 4];
     }
-    if constexpr (kFinding) {
-      decay *= keep;
-    } else {
+    if constexpr (kFinding) decay *= keep;
+    if (passes) {
       wait(shared.passed_empty(buffer), (turn / Config::kBuffers + 1) & 1);
       const int row = 64 * tile + 16 * warp;
       if (row < Config::kFeatures) {
@@ -93,13 +93,13 @@ struct Walker {
       wgmma<true>(state, now[k], swizzled_operand(B, k * 2048, Config::kTileBytes), true);
     }
     wgmma_commit();
-    if constexpr (!kFinding) fence_async_proxy();
+    if (passes) fence_async_proxy();
     __syncwarp();
     if (lane == 0) {
       // An arrival waits for no load, and one that is still under way would read what TMA writes in its place: no
       // sooner than products have taken x.
       arrive(shared.empty(s), arrivals);
-      if constexpr (!kFinding) arrive(shared.passed_full(buffer));
+      if (passes) arrive(shared.passed_full(buffer));
     }
     if (kAhead && !last) prepare(next);
     wgmma_wait<0>();

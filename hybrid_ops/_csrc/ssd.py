@@ -17,6 +17,7 @@ CHUNK = 64  # kChunk of csrc/ssd_sm90.cuh
 class Config(NamedTuple):
     segments: int  # of a sequence, which run side by side
     heads: int = 1  # that a CTA walks side by side: 2 where those of a group come in pairs, and segments is 1
+    turns: int = 1  # CTAs that all walk a sequence, and make y of its chunks in turn: 2, where segments and heads are 1
 
 
 # microseconds, of an H100, of a chunk of one head: of its y, and of its state alone; by how many warpgroups walk a
@@ -176,6 +177,7 @@ def ssd_chunk_scan(
         null_slot=null_slot,
         segments=chosen.segments,
         heads=chosen.heads,
+        turns=chosen.turns,
         num_sms=num_sms,
     )
     bytes_beside = launch.workspace
