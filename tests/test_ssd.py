@@ -223,6 +223,7 @@ CUDA_CASES = dict(
 WIDE = dict(headdims=st.sampled_from([8, 40, 64]), dstates=st.sampled_from([136, 200, 256]))
 NARROW = dict(headdims=st.sampled_from([8, 40, 64]))
 PAIRS = csrc.Config(segments=1, heads=2)
+TURNS = csrc.Config(segments=1, turns=2)
 
 
 @pytest.mark.gpu
@@ -238,12 +239,14 @@ PAIRS = csrc.Config(segments=1, heads=2)
         (2, WIDE),
         (5, WIDE),
         (PAIRS, NARROW),
+        (TURNS, {}),
+        (TURNS, WIDE),
     ],
 )
 @settings(max_examples=15)
 @given(data=st.data())
 def test_ssd_cuda(chosen, sizes, data):
-    """As it is chosen; and whole sequences, or so many segments of each, or pairs of heads."""
+    """As it is chosen; and whole sequences, or so many segments of each, or pairs of heads, or turns."""
     case = data.draw(cases(**CUDA_CASES | sizes))
     assume(case["dtype"] == torch.bfloat16 and case["batch"] * sum(case["lengths"]) > 0)
     assume(case["layout"] == "packed" or case["lengths"][0] > 0)
@@ -252,21 +255,23 @@ def test_ssd_cuda(chosen, sizes, data):
 
 
 def test_cuda_configuration(monkeypatch):
-    """Segments where heads and sequences do not fill the GPU; what `explain` says of it."""
-    assert csrc.config(1, 8192, 128, 8, 64, 128, False, 132) == (1, 1)  # Super
-    assert csrc.config(4, 8192, 128, 8, 64, 128, False, 132) == (1, 2)
-    assert csrc.config(4, 8192, 128, 8, 64, 128, True, 132) == (1, 1)
-    assert csrc.config(4, 8192, 128, 128, 64, 128, False, 132) == (1, 1)
-    assert csrc.config(8, 16384, 64, 8, 64, 128, False, 132) == (1, 2)  # Nemotron 3 Nano
-    assert csrc.config(1, 8192, 64, 8, 64, 128, False, 132) == (2, 1)
-    assert csrc.config(1, 8192, 16, 1, 64, 128, False, 132) == (8, 1)  # Super by 8 GPUs
-    assert csrc.config(1, 8192, 16, 1, 80, 128, False, 132) == (8, 1)  # Nano v2 by 8 GPUs
-    assert csrc.config(1, 8192, 16, 1, 64, 128, True, 132) == (1, 1)
-    assert csrc.config(1, 512, 128, 8, 64, 128, False, 132) == (1, 1)
+    """Segments or turns where heads and sequences do not fill the GPU; what `explain` says of it."""
+    assert csrc.config(1, 8192, 128, 8, 64, 128, False, 132) == (1, 1, 1)  # Super
+    assert csrc.config(4, 8192, 128, 8, 64, 128, False, 132) == (1, 2, 1)
+    assert csrc.config(4, 8192, 128, 8, 64, 128, True, 132) == (1, 1, 1)
+    assert csrc.config(4, 8192, 128, 128, 64, 128, False, 132) == (1, 1, 1)
+    assert csrc.config(8, 16384, 64, 8, 64, 128, False, 132) == (1, 2, 1)  # Nemotron 3 Nano
+    assert csrc.config(1, 8192, 64, 8, 64, 128, False, 132) == (2, 1, 1)
+    assert csrc.config(1, 8192, 64, 8, 64, 128, True, 132) == (1, 1, 2)
+    assert csrc.config(1, 512, 64, 8, 64, 128, False, 132) == (1, 1, 2)
+    assert csrc.config(1, 8192, 16, 1, 64, 128, False, 132) == (8, 1, 1)  # Super by 8 GPUs
+    assert csrc.config(1, 8192, 16, 1, 80, 128, False, 132) == (8, 1, 1)  # Nano v2 by 8 GPUs
+    assert csrc.config(1, 8192, 16, 1, 64, 128, True, 132) == (1, 1, 2)
+    assert csrc.config(1, 512, 128, 8, 64, 128, False, 132) == (1, 1, 1)
     monkeypatch.setattr(_device, "not_sm90", lambda device: None)
     monkeypatch.setattr(_device, "choose", lambda impl, device, refusal: ("cuda", "as told"))
     explained = hybrid_ops.explain("ssd_chunk_scan", device="cpu", dtype=torch.bfloat16, nheads=16)
-    assert explained.config == dict(segments=8, heads=1)
+    assert explained.config == dict(segments=8, heads=1, turns=1)
 
 
 @pytest.mark.parametrize("ways", [1, 8])
@@ -310,7 +315,7 @@ def test_batch_invariant_cuda():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("chosen", [1, 2, 3, PAIRS])
+@pytest.mark.parametrize("chosen", [1, 2, 3, PAIRS, TURNS])
 def test_neighbours_may_hold_anything_cuda(chosen):
     """Sequences of a packed batch are copied in boxes that reach into each other."""
     torch.manual_seed(0)
@@ -340,7 +345,10 @@ def test_neighbours_may_hold_anything_cuda(chosen):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("chosen", "dstate"), [(1, 128), (2, 128), (8, 128), (PAIRS, 128), (1, 256), (4, 256)])
+@pytest.mark.parametrize(
+    ("chosen", "dstate"),
+    [(1, 128), (2, 128), (8, 128), (PAIRS, 128), (TURNS, 128), (1, 256), (4, 256), (TURNS, 256)],
+)
 def test_same_bits_cuda(chosen, dstate):
     """Every time, 1000 times: a race would show."""
     torch.manual_seed(0)
@@ -358,7 +366,23 @@ def test_same_bits_cuda(chosen, dstate):
 
 
 @pytest.mark.gpu
-def test_segments_in_place_cuda():
+@settings(max_examples=10)
+@given(data=st.data())
+def test_turns_have_the_bits_of_one_cuda(data):
+    """Whether two CTAs take turns or one makes all of y."""
+    case = data.draw(cases(**CUDA_CASES))
+    assume(case["dtype"] == torch.bfloat16 and case["batch"] * sum(case["lengths"]) > 0)
+    tensors, options = problem(case)
+    results = []
+    for chosen in (1, TURNS):
+        with configured(chosen):
+            results.append(run_op(case, tensors, options, "cuda", "cuda"))
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chosen", [4, TURNS])
+def test_in_place_cuda(chosen):
     """A pool gets a sequence's last state in the slot of its first, which another CTA may not have read by then."""
     torch.manual_seed(0)
     lengths, nheads = (192, 64, 320, 128) * 4, 32
@@ -375,7 +399,7 @@ def test_segments_in_place_cuda():
         options = dict(ssm_state=pool, read_slots=slots, write_slots=write_slots, cu_seqlens=cu_seqlens, impl="cuda")
         return hybrid_ops.ssd_chunk_scan(x, dt, A, B, C, **options), pool[write_slots.long()]
 
-    with configured(4):
+    with configured(chosen):
         expected = run(slots + len(lengths))
         for _ in range(50):
             with torch.cuda.stream(beside):  # so that some CTAs begin late

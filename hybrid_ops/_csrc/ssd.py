@@ -20,9 +20,9 @@ class Config(NamedTuple):
     turns: int = 1  # CTAs that all walk a sequence, and make y of its chunks in turn: 2, where segments and heads are 1
 
 
-# microseconds, of an H100, of a chunk of one head: of its y, and of its state alone; by how many warpgroups walk a
-# state, and of how many columns each; and of a chunk of two heads side by side
-_CHUNK_US = {"headdim 64": (0.96, 0.52), "headdim 128": (1.3, 0.88), "dstate 256": (1.7, 0.8)}
+# microseconds, of an H100, of a chunk of one head: of its y, of its state alone, and where two CTAs take turns; by how
+# many warpgroups walk a state, and of how many columns each; and of a chunk of two heads side by side
+_CHUNK_US = {"headdim 64": (0.96, 0.52, 0.75), "headdim 128": (1.3, 0.88, 0.93), "dstate 256": (1.7, 0.8, 1.31)}
 _PAIR_US = 1.6
 # of a launch; of CTAs that tell each other their states, and of each of these states
 _LAUNCH_US, _EXCHANGE_US, _STATE_US = 8.0, 3.0, 0.55
@@ -39,27 +39,29 @@ def config(
     batch_invariant: bool,
     num_sms: int,
 ) -> Config:
-    """For `total` tokens of `nseq` sequences: segments where there are too few sequences' heads for all
-    multiprocessors, and where that saves more time than it takes to find the states that enter them; pairs of heads
-    where there are so many that even of these each multiprocessor has its share."""
-    if batch_invariant:
-        return Config(segments=1)
+    """For `total` tokens of `nseq` sequences: where there are too few sequences' heads for all multiprocessors, two
+    CTAs that take turns, or, where that saves more time than it takes to find the states that enter them, segments;
+    pairs of heads where there are so many that even of these each multiprocessor has its share."""
     kind = "dstate 256" if dstate > 128 else "headdim 128" if headdim > 64 else "headdim 64"
-    chunk, state = _CHUNK_US[kind]
+    chunk, state, turn = _CHUNK_US[kind]
     chunks = -(-total // (CHUNK * max(nseq, 1)))
 
     def cost(config: Config) -> float:
-        segments, heads = config
-        length, rounds = -(-chunks // segments), -(-nseq * (nheads // heads) // (num_sms // segments))
+        segments, heads, turns = config
+        length, rounds = -(-chunks // segments), -(-nseq * (nheads // heads) // (num_sms // (segments * turns)))
         if segments == 1:
-            return rounds * length * (chunk if heads == 1 else _PAIR_US) + _LAUNCH_US
+            return rounds * length * (_PAIR_US if heads > 1 else turn if turns > 1 else chunk) + _LAUNCH_US
         found = -(-length // 2) if segments == 2 else length  # see pieces_before of csrc/common/ssd_problem.cuh
         exchange = _EXCHANGE_US + _STATE_US * (segments - 1)
         return rounds * (length * chunk + found * state + exchange) + _LAUNCH_US
 
-    choices = [Config(segments) for segments in range(1, min(16, num_sms) + 1)]
-    if headdim <= 64 and dstate <= 128 and nheads // ngroups % 2 == 0:
-        choices.append(Config(segments=1, heads=2))
+    choices = [Config(1)]
+    if num_sms >= 2:
+        choices.append(Config(1, turns=2))
+    if not batch_invariant:  # what has other sums
+        choices += [Config(segments) for segments in range(2, min(16, num_sms) + 1)]
+        if headdim <= 64 and dstate <= 128 and nheads // ngroups % 2 == 0:
+            choices.append(Config(1, heads=2))
     return min(choices, key=cost)
 
 
