@@ -28,10 +28,10 @@ namespace hybrid_ops {
 template <typename Config>
 __device__ __forceinline__ void enter_in_turn(const SharedMemory<Config>& shared, uint32 turn, int lane) {
   if (cluster_rank() == 0) {
-    wait(shared.entered(), turn & 1);
+    wait_for_count(shared.entered(), 4 * Config::kWalkers * (turn + 1));
   } else {
     __syncwarp();
-    if (lane == 0) arrive_in_cluster(address_in_cta(shared.entered(), 0), 1);
+    if (lane == 0) count_in_cluster(address_in_cta(shared.entered(), 0));
   }
 }
 
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
       init_barrier(shared.y_full(reader), 4);
       init_barrier(shared.y_empty(reader), 1);
     }
-    if (Config::kTurns > 1) init_barrier(shared.entered(), 4 * Config::kWalkers);
+    if (Config::kTurns > 1) store_shared(shared.entered(), 0.f), __threadfence();
     fence_barrier_init();
   }
   __syncthreads();

@@ -88,6 +88,19 @@ __device__ __forceinline__ void store_counted(uint32 destination, float value, u
                : "memory");
 }
 
+// Adds one to a number in another CTA's shared memory, and waits until one in this CTA's is so large. Unlike a
+// barrier's phases, numbers may be any distance ahead of who waits.
+__device__ __forceinline__ void count_in_cluster(uint32 counter) {
+  asm volatile("red.release.cluster.shared::cluster.add.u32 [%0], 1;" ::"r"(counter) : "memory");
+}
+
+__device__ __forceinline__ void wait_for_count(uint32 counter, uint32 count) {
+  uint32 counted;
+  do {
+    asm volatile("ld.acquire.cluster.shared::cta.u32 %0, [%1];" : "=r"(counted) : "r"(counter) : "memory");
+  } while (counted < count);
+}
+
 // From here on, once all CTAs have come to it, CTAs of the next kernel may take free places (programmatic dependent
 // launch).
 __device__ __forceinline__ void let_next_kernel_start() {

@@ -185,7 +185,7 @@ struct SharedMemory {
   __device__ __forceinline__ uint32 y_empty(int output) const { return y_full(Config::kOutputs) + 8 * output; }
   // of what a reader has found, beside its state
   __device__ __forceinline__ uint32 found_decay() const { return y_empty(Config::kOutputs); }
-  // where CTAs take turns: the second one has the state that enters the sequence
+  // where CTAs take turns: how many warps of the second one have had the state that enters a sequence, a number
   __device__ __forceinline__ uint32 entered() const { return found_decay() + 8; }
 
   // A warp is done with a stage of B and C, `count`-fold: a lane tells each CTA that loads parts of it.
