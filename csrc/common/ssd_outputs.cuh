@@ -5,13 +5,32 @@
 
 namespace hybrid_ops {
 
+// Where a lane points at for columns 16 j .. of a warp's 16 rows of tiles: a matrix of 8 x 8 each for {columns, the
+// next 8} x {rows, rows + 8}. The four places in a tile are worth a register each, which the compiler would find anew
+// for every chunk.
+template <typename Config>
+struct RowPlaces {
+  uint32 in_tile[4];
+
+  __device__ __forceinline__ RowPlaces(int warp, int lane) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      in_tile[j] = swizzled(0, 16 * warp + lane % 16, 2 * j + lane / 16);
+      asm volatile("" : "+r"(in_tile[j]));
+    }
+  }
+
+  __device__ __forceinline__ uint32 at(uint32 tiles, int j) const {
+    return tiles + j / 4 * Config::kTileBytes + in_tile[j % 4];
+  }
+};
+
 // A warp's 16 tokens of C as operands of wgmma: columns 16 k .. in c[k].
 template <typename Config>
-__device__ __forceinline__ void load_C(uint32 (&c)[Config::kGroupTiles * 4][4], uint32 tiles, int warp, int lane) {
+__device__ __forceinline__ void load_C(uint32 (&c)[Config::kGroupTiles * 4][4], uint32 tiles,
+                                       const RowPlaces<Config>& places) {
 #pragma unroll
-  for (int k = 0; k < Config::kGroupTiles * 4; ++k) {
-    load_matrices(c[k], swizzled(tiles + k / 4 * Config::kTileBytes, 16 * warp + lane % 16, k % 4 * 2 + lane / 16));
-  }
+  for (int k = 0; k < Config::kGroupTiles * 4; ++k) load_matrices(c[k], places.at(tiles, k));
 }
 
 // M = C B^T * 2^(a_l - b_s) below the diagonal, as operands of wgmma in m[k], and the diagonal of the thread's two rows
@@ -43,13 +62,6 @@ __device__ __forceinline__ void mix_rows(uint32 (&m)[4][4], float (&own)[2], con
   own[1] = __shfl_sync(~0u, diagonal[1], holder);
 }
 
-// Where a lane points at for features 16 j .. of a warp's 16 tokens: a matrix of 8 x 8 each for {features, the next 8}
-// x {rows, rows + 8}.
-template <typename Config>
-__device__ __forceinline__ uint32 row_of_tiles(uint32 tiles, int j, int row, int lane) {
-  return swizzled(tiles + j / 4 * Config::kTileBytes, row, j % 4 * 2 + lane / 16);
-}
-
 // D x, where D has a number for every feature; x[j][..] are features 16 j .. as above.
 template <typename Config>
 __device__ __forceinline__ void add_skips(float (&y)[Config::kFeatures / 2],
@@ -69,12 +81,12 @@ __device__ __forceinline__ void add_skips(float (&y)[Config::kFeatures / 2],
 // y + skip x, and the gate, as x is laid out.
 template <typename Config>
 __device__ __forceinline__ void finish_rows(uint32 (&x)[Config::kFeatures / 16][4], const float (&skip)[2],
-                                            const float (&y)[Config::kFeatures / 2], uint32 z_tiles, int row,
-                                            int lane) {
+                                            const float (&y)[Config::kFeatures / 2], uint32 z_tiles,
+                                            const RowPlaces<Config>& places) {
 #pragma unroll
   for (int j = 0; j < Config::kFeatures / 16; ++j) {
     uint32 z[4];
-    if constexpr (Config::kGated) load_matrices(z, row_of_tiles<Config>(z_tiles, j, row, lane));
+    if constexpr (Config::kGated) load_matrices(z, places.at(z_tiles, j));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float* sum = &y[8 * j + 2 * i];
@@ -115,7 +127,7 @@ template <typename Config>
 __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMemory<Config>& shared, uint32 reader) {
   constexpr int kSteps = Config::kGroupTiles * 4;  // of 16 columns of B, C and states
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  int row = 16 * warp + lane % 16;                 // of a lane's rows in loads and stores of matrices
+  const RowPlaces<Config> places(warp, lane);
   int place = place_of(16 * warp + lane / 4) * 4;  // of its first row in products; of row + 8 the next but one
   const bool never = p.nseq < 0, D_per_feature = p.D.data != nullptr && p.D_strides[1] != 0;
   float D = 0.f;
@@ -132,7 +144,7 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
         if (turn % Config::kReaders != reader) return;
         // addresses made of it would be in registers throughout, of which there is none left
         if constexpr (Config::kSplit && (Config::kHalves == 2 || Config::kGated)) {
-          asm volatile("" : "+r"(row), "+r"(place));
+          asm volatile("" : "+r"(place));
         }
         const int s = iteration % Config::kStages;
         const uint32 group = shared.group(iteration);
@@ -140,7 +152,7 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
         uint32 c[kSteps][4], m[4][4], x[Config::kFeatures / 16][4];
         float cb[32], y[Config::kFeatures / 2];  // C B^T [64, 64]; Y [64, P]
         shared.wait_for_inputs(iteration);
-        load_C<Config>(c, group + Config::kC, warp, lane);
+        load_C<Config>(c, group + Config::kC, places);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
@@ -180,7 +192,7 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
         wgmma_commit();
 #pragma unroll
         for (int j = 0; j < Config::kFeatures / 16; ++j) {
-          load_matrices(x[j], row_of_tiles<Config>(shared.x(s, 0), j, row, lane));
+          load_matrices(x[j], places.at(shared.x(s, 0), j));
         }
         wgmma_wait<0>();
         keep_operands(m, never, group);
@@ -188,11 +200,11 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
         if (D_per_feature) add_skips<Config>(y, x, p, unit.head, lane);
         skip[0] += D;
         skip[1] += D;
-        finish_rows<Config>(x, skip, y, shared.z(s, 0), row, lane);
+        finish_rows<Config>(x, skip, y, shared.z(s, 0), places);
         wait(shared.y_empty(reader), (turn / Config::kReaders + 1) & 1);
 #pragma unroll
         for (int j = 0; j < Config::kFeatures / 16; ++j) {
-          store_matrices(row_of_tiles<Config>(shared.y(reader, 0), j, row, lane), x[j][0], x[j][1], x[j][2], x[j][3]);
+          store_matrices(places.at(shared.y(reader, 0), j), x[j][0], x[j][1], x[j][2], x[j][3]);
         }
         __syncwarp();
         if (lane == 0) {
