@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_pair_kernel(const __g
   if (threadIdx.x == 0) {
     constexpr int kConsumers = 4 * (Config::kHeads + 1);  // warps
     for (int s = 0; s < Config::kStages; ++s) {
-      init_barrier(shared.loaded(s), 1);
+      init_barrier(shared.loaded(s), Config::kGated && p.plain_z != nullptr ? 33 : 1);  // see copy_chunks
       init_barrier(shared.full(s), 1);
       init_barrier(shared.empty(s), kConsumers);
     }
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_pair_kernel(const __g
   if (warpgroup == 0) {
     give_registers<Config::kProducerRegisters>();
     if (warp == 0) {
-      if (threadIdx.x == 0) copy_chunks<Config>(p, shared);
+      copy_inputs<Config>(p, shared);
     } else if (warp <= 2) {
       make_decays<Config>(p, shared, warp - 1);
     } else {

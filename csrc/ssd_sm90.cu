@@ -125,7 +125,12 @@ void ssd_fwd(const SsdArgs& a, const SsdTensors& t, Target target) {
   p.x_map = tensor_map(t.x, {a.batch, a.seqlen, a.nheads, a.headdim}, a.x_strides);
   p.B_map = tensor_map(t.B, {a.batch, a.seqlen, a.ngroups, a.dstate}, a.B_strides);
   p.C_map = tensor_map(t.C, {a.batch, a.seqlen, a.ngroups, a.dstate}, a.C_strides);
-  if (t.z != 0) p.z_map = tensor_map(t.z, {a.batch, a.seqlen, a.nheads, a.headdim}, a.z_strides);
+  if (a.plain_z) {
+    p.plain_z = reinterpret_cast<const bf16*>(t.z);
+    std::copy(a.z_strides.begin(), a.z_strides.end(), p.z_strides);
+  } else if (t.z != 0) {
+    p.z_map = tensor_map(t.z, {a.batch, a.seqlen, a.nheads, a.headdim}, a.z_strides);
+  }
   p.y_map = tensor_map(t.y, {a.batch, a.seqlen, a.nheads, a.headdim}, a.y_strides);
   p.dt = floats(t.dt, a.dt_dtype);
   p.dt_bias = floats(t.dt_bias, a.dt_bias_dtype);

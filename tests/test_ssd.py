@@ -277,11 +277,42 @@ def test_cuda_configuration(monkeypatch):
 @pytest.mark.parametrize("ways", [1, 8])
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "tiny"])
 def test_cuda_takes_every_model(model, ways):
-    """x, B and C as they are: slices of the convolution's output, whole or of one of 8 GPUs."""
+    """x, B and C as they are: slices of the convolution's output, whole or of one of 8 GPUs; z of in_proj's."""
     mixer = mixer_of(model, ways)
     tensors = bench.inputs(mixer, torch.Generator().manual_seed(0), 1, 64)
     x, A, B, C = (tensors[name] for name in "xABC")
-    assert csrc.refusal(x, A, B, C, None, None, (), torch.empty_like(x), None, (), 0) is None
+    z = slice_of_rows(x.shape, 2 * mixer.inner + 2 * B[0, 0].numel() + x.shape[2], device="cpu")
+    assert csrc.refusal(x, A, B, C, z, None, (), torch.empty_like(x), None, (), 0) is None
+    odd = slice_of_rows(x.shape, x[0, 0].numel() + 1, device="cpu")
+    assert "rows of z that begin at multiples of 4" in csrc.refusal(x, A, B, C, odd, None, (), x, None, (), 0)
+
+
+def slice_of_rows(shape, width, device="cuda"):
+    """The first columns of rows of so many."""
+    batch, seqlen, nheads, headdim = shape
+    rows = torch.randn(batch, seqlen, width, device=device, dtype=torch.bfloat16)
+    return rows[..., : nheads * headdim].unflatten(-1, (nheads, headdim))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("chosen", "headdim", "dstate"),
+    [(1, 64, 128), (2, 40, 128), (3, 80, 96), (1, 128, 128), (1, 64, 256), (PAIRS, 64, 128), (TURNS, 64, 128)],
+)
+def test_rows_of_z_may_begin_anywhere_cuda(chosen, headdim, dstate):
+    """At multiples of 4 bytes, as slices of in_proj's output do in shards of some models: the same bits."""
+    torch.manual_seed(0)
+    x, dt = torch.randn(1, 330, 8, headdim, device="cuda").bfloat16(), torch.rand(1, 330, 8, device="cuda")
+    B, C = (torch.randn(1, 330, 2, dstate, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    z = slice_of_rows(x.shape, 8 * headdim + 6)
+    cu_seqlens = torch.tensor([0, 70, 70, 200, 330], dtype=torch.int32, device="cuda")
+    options = dict(cu_seqlens=cu_seqlens, impl="cuda")
+    with configured(chosen):
+        got, expected = (
+            hybrid_ops.ssd_chunk_scan(x, dt, -torch.ones(8, device="cuda"), B, C, z=z, **options)
+            for z in (z, z.contiguous())
+        )
+    assert torch.equal(got, expected)
 
 
 @contextlib.contextmanager

@@ -57,6 +57,7 @@ struct SsdArgs {
   int null_slot;
   int segments;          // of a sequence, each walked by a CTA of its own; 1: sequences are not split
   int heads;             // that a CTA walks side by side: 1, or 2 of whole sequences
+  bool plain_z;          // rows of z begin at multiples of 4 bytes, not of 16
   int turns;             // CTAs that all walk a sequence and take turns with its y: 1, or 2 of whole sequences
   std::uint64_t ticket;  // any number that memory is unlikely to hold
   int num_sms;

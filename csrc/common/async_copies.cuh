@@ -18,6 +18,17 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   copy_async<kBytes>(static_cast<unsigned>(__cvta_generic_to_shared(shared)), global);
 }
 
+// Four bytes, or as many zeros.
+__device__ __forceinline__ void copy_async_if(bool condition, unsigned target, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(global), "r"(condition ? 4 : 0)
+               : "memory");
+}
+
+// Arrives, as one of those that the barrier counts, when all of this thread's have arrived.
+__device__ __forceinline__ void arrive_behind_copies(unsigned barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 __device__ __forceinline__ void load_shared(unsigned address, unsigned (&words)[2]) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(address) : "memory");
 }

@@ -1,6 +1,7 @@
 // What enters a chunk of the SSD scan, by warps of warpgroup 0: x, B, C, z, and what is made of dt.
 #pragma once
 
+#include "common/async_copies.cuh"
 #include "common/ssd_problem.cuh"
 
 namespace hybrid_ops {
@@ -25,9 +26,28 @@ __device__ __forceinline__ void prefetch_chunk(const SsdParams& p, const Unit& u
   }
 }
 
-// By one lane.
+// z of a chunk, by all lanes of a warp, 4 bytes by 4.
 template <typename Config>
+__device__ __forceinline__ void copy_plain_z(const SsdParams& p, const SharedMemory<Config>& shared, const Unit& unit,
+                                             int token, int s) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int tile = 0; tile < Config::kTiles; ++tile) {
+    const int feature = feature_of<Config>(tile) + 2 * lane;
+    const bf16* z = p.plain_z + unit.row * p.z_strides[0] + head_of<Config>(unit, tile) * p.z_strides[2] + feature;
+#pragma unroll 4
+    for (int row = 0; row < kChunk; ++row) {
+      const bool exists = token + row >= unit.begin && token + row < unit.end && feature < p.headdim;
+      copy_async_if(exists, swizzled(shared.z(s, tile), row, lane / 4) + lane % 4 * 4,
+                    exists ? z + (token + row) * p.z_strides[1] : p.plain_z);
+    }
+  }
+}
+
+// By one lane, or by all where z is not copied by TMA.
+template <typename Config, bool kPlain>
 __device__ __forceinline__ void copy_chunks(const SsdParams& p, const SharedMemory<Config>& shared) {
+  const bool leads = !kPlain || threadIdx.x % 32 == 0;
   for_each_chunk<Config>(
       p, [](const Unit&, uint32) {},
       [&](const Unit& unit, int i, uint32 iteration) {
@@ -37,17 +57,26 @@ __device__ __forceinline__ void copy_chunks(const SsdParams& p, const SharedMemo
         const uint32 loaded = shared.loaded(s);
         const int token = unit.first + c * kChunk, group = unit.head / p.heads_per_group;
         wait(shared.empty(s), (iteration / Config::kStages + 1) & 1);
-        arrive_expecting(loaded, whole ? Config::kHeadBytes + Config::kGroupBytes : Config::kZ + Config::kC);
+        if (leads) {
+          constexpr int kBoxes = kPlain ? Config::kZ : Config::kHeadBytes;
+          arrive_expecting(loaded, whole ? kBoxes + Config::kGroupBytes : Config::kZ + Config::kC);
+        }
 #pragma unroll
         for (int tile = 0; tile < Config::kTiles; ++tile) {
           const int head = head_of<Config>(unit, tile), feature = feature_of<Config>(tile);
-          load_box(shared.x(s, tile), p.x_map, loaded, feature, head, token, unit.row);
-          if (Config::kGated && whole) load_box(shared.z(s, tile), p.z_map, loaded, feature, head, token, unit.row);
+          if (leads) load_box(shared.x(s, tile), p.x_map, loaded, feature, head, token, unit.row);
+          if (Config::kGated && !kPlain && whole) {
+            load_box(shared.z(s, tile), p.z_map, loaded, feature, head, token, unit.row);
+          }
+        }
+        if constexpr (kPlain) {
+          if (whole) copy_plain_z(p, shared, unit, token, s);
+          arrive_behind_copies(loaded);
         }
         wait(shared.group_empty(iteration), (iteration / Config::kGroupStages + 1) & 1);
 #pragma unroll 4
         for (int tile = 0; tile < 2 * Config::kGroupTiles; ++tile) {
-          if (tile >= Config::kGroupTiles && !whole) break;
+          if (!leads || (tile >= Config::kGroupTiles && !whole)) break;
           const TensorMap& map = tile < Config::kGroupTiles ? p.B_map : p.C_map;
           const uint32 place = shared.group(iteration) + tile * Config::kTileBytes;
           const int column = tile % Config::kGroupTiles * 64;
@@ -60,10 +89,21 @@ __device__ __forceinline__ void copy_chunks(const SsdParams& p, const SharedMemo
           load_box(place, map, loaded, column, group, token, unit.row);
         }
         if constexpr (Config::kPrefetched > 0) {
-          if (whole && c + Config::kPrefetched < unit.chunks) prefetch_chunk<Config>(p, unit, c + Config::kPrefetched);
+          if (!kPlain && whole && c + Config::kPrefetched < unit.chunks) {
+            prefetch_chunk<Config>(p, unit, c + Config::kPrefetched);
+          }
         }
       },
-      1u);
+      kPlain ? ~0u : 1u);
+}
+
+// By a warp.
+template <typename Config>
+__device__ __forceinline__ void copy_inputs(const SsdParams& p, const SharedMemory<Config>& shared) {
+  if constexpr (Config::kGated) {
+    if (p.plain_z != nullptr) return copy_chunks<Config, true>(p, shared);
+  }
+  if (threadIdx.x % 32 == 0) copy_chunks<Config, false>(p, shared);
 }
 
 // log(1 + exp(x)) with 2e-5 of relative error or less, also where it is small: there it is a series in u = exp(x). With

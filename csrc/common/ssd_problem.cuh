@@ -27,6 +27,8 @@ struct States {
 
 struct SsdParams {
   TensorMap x_map, B_map, C_map, z_map, y_map;  // (batch, seqlen, nheads | ngroups, headdim | dstate)
+  const bf16* plain_z;  // z where its rows do not begin at multiples of 16 bytes, as TMA wants them, but of 4; or null
+  int64 z_strides[3];   // batch, token, head
   Floats dt, dt_bias, D;
   const float* A;
   int64 dt_strides[3];  // batch, token, head

@@ -97,9 +97,9 @@ def refusal(
         return "the CUDA kernel keeps states in float32"
     if x.numel() == 0 or x.shape[1] >= 2**31 - CHUNK:
         return f"the CUDA kernel has between 1 and 2^31 - {CHUNK} tokens, not {x.shape[1]}"
-    for name, t in (("x", x), ("B", B), ("C", C), ("z", z), ("y", y)):
-        if t is not None and not _boxes(t):
-            return f"the CUDA kernel needs rows of {name} that begin at multiples of 16 bytes"
+    for name, t, alignment in (("x", x, 16), ("B", B, 16), ("C", C, 16), ("z", z, 4), ("y", y, 16)):
+        if t is not None and not _begins_at_multiples(t, alignment):
+            return f"the CUDA kernel needs rows of {name} that begin at multiples of {alignment} bytes"
     if not A.is_contiguous() or any(t is not None and not t.is_contiguous() for t in small):
         return "the CUDA kernel needs contiguous A and indices"
     states = [t for t in (initial, *kept) if t is not None]
@@ -110,10 +110,10 @@ def refusal(
     return None
 
 
-def _boxes(t: Tensor) -> bool:
-    """Whether TMA takes it: unit stride, and 16 bytes under its address and every other stride that is ever taken."""
-    strides = [t.stride(i) for i in range(3) if t.shape[i] > 1]
-    return t.stride(3) == 1 and t.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
+def _begins_at_multiples(t: Tensor, nbytes: int) -> bool:
+    """Of so many bytes: the address and every stride that is ever taken, but of neighbours. TMA takes those of 16."""
+    strides = [t.stride(i) * t.element_size() for i in range(3) if t.shape[i] > 1]
+    return t.stride(3) == 1 and t.data_ptr() % nbytes == 0 and all(stride % nbytes == 0 for stride in strides)
 
 
 @_checks.remembered
@@ -177,6 +177,7 @@ def ssd_chunk_scan(
         dt_min=dt_min,
         dt_max=dt_max,
         null_slot=null_slot,
+        plain_z=z is not None and not _begins_at_multiples(z, 16),
         segments=chosen.segments,
         heads=chosen.heads,
         turns=chosen.turns,
