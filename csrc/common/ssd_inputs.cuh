@@ -30,16 +30,15 @@ __device__ __forceinline__ void prefetch_chunk(const SsdParams& p, const Unit& u
 template <typename Config>
 __device__ __forceinline__ void copy_plain_z(const SsdParams& p, const SharedMemory<Config>& shared, const Unit& unit,
                                              int token, int s) {
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, low = unit.begin - token, high = unit.end - token;
 #pragma unroll 1
   for (int tile = 0; tile < Config::kTiles; ++tile) {
-    const int feature = feature_of<Config>(tile) + 2 * lane;
-    const bf16* z = p.plain_z + unit.row * p.z_strides[0] + head_of<Config>(unit, tile) * p.z_strides[2] + feature;
+    const int feature = feature_of<Config>(tile) + 2 * lane, head = head_of<Config>(unit, tile);
+    const bf16* z = p.plain_z + unit.row * p.z_strides[0] + token * p.z_strides[1] + head * p.z_strides[2] + feature;
 #pragma unroll 4
-    for (int row = 0; row < kChunk; ++row) {
-      const bool exists = token + row >= unit.begin && token + row < unit.end && feature < p.headdim;
-      copy_async_if(exists, swizzled(shared.z(s, tile), row, lane / 4) + lane % 4 * 4,
-                    exists ? z + (token + row) * p.z_strides[1] : p.plain_z);
+    for (int row = 0; row < kChunk; ++row, z += p.z_strides[1]) {
+      copy_async_if(row >= low && row < high && feature < p.headdim,
+                    swizzled(shared.z(s, tile), row, lane / 4) + lane % 4 * 4, z);
     }
   }
 }
