@@ -15,9 +15,7 @@ void launch(Mamba2StepParams p, const Mamba2StepArgs& a, Target target) {
   // also for a cluster of one, without which its stores to itself are illegal instructions
   cudaLaunchAttribute cluster{.id = cudaLaunchAttributeClusterDimension};
   cluster.val.clusterDim = {static_cast<unsigned>(a.cluster), 1, 1};
-  cudaLaunchAttribute early{.id = cudaLaunchAttributeProgrammaticStreamSerialization};
-  early.val.programmaticStreamSerializationAllowed = 1;
-  std::array attributes{cluster, early};
+  std::array attributes{cluster, early_launch()};
   const int shared = a.warps * a.stages * L::kTile * kDstate * static_cast<int>(sizeof(State)) +
                      (kMaxWidth * 2 * kDstate + 4 * p.rows + 2 * (heads + heads % 2)) * static_cast<int>(sizeof(float));
   constexpr auto kernel = mamba2_step_kernel<State, kDstate, kStochastic, kUsual>;

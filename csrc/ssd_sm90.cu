@@ -58,8 +58,6 @@ std::array<std::int64_t, 2> workspace_parts(const SsdArgs& a) {
 template <auto kKernel, typename Config>
 void launch(const SsdParams& p, const SsdArgs& a, Target target) {
   allow_shared_memory<kKernel>(Config::kSharedBytes, target.device);
-  cudaLaunchAttribute early{.id = cudaLaunchAttributeProgrammaticStreamSerialization};
-  early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchAttribute together{};
   const bool clustered = p.paired || a.turns > 1;
   if (Config::kSplit) {  // CTAs that share a sequence wait for each other
@@ -69,7 +67,7 @@ void launch(const SsdParams& p, const SsdArgs& a, Target target) {
     together.id = cudaLaunchAttributeClusterDimension;
     together.val.clusterDim = {2, 1, 1};
   }
-  std::array attributes{early, together};
+  std::array attributes{early_launch(), together};
   const cudaLaunchConfig_t config{
       .gridDim = dim3(static_cast<unsigned>(count_groups(a) * a.segments * a.turns)),
       .blockDim = dim3(Config::kThreads),
@@ -171,7 +169,7 @@ void ssd_fwd(const SsdArgs& a, const SsdTensors& t, Target target) {
   const bool pairs = a.headdim <= 64 && a.dstate <= kStates && a.nheads / a.ngroups % 2 == 0 && a.segments == 1;
   if (a.heads != 1 && !(a.heads == 2 && pairs && a.turns == 1)) throw std::runtime_error("ssd: no such pairs of heads");
   if (a.turns != 1 && !(a.turns == 2 && a.segments == 1))
-    throw std::runtime_error("ssd: turns must be 1, or 2 of one segment");
+    throw std::runtime_error("ssd: turns must be 1, or 2 of segments = 1");
   const DeviceGuard guard(target.device);
   const bool gated = t.z != 0;
   if (a.heads == 2) {

@@ -71,13 +71,18 @@ void prefer_shared_memory(int percent, int device) {
   done.at(device) = true;
 }
 
-// Lets its CTAs take places while the kernel before is in its last ones, and has said let_next_kernel_start(): so the
-// kernel must wait_for_kernel_before() before it touches memory.
+// Lets a kernel's CTAs take places while the kernel before is in its last ones, and has said let_next_kernel_start():
+// so it must wait_for_kernel_before() before it touches memory.
+inline cudaLaunchAttribute early_launch() {
+  cudaLaunchAttribute early{.id = cudaLaunchAttributeProgrammaticStreamSerialization};
+  early.val.programmaticStreamSerializationAllowed = 1;
+  return early;
+}
+
 template <typename Params>
 void launch_early(void (*kernel)(Params), dim3 grid, dim3 threads, cudaStream_t stream, const Params& p,
                   const char* name) {
-  cudaLaunchAttribute early{.id = cudaLaunchAttributeProgrammaticStreamSerialization};
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute early = early_launch();
   const cudaLaunchConfig_t config{
       .gridDim = grid, .blockDim = threads, .stream = stream, .attrs = &early, .numAttrs = 1};
   check(cudaLaunchKernelEx(&config, kernel, p), name);

@@ -87,8 +87,8 @@ struct InputSizes {
 };
 constexpr int kBarrierBytes = 512;
 
-// How CTAs share a sequence of a head: not at all; each has a segment; each walks the state through all chunks, as one
-// alone would, and makes y of every so manieth.
+// How CTAs share a sequence of a head: not at all; each has a segment; both of two walk the state through all chunks,
+// as one alone would, and make y of every second one.
 enum class Sharing { none, segments, turns };
 
 template <int kFeatures_, int kHalves_, bool kGated_, Sharing kSharing>

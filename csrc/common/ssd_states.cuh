@@ -115,8 +115,9 @@ __device__ __forceinline__ void walk_and_keep(const SsdParams& p, const Unit& un
     for (int copy = 0; copy < 2; ++copy) {
       States target;
       int64 slot;
-      if (blockIdx.x % Config::kTurns == 0 && find_target(p, unit, c, copy, target, slot))
+      if (blockIdx.x % Config::kTurns == 0 && find_target(p, unit, c, copy, target, slot)) {
         store_state(p, target, slot, unit.head, tile, half, state);
+      }
     }
   } while (c < unit.chunks);
 }
