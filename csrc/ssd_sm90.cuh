@@ -11,8 +11,8 @@
 // C and M are register operands, so that shared memory, which is busiest, holds less of what products read.
 //
 // Warpgroups of a CTA, which hand chunks on through mbarriers:
-//     0    warp 0 copies B, C, x, z with TMA into rings of stages; warps 1, 2 make a, b and the weights from dt;
-//          warp 3 stores y
+//     0    warp 0 copies B, C, x, z with TMA (z plainly where TMA cannot) into rings of stages; warps 1, 2 make a, b
+//          and the weights from dt; warp 3 stores y
 //     1..  walkers: S of 64 features and 128 columns each: a head, or a part of one whose headdim or dstate is larger
 //     ..   one or two readers: Y
 #pragma once
