@@ -7,8 +7,8 @@ namespace hybrid_ops {
 
 void conv1d_bwd(const Conv1dBwdArgs& a, Target target) {
   const std::int64_t row_tokens = a.rows == 0 ? 0 : a.batch * a.seqlen / a.rows;
-  const std::int64_t runs = (row_tokens + a.run_tokens - 1) / a.run_tokens;
-  const std::int64_t ctas = (runs * a.rows + kBwdGroups - 1) / kBwdGroups;
+  const std::int64_t tiles = (row_tokens + kBwdTokens - 1) / kBwdTokens, ctas = tiles * a.rows;
+  const std::int64_t itemsize = a.dtype == DType::float32 ? 4 : 2;
   const Conv1dBwdParams p{
       .dy = reinterpret_cast<const void*>(a.dy),
       .x = reinterpret_cast<const void*>(a.x),
@@ -37,24 +37,25 @@ void conv1d_bwd(const Conv1dBwdArgs& a, Target target) {
       .nseq = static_cast<int>(a.nseq),
       .rows = static_cast<int>(a.rows),
       .row_tokens = static_cast<int>(row_tokens),
-      .runs = static_cast<unsigned>(runs),
-      .run_tokens = a.run_tokens,
+      .tiles = static_cast<unsigned>(tiles),
       .ctas = static_cast<unsigned>(ctas),
+      .in_vectors = a.in_vectors,
       .weight_fp32 = a.weight_dtype == DType::float32,
       .bias_fp32 = a.bias_dtype == DType::float32,
       .states_fp32 = a.states_dtype == DType::float32,
   };
   if (p.dim == 0) return;
-  const int channels = kBwdThreads * (a.dtype == DType::float32 ? 2 : 4);  // of a CTA
-  const dim3 grid = conv1d_grid((p.dim + channels - 1) / channels, ctas);
+  const std::int64_t columns = kBwdRowBytes / itemsize;
+  const dim3 grid = conv1d_grid((p.dim + columns - 1) / columns, ctas);
   const unsigned state_blocks = p.dinitial_states == nullptr ? 0 : conv1d_blocks(static_cast<int64>(p.nseq) * p.dim);
   const DeviceGuard guard(target.device);
   const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
   const auto run = [&]<typename T, int kWidth, bool kSilu, bool kPacked>() {
     if (grid.y > 0) {
       constexpr auto kernel = conv1d_bwd_kernel<T, kWidth, kSilu, kPacked>;
-      prefer_shared_memory<kernel>(kBwdCarveout, target.device);
-      launch_early(+kernel, grid, dim3(kBwdThreads, kBwdGroups), stream, p, "conv1d_bwd_kernel");
+      constexpr int kBytes = bwd_shared_bytes(kWidth);
+      allow_shared_memory<kernel>(kBytes, target.device);
+      launch_early(+kernel, grid, dim3(kBwdThreads), stream, p, "conv1d_bwd_kernel", kBytes);
     }
     const dim3 sums((p.dim + 4 * kSumThreads - 1) / (4 * kSumThreads), kWidth + (p.dbias != nullptr));
     launch_early(conv1d_bwd_sum_kernel<T, kWidth>, sums, dim3(kSumThreads, kSumRows), stream, p,

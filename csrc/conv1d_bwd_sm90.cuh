@@ -4,12 +4,11 @@
 //   dx[t] = sum_k weight[k] ds[t + (kWidth - 1) - k],  dweight[k] = sum_t ds[t] u[t - (kWidth - 1) + k],  dbias = sum
 //   ds
 //
-// A thread has 8 bytes of channels and walks a run of tokens with the last kWidth - 1 inputs and ds in registers. So it
-// reads x and dy once, writes dx kWidth - 1 tokens late, and computes the ds of as many tokens of the next run once
-// more. The next tokens are on their way into shared memory, which has room for what registers had not. The sums of
-// weight and bias are added up in a CTA, which has kBwdGroups runs, and a second kernel adds the CTAs in their order:
-// the same bits every time. No sum has more than kBwdTerms terms: the sums of so many tokens are added to those of all
-// before them.
+// A pure stream, as the forward: a CTA has a tile of kBwdTokens tokens, all of which is on its way into shared memory
+// before anything is done with it, with the tokens beside it that it takes. Then each thread walks a run of the tile,
+// two channels wide, with the last kWidth - 1 inputs and ds in registers, writes dx kWidth - 1 tokens late, and computes
+// the ds of as many tokens of the next run once more. The sums of weight and bias are added up in a CTA, and a second
+// kernel adds the CTAs in their order: the same bits every time.
 #pragma once
 
 #include "common/async_copies.cuh"
@@ -38,9 +37,9 @@ struct Conv1dBwdParams {
   int64 dinitial_strides[3];
   int batch, seqlen, dim, nseq;
   int rows, row_tokens;  // as the batch's, or one row where all of those lie behind each other
-  unsigned runs;         // of a row
-  int run_tokens;        // the last one may have fewer
-  unsigned ctas;         // that share the runs of all rows
+  unsigned tiles;        // of a row
+  unsigned ctas;         // a tile each, of all rows
+  bool in_vectors;       // rows of x and dy begin at multiples of 16 bytes, and have whole ones; else of 8
   bool weight_fp32, bias_fp32, states_fp32;
 };
 
@@ -61,16 +60,27 @@ __device__ __forceinline__ float through_activation(float dy, float sum) {
   return fmaf(scaled, sizeof(T) == 2 ? fmaf(-sum, gate, sum) : sum * sigmoid<T>(-sum), scaled);
 }
 
-inline constexpr int kBwdThreads = 64;    // of a CTA, beside each other
-inline constexpr int kBwdGroups = 2;      // of so many threads in a CTA, a run each
-inline constexpr int kBwdCtas = 4;        // that registers of a multiprocessor are enough for
-inline constexpr int kBwdStep = 4;        // tokens that are read and waited for together
-inline constexpr int kBwdStages = 4;      // of so many tokens in shared memory
-inline constexpr int kBwdTerms = 32;      // of a sum, a multiple of kBwdStep
-inline constexpr int kBwdCarveout = 100;  // percent of L1 that is to be shared memory
+inline constexpr int kBwdTokens = 128;    // of a tile
+inline constexpr int kBwdRowBytes = 256;  // of a tile's row
+inline constexpr int kBwdThreads = 256;   // of a CTA
+inline constexpr int kBwdCtas = 3;        // that a multiprocessor has shared memory for
+inline constexpr int kBwdChannels = 2;    // of a thread
+inline constexpr int kBwdStep = 4;        // tokens that are taken together
 
-// Of the sums of all tokens of a run. As float32 they lose digits where a run is long, which 16-bit results do not
-// show.
+// How a CTA's threads have a tile: kLanes beside each other, kGroups of runs.
+template <typename T>
+struct BwdTile {
+  static constexpr int kLanes = kBwdRowBytes / (kBwdChannels * sizeof(T));
+  static constexpr int kGroups = kBwdThreads / kLanes;
+  static constexpr int kRun = kBwdTokens / kGroups;
+  static constexpr int kColumns = kLanes * kBwdChannels;
+};
+
+// Shared memory: tokens of x, from the first one's history to the last one that a ds beyond the tile sees, then of dy.
+constexpr int bwd_x_rows(int width) { return kBwdTokens + 2 * (width - 1); }
+constexpr int bwd_shared_bytes(int width) { return (bwd_x_rows(width) + kBwdTokens + width - 1) * kBwdRowBytes; }
+
+// Of the sums of all CTAs. As float32 they lose digits where there are many, which 16-bit results do not show.
 template <typename T>
 struct Total {
   using type = float;
@@ -80,233 +90,210 @@ struct Total<float> {
   using type = double;
 };
 
-template <typename T, int kWidth, int kChannels>
-__device__ __forceinline__ void load_parameters(const Conv1dBwdParams& p, int channel,
-                                                float (&weight)[kChannels][kWidth], float (&bias)[kChannels]) {
-  Parameters<T, kWidth, kChannels> parameters;
-  parameters.load(p, channel);
-#pragma unroll
-  for (int j = 0; j < kChannels / 2; ++j) {
-    parameters.pair(p, j, reinterpret_cast<float (&)[2][kWidth]>(weight[2 * j]),
-                    reinterpret_cast<float (&)[2]>(bias[2 * j]));
-  }
-}
-
-template <typename T, int kChannels>
-__device__ __forceinline__ void store_elements_if(bool condition, T* pointer, const float (&values)[kChannels]) {
-  unsigned words[2];
-#pragma unroll
-  for (int j = 0; j < kChannels / 2; ++j) set_pair<T>(words, j, values[2 * j], values[2 * j + 1]);
+template <typename T>
+__device__ __forceinline__ void store_pair_if(bool condition, T* pointer, const float (&values)[2]) {
+  unsigned words[sizeof(T) / 2];
+  set_pair<T>(words, 0, values[0], values[1]);
   store_words_if<true>(condition, pointer, words);  // dx is not read again soon
 }
 
+// Rows [from, to) of a tile, of which row 0 is at `source`, into shared memory by all threads, kVector bytes by kVector.
+template <int kVector>
+__device__ __forceinline__ void copy_rows(unsigned target, const char* source, int64 stride, int from, int to,
+                                          int row_bytes) {
+  constexpr int kBeside = kBwdRowBytes / kVector, kRows = kBwdThreads / kBeside;
+  const int left = threadIdx.x % kBeside * kVector, first = from + static_cast<int>(threadIdx.x / kBeside);
+  if (left >= row_bytes) return;
+  target += first * kBwdRowBytes + left;
+  source += first * stride + left;
+#pragma unroll 4
+  for (int row = first; row < to; row += kRows, target += kRows * kBwdRowBytes, source += kRows * stride) {
+    copy_async<kVector>(target, source);
+  }
+}
+
 template <typename T, int kWidth, bool kSilu, bool kPacked>
-__global__ void __launch_bounds__(kBwdThreads* kBwdGroups, kBwdCtas)
+__global__ void __launch_bounds__(kBwdThreads, kBwdCtas)
     conv1d_bwd_kernel(const __grid_constant__ Conv1dBwdParams p) {
-  constexpr int kHistory = kWidth - 1;
-  constexpr int kChannels = 8 / sizeof(T);
+  using Tile = BwdTile<T>;
+  constexpr int kHistory = kWidth - 1, kChannels = kBwdChannels, kWords = kChannels * sizeof(T) / 4;
+  extern __shared__ uint4 tile_memory[];
 
   let_next_kernel_start();
-  // lanes behind the last vector do its work once more, and so does a group behind the last run: a warp stays whole
-  const int channel = min((blockIdx.x * kBwdThreads + threadIdx.x) * kChannels, p.dim - kChannels);
   const unsigned cta = blockIdx.z * gridDim.y + blockIdx.y;
   if (cta >= p.ctas) return;
-  const unsigned nth_run = cta * kBwdGroups + threadIdx.y, run = min(nth_run, p.runs * p.rows - 1);  // of all rows
-  const int row = p.rows > 1 ? static_cast<int>(run / p.runs) : 0;
-  const int first = static_cast<int>((run - row * p.runs) * p.run_tokens);
-  const int last =
-      static_cast<int>(min(static_cast<unsigned>(first) + p.run_tokens, static_cast<unsigned>(p.row_tokens)));
-  const int64 x_stride = p.x_token_stride, dy_stride = p.dy_token_stride, dx_stride = p.dx_token_stride;
-  const T* x = static_cast<const T*>(p.x) + row * p.x_batch_stride + first * x_stride + channel;
-  const T* dy = static_cast<const T*>(p.dy) + row * p.dy_batch_stride + first * dy_stride + channel;
-  T* dx = static_cast<T*>(p.dx) + row * p.dx_batch_stride + (first - kHistory) * dx_stride + channel;  // late
-
-  // x and dy; each thread's own: none waits for another
-  __shared__ uint2 ring[kBwdGroups][kBwdStages * kBwdStep * 2][kBwdThreads];
-  const unsigned stages = shared_address(&ring[threadIdx.y][0][threadIdx.x]);
-  constexpr unsigned kSlot = kBwdThreads * 8, kToken = 2 * kSlot, kStage = kBwdStep * kToken;  // in bytes
-  constexpr unsigned kLast = (kBwdStages - 1) * kStage;
-  const auto read_ahead = [&](int token, unsigned stage) {
-    const auto read = [&](int i) {
-      copy_async<8>(stage + i * kToken, x + i * x_stride);
-      copy_async<8>(stage + i * kToken + kSlot, dy + i * dy_stride);
-    };
-    const int count = min(last + kHistory, p.row_tokens) - token;
-    if (count >= kBwdStep) {
-#pragma unroll
-      for (int i = 0; i < kBwdStep; ++i) read(i);
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < count; ++i) read(i);
-    }
-    commit_copies();
-    x += kBwdStep * x_stride, dy += kBwdStep * dy_stride;
-  };
+  const int row = p.rows > 1 ? static_cast<int>(cta / p.tiles) : 0;
+  const int tile = static_cast<int>(cta - row * p.tiles) * kBwdTokens;  // its first token
+  const int left = blockIdx.x * Tile::kColumns;                         // its first channel
+  const int64 dx_stride = p.dx_token_stride;
 
   wait_for_kernel_before();
-  unsigned before[kHistory][2] = {};
-#pragma unroll
-  for (int i = 0; i < kHistory; ++i) load_words_if(first > 0, x + (i - kHistory) * x_stride, before[i]);
-#pragma unroll
-  for (int i = 0; i < kBwdStages - 1; ++i) read_ahead(first + i * kBwdStep, stages + i * kStage);
+  const unsigned x_tile = shared_address(tile_memory), dy_tile = x_tile + bwd_x_rows(kWidth) * kBwdRowBytes;
+  const auto copy = [&]<int kVector>() {
+    const int64 x_stride = p.x_token_stride, dy_stride = p.dy_token_stride;
+    const T* x = static_cast<const T*>(p.x) + row * p.x_batch_stride + (tile - kHistory) * x_stride + left;
+    const T* dy = static_cast<const T*>(p.dy) + row * p.dy_batch_stride + tile * dy_stride + left;
+    const int row_bytes = (p.dim - left) * static_cast<int>(sizeof(T));
+    const int to = min(kBwdTokens + kHistory, p.row_tokens - tile);
+    copy_rows<kVector>(x_tile, reinterpret_cast<const char*>(x), x_stride * sizeof(T), tile == 0 ? kHistory : 0,
+                       to + kHistory, row_bytes);
+    copy_rows<kVector>(dy_tile, reinterpret_cast<const char*>(dy), dy_stride * sizeof(T), 0, to, row_bytes);
+  };
+  if (p.in_vectors) {
+    copy.template operator()<16>();
+  } else {
+    copy.template operator()<8>();
+  }
+
+  const int lane = threadIdx.x % Tile::kLanes, group = threadIdx.x / Tile::kLanes;
+  const bool is_channel = left + kChannels * lane < p.dim;
+  const int channel = min(left + kChannels * lane, p.dim - kChannels);  // lanes behind the last: a warp stays whole
+  const int first = tile + group * Tile::kRun, last = min(first + Tile::kRun, p.row_tokens);
   float weight[kChannels][kWidth], bias[kChannels];
-  load_parameters<T, kWidth>(p, channel, weight, bias);
-
-  // Of the weights, then of the bias: of the latest tokens, and of all before them.
-  float sums[kWidth + 1][kChannels] = {};
-  typename Total<T>::type totals[kWidth + 1][kChannels] = {};
-  const auto add_sums = [&] {
 #pragma unroll
-    for (int k = 0; k <= kWidth; ++k) {
+  for (int c = 0; c < kChannels; ++c) {
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) totals[k][c] += sums[k][c], sums[k][c] = 0.f;
+    for (int k = 0; k < kWidth; ++k) {
+      weight[c][k] = load_parameter<T>(p.weight, p.weight_fp32, static_cast<int64>(channel + c) * kWidth + k);
     }
-  };
-  // Of the latest tokens, a place each: token i of a step takes place i from the one kBwdStep before it.
-  float inputs[kBwdStep][kChannels], dsums[kBwdStep][kChannels];
-  const auto place = [](int i, int distance) { return (i + kBwdStep - distance) % kBwdStep; };
+    bias[c] = p.bias == nullptr ? 0.f : load_parameter<T>(p.bias, p.bias_fp32, channel + c);
+  }
+  wait_for_copies();
+  __syncthreads();
 
-  const auto sequence_at = [&](int token) {
-    if (kPacked) return find_sequence(p.cu_seqlens, p.nseq, p.seqlen, token);
-    const int index = p.rows == p.batch ? 0 : token / p.seqlen;  // in its row
-    return Sequence{row + index, index * p.seqlen, (index + 1) * p.seqlen};
-  };
-  Sequence sequence = sequence_at(first);
-  int from, whole_to;  // its tokens in this run; the last one at which a step can start that has no end in it
-  const auto start_sequence = [&](int token, bool is_run) {
-    from = max(first, sequence.begin);
-    whole_to = sequence.index >= 0 ? min(last, sequence.end) - kBwdStep : -1;
+  float sums[kWidth + 1][kChannels] = {};  // of the weights, then of the bias
+  if (first < last) {
+    T* dx = static_cast<T*>(p.dx) + row * p.dx_batch_stride + (first - kHistory) * dx_stride + channel;  // late
+    // of a token, at `x_place` and `dy_place`
+    unsigned x_place = x_tile + (group * Tile::kRun + kHistory) * kBwdRowBytes + lane * kWords * 4;
+    unsigned dy_place = dy_tile + group * Tile::kRun * kBwdRowBytes + lane * kWords * 4;
+    // Of the latest tokens, a place each: token i of a step takes place i from the one kBwdStep before it.
+    float inputs[kBwdStep][kChannels], dsums[kBwdStep][kChannels];
+    const auto place = [](int i, int distance) { return (i + kBwdStep - distance) % kBwdStep; };
+
+    const auto sequence_at = [&](int token) {
+      if (kPacked) return find_sequence(p.cu_seqlens, p.nseq, p.seqlen, token);
+      const int index = p.rows == p.batch ? 0 : token / p.seqlen;  // in its row
+      return Sequence{row + index, index * p.seqlen, (index + 1) * p.seqlen};
+    };
+    Sequence sequence = sequence_at(first);
+    int from, whole_to;  // its tokens in this run; the last one at which a step can start that has no end in it
+    const auto start_sequence = [&](int token, bool is_run) {
+      from = max(first, sequence.begin);
+      whole_to = sequence.index >= 0 ? min(last, sequence.end) - kBwdStep : -1;
 #pragma unroll
-    for (int distance = 1; distance <= kHistory; ++distance) {
-      const int beyond = sequence.begin - (token - distance);  // the first token
+      for (int distance = 1; distance <= kHistory; ++distance) {
+        const int beyond = sequence.begin - (token - distance);  // the first token
+        unsigned words[kWords] = {};
+        if (is_run && beyond <= 0) load_shared(x_place - distance * kBwdRowBytes, words);
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) {
-        float input = 0.f;
-        if (!is_run || beyond > 0) {
-          input = load_state<T>(p, p.initial_states, p.initial_strides, sequence.index, channel + c, kHistory - beyond);
-        } else if (!kPacked || sequence.index >= 0) {
-          input = element<T>(before[kHistory - distance], c);
+        for (int c = 0; c < kChannels; ++c) {
+          float input = 0.f;
+          if (!is_run || beyond > 0) {
+            input =
+                load_state<T>(p, p.initial_states, p.initial_strides, sequence.index, channel + c, kHistory - beyond);
+          } else if (!kPacked || sequence.index >= 0) {
+            input = element<T>(words, c);
+          }
+          inputs[place(0, distance)][c] = input, dsums[place(0, distance)][c] = 0.f;
         }
-        inputs[place(0, distance)][c] = input, dsums[place(0, distance)][c] = 0.f;
       }
-    }
-  };
-  start_sequence(first, true);
+    };
+    start_sequence(first, true);
 
-  // Token i of a step: its ds, and the dx of the token kHistory before it.
-  const auto compute = [&](int i, unsigned slot, bool is_own, bool writes, bool is_none) {
-    unsigned words[2][2];
-    load_shared(slot, words[0]), load_shared(slot + kSlot, words[1]);
-    clear_words_if(is_none, words[0], 2), clear_words_if(is_none, words[1], 2);  // may be NaN
-    float result[kChannels];
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      inputs[i][c] = element<T>(words[0], c);
-      const auto input = [&](int k) { return inputs[place(i, kHistory - k)][c]; };
-      const float sum = window_sum<T, kWidth>(bias[c], [&](int k) { return weight[c][k]; }, input);
-      dsums[i][c] = through_activation<T, kSilu>(element<T>(words[1], c), sum);
-      if (is_own) {
-#pragma unroll
-        for (int k = 0; k < kWidth; ++k) sums[k][c] = fmaf(dsums[i][c], input(k), sums[k][c]);
-        sums[kWidth][c] += dsums[i][c];
-      }
-      result[c] = weight[c][kHistory] * dsums[place(i, kHistory)][c];
-#pragma unroll
-      for (int k = kHistory - 1; k >= 0; --k) result[c] = fmaf(weight[c][k], dsums[place(i, k)][c], result[c]);
-    }
-    store_elements_if<T>(writes, dx, result);
-    dx += dx_stride;
-  };
-  // Behind the last token of a sequence, at `token`, ds is zero, and its last kHistory inputs are its final state.
-  const auto finish_sequence = [&](int token) {
-#pragma unroll
-    for (int i = 0; i < kHistory; ++i) {
-      const int written = token - kHistory + i;
-      if (written < from || written >= last) continue;
+    // Token i of a step: its ds, and the dx of the token kHistory before it.
+    const auto compute = [&](int i, int step, bool is_own, bool writes, bool is_none) {
+      unsigned x_words[kWords], dy_words[kWords];
+      load_shared(x_place + step * kBwdRowBytes, x_words), load_shared(dy_place + step * kBwdRowBytes, dy_words);
+      clear_words_if(is_none, x_words, kWords), clear_words_if(is_none, dy_words, kWords);  // may be NaN
       float result[kChannels];
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
-        result[c] = load_state<T>(p, p.dfinal_states, p.dfinal_strides, sequence.index, channel + c, i);
+        inputs[i][c] = element<T>(x_words, c);
+        const auto input = [&](int k) { return inputs[place(i, kHistory - k)][c]; };
+        const float sum = window_sum<T, kWidth>(bias[c], [&](int k) { return weight[c][k]; }, input);
+        dsums[i][c] = through_activation<T, kSilu>(element<T>(dy_words, c), sum);
+        if (is_own) {
 #pragma unroll
-        for (int k = i + 1; k < kWidth; ++k) result[c] = fmaf(weight[c][k], dsums[place(i, k)][c], result[c]);
-      }
-      store_elements_if<T>(true, dx + i * dx_stride, result);
-    }
-  };
-
-  unsigned stage = stages;
-#pragma unroll 1
-  for (int token = first; token < last + kHistory;) {
-    read_ahead(token + (kBwdStages - 1) * kBwdStep, stage == stages ? stages + kLast : stage - kStage);
-    wait_for_copies<kBwdStages - 1>();
-    if (token <= whole_to) {
+          for (int k = 0; k < kWidth; ++k) sums[k][c] = fmaf(dsums[i][c], input(k), sums[k][c]);
+          sums[kWidth][c] += dsums[i][c];
+        }
+        result[c] = weight[c][kHistory] * dsums[place(i, kHistory)][c];
 #pragma unroll
-      for (int i = 0; i < kBwdStep; ++i) {
-        compute(i, stage + i * kToken, true, i >= kHistory || token + i >= from + kHistory, false);
+        for (int k = kHistory - 1; k >= 0; --k) result[c] = fmaf(weight[c][k], dsums[place(i, k)][c], result[c]);
       }
-      token += kBwdStep;
-    } else if (token == last && sequence.index >= 0 && last + kHistory <= sequence.end) {
+      store_pair_if<T>(writes && is_channel, dx, result);
+      dx += dx_stride;
+    };
+    // Behind the last token of a sequence, at `token`, ds is zero, and its last kHistory inputs are its final state.
+    const auto finish_sequence = [&](int token) {
 #pragma unroll
       for (int i = 0; i < kHistory; ++i) {
-        compute(i, stage + i * kToken, false, token + i >= from + kHistory, false);
-      }
-      token += kHistory;
-    } else {
-      // counted in tokens, the same of all threads: the addresses of slots are not, and then `token` takes registers
-#pragma unroll 1
-      for (int i = 0; i < kBwdStep && token < last + kHistory; ++i, ++token) {
-        if (token == sequence.end) {
-          finish_sequence(token);
-          if (token >= last) {
-            token = last + kHistory;  // nothing more of this run
-            break;
-          }
-          sequence = sequence_at(token);
-          start_sequence(token, false);
-        }
-        compute(0, stage + i * kToken, token < last, token >= from + kHistory, kPacked && sequence.index < 0);
+        const int written = token - kHistory + i;
+        if (written < from || written >= last) continue;
+        float result[kChannels];
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) {
+          result[c] = load_state<T>(p, p.dfinal_states, p.dfinal_strides, sequence.index, channel + c, i);
 #pragma unroll
-          for (int k = 1; k < kBwdStep; ++k) {
-            inputs[k][c] = inputs[(k + 1) % kBwdStep][c], dsums[k][c] = dsums[(k + 1) % kBwdStep][c];
+          for (int k = i + 1; k < kWidth; ++k) result[c] = fmaf(weight[c][k], dsums[place(i, k)][c], result[c]);
+        }
+        store_pair_if<T>(is_channel, dx + i * dx_stride, result);
+      }
+    };
+
+#pragma unroll 1
+    for (int token = first; token < last + kHistory;) {
+      if (token <= whole_to) {
+#pragma unroll
+        for (int i = 0; i < kBwdStep; ++i) compute(i, i, true, i >= kHistory || token + i >= from + kHistory, false);
+        token += kBwdStep;
+      } else if (token == last && sequence.index >= 0 && last + kHistory <= sequence.end) {
+#pragma unroll
+        for (int i = 0; i < kHistory; ++i) compute(i, i, false, token + i >= from + kHistory, false);
+        break;
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < kBwdStep && token < last + kHistory; ++i, ++token) {
+          if (token == sequence.end) {
+            finish_sequence(token);
+            if (token >= last) {
+              token = last + kHistory;  // nothing more of this run
+              break;
+            }
+            sequence = sequence_at(token);
+            start_sequence(token, false);
+          }
+          compute(0, i, token < last, token >= from + kHistory, kPacked && sequence.index < 0);
+#pragma unroll
+          for (int c = 0; c < kChannels; ++c) {
+#pragma unroll
+            for (int k = 1; k < kBwdStep; ++k) {
+              inputs[k][c] = inputs[(k + 1) % kBwdStep][c], dsums[k][c] = dsums[(k + 1) % kBwdStep][c];
+            }
           }
         }
       }
+      x_place += kBwdStep * kBwdRowBytes, dy_place += kBwdStep * kBwdRowBytes;
     }
-    if (token % kBwdTerms == 0) add_sums();
-    stage = stage == stages + kLast ? stages : stage + kStage;
   }
-  add_sums();
-  wait_for_copies();  // of tokens that were not needed
 
-  // the first group adds the others' sums, in their order, which lie where their tokens were
-  auto& sums_of_groups = reinterpret_cast<float2(&)[kBwdGroups][kBwdStages * kBwdStep * 2][kBwdThreads]>(ring);
-  static_assert((kWidth + 1) * kChannels / 2 <= kBwdStages * kBwdStep * 2);
-#pragma unroll
-  for (int k = 0; k <= kWidth; ++k) {
-#pragma unroll
-    for (int j = 0; j < kChannels / 2; ++j) {
-      float2 sum = make_float2(float(totals[k][2 * j]), float(totals[k][2 * j + 1]));
-      if (nth_run != run) sum = make_float2(0.f, 0.f);
-      sums_of_groups[threadIdx.y][k * kChannels / 2 + j][threadIdx.x] = sum;
-    }
-  }
+  // a thread for each pair of sums of the tile adds those of all groups, in their order, which lie where tokens were
   __syncthreads();
-  if (threadIdx.y > 0) return;
-  float* partials = static_cast<float*>(p.partials) + static_cast<int64>(cta) * p.dim + channel;
+  auto& sums_of_groups = reinterpret_cast<float2(&)[Tile::kGroups][kWidth + 1][Tile::kLanes]>(tile_memory[0]);
+  static_assert(sizeof(sums_of_groups) <= bwd_shared_bytes(kWidth));
 #pragma unroll
-  for (int k = 0; k <= kWidth; ++k, partials += static_cast<int64>(p.ctas) * p.dim) {
+  for (int k = 0; k <= kWidth; ++k) sums_of_groups[group][k][lane] = make_float2(sums[k][0], sums[k][1]);
+  __syncthreads();
+  float* partials = static_cast<float*>(p.partials) + static_cast<int64>(cta) * p.dim + left;
+  for (int k = group; k <= kWidth; k += Tile::kGroups) {
+    float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
-    for (int j = 0; j < kChannels / 2; ++j) {
-      float2 sum = make_float2(0.f, 0.f);
-#pragma unroll
-      for (int group = 0; group < kBwdGroups; ++group) {
-        const float2 part = sums_of_groups[group][k * kChannels / 2 + j][threadIdx.x];
-        sum.x += part.x, sum.y += part.y;
-      }
-      reinterpret_cast<float2*>(partials)[j] = sum;
+    for (int i = 0; i < Tile::kGroups; ++i) {
+      const float2 part = sums_of_groups[i][k][lane];
+      sum.x += part.x, sum.y += part.y;
     }
+    if (is_channel) reinterpret_cast<float2*>(partials + static_cast<int64>(k) * p.ctas * p.dim)[lane] = sum;
   }
 }
 
@@ -321,21 +308,24 @@ __global__ void __launch_bounds__(kSumThreads* kSumRows)
   let_next_kernel_start();
   const int channel = (blockIdx.x * kSumThreads + threadIdx.x) * 4, k = blockIdx.y;
   const float* partials = static_cast<const float*>(p.partials) + static_cast<int64>(k) * p.ctas * p.dim + channel;
-  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+  using Sum = typename Total<T>::type;
+  Sum sum[4] = {};
   wait_for_kernel_before();
 #pragma unroll 4
   for (unsigned row = threadIdx.y; channel < p.dim && row < p.ctas; row += kSumRows) {
     const float4 part = *reinterpret_cast<const float4*>(partials + static_cast<int64>(row) * p.dim);
-    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
   }
-  __shared__ float4 sums[kSumRows][kSumThreads];
-  sums[threadIdx.y][threadIdx.x] = sum;
+  __shared__ Sum sums[kSumRows][kSumThreads * 4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sums[threadIdx.y][4 * threadIdx.x + i] = sum[i];
   __syncthreads();
   const int own = threadIdx.y * kSumThreads + threadIdx.x, own_channel = blockIdx.x * kSumThreads * 4 + own;
   if (own >= kSumThreads * 4 || own_channel >= p.dim) return;
-  float total = 0.f;
+  Sum sum_of_rows = 0;
 #pragma unroll
-  for (int row = 0; row < kSumRows; ++row) total += reinterpret_cast<const float*>(sums[row])[own];
+  for (int row = 0; row < kSumRows; ++row) sum_of_rows += sums[row][own];
+  const float total = static_cast<float>(sum_of_rows);
   if (k < kWidth) {
     store_parameter<T>(p.dweight, p.weight_fp32, static_cast<int64>(own_channel) * kWidth + k, total);
   } else {

@@ -393,7 +393,7 @@ def test_the_launcher_knows_the_extensions_dtypes(extension):
 
 
 def test_config_is_a_pure_function_of_the_problem():
-    from hybrid_ops._csrc.conv1d import BwdConfig, Config, bwd_config, config
+    from hybrid_ops._csrc.conv1d import Config, config
 
     assert config(10240, 2, alignment=16) == config(6144, 2, alignment=16) == Config(channels=8, columns=64)
     assert config(1280, 2, alignment=16) == Config(channels=8, columns=32)  # 160 vectors
@@ -403,13 +403,6 @@ def test_config_is_a_pure_function_of_the_problem():
     assert config(10240, 4, alignment=16) == Config(channels=4, columns=64)
     assert config(0, 2, alignment=16) == Config(channels=8, columns=64)
     assert hybrid_ops.explain("causal_conv1d", impl="torch").config == {}
-
-    assert bwd_config(1, 8192, 10240, 132, 2) == BwdConfig(run_tokens=316)  # 26 runs: 13 x 40 CTAs in 528 places
-    assert bwd_config(1, 16384, 6144, 132, 2) == BwdConfig(run_tokens=376)  # 44 runs: 22 x 24 CTAs
-    assert bwd_config(8, 2048, 6144, 132, 2) == BwdConfig(run_tokens=412)  # 5 runs of each row
-    assert bwd_config(1, 512, 10240, 132, 2) == BwdConfig(run_tokens=20)
-    assert bwd_config(1, 1, 8, 132, 4) == BwdConfig(run_tokens=4)
-    assert bwd_config(0, 0, 0, 132, 2) == BwdConfig(run_tokens=4)
 
 
 def test_rows_by_their_alignment():

@@ -6,7 +6,6 @@ import torch
 from hypothesis import given, settings
 
 import hybrid_ops
-from hybrid_ops._csrc import conv1d as csrc
 from hybrid_ops.reference import conv1d as reference
 
 from .budget import assert_within, to_numpy
@@ -80,11 +79,10 @@ def test_conv1d_backward_cuda_gpu(case):
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ["dense", "cu_seqlens"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("run_tokens", [60, 532])
-def test_conv1d_backward_of_long_runs_gpu(form, dtype, run_tokens, monkeypatch):
-    """A thread of a large problem walks so many tokens; here the runs would be shorter."""
-    monkeypatch.setattr(csrc, "bwd_config", lambda *problem: csrc.BwdConfig(run_tokens))
-    case = PLAIN | dict(form=form, dtype=dtype, state_dtype=dtype, seqlen=531, lengths=[60, 0, 3, 250, 218], dim=64)
+@pytest.mark.parametrize("dim", [64, 264, 268])  # a part of a tile; one and a part; rows that are no whole vectors
+def test_conv1d_backward_in_tiles_gpu(form, dtype, dim):
+    """More tokens than a tile has, and sequences that begin and end anywhere in one."""
+    case = PLAIN | dict(form=form, dtype=dtype, state_dtype=dtype, seqlen=531, lengths=[60, 0, 3, 250, 218], dim=dim)
     check_backward(for_cuda(case), "cuda", "cuda")
 
 

@@ -81,10 +81,14 @@ inline cudaLaunchAttribute early_launch() {
 
 template <typename Params>
 void launch_early(void (*kernel)(Params), dim3 grid, dim3 threads, cudaStream_t stream, const Params& p,
-                  const char* name) {
+                  const char* name, int shared_bytes = 0) {
   cudaLaunchAttribute early = early_launch();
-  const cudaLaunchConfig_t config{
-      .gridDim = grid, .blockDim = threads, .stream = stream, .attrs = &early, .numAttrs = 1};
+  const cudaLaunchConfig_t config{.gridDim = grid,
+                                  .blockDim = threads,
+                                  .dynamicSmemBytes = static_cast<std::size_t>(shared_bytes),
+                                  .stream = stream,
+                                  .attrs = &early,
+                                  .numAttrs = 1};
   check(cudaLaunchKernelEx(&config, kernel, p), name);
 }
 

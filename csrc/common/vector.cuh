@@ -174,6 +174,13 @@ __device__ __forceinline__ void load_words_if(bool condition, const void* pointe
 }
 // kStreaming: the first to leave L2.
 template <bool kStreaming = false>
+__device__ __forceinline__ void store_words_if(bool condition, void* pointer, const unsigned (&words)[1]) {
+  static_assert(kStreaming);
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p st.global.cs.u32 [%0], %1;}" ::"l"(pointer), "r"(words[0]),
+               "r"(unsigned(condition))
+               : "memory");
+}
+template <bool kStreaming = false>
 __device__ __forceinline__ void store_words_if(bool condition, void* pointer, const unsigned (&words)[2]) {
   if constexpr (kStreaming) {
     asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p st.global.cs.v2.u32 [%0], {%1, %2};}" ::"l"(pointer),

@@ -1,6 +1,5 @@
 """Launcher of csrc/conv1d_sm90.cu, and what that kernel does not take."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,13 +15,9 @@ class Config(NamedTuple):
     columns: int  # threads of a CTA beside each other; its other threads have other tokens
 
 
-class BwdConfig(NamedTuple):
-    run_tokens: int  # that a thread walks
-
-
 _MOST_TOKENS = 2**31 - 64  # of a row
 _VECTOR = 4  # channels that rows are to be whole numbers of
-_BWD_THREADS, _BWD_GROUPS, _BWD_CTAS, _BWD_STEP = 64, 2, 4, 4  # kBwdThreads, kBwdGroups, kBwdCtas, kBwdStep
+_BWD_TOKENS = 128  # of a CTA: kBwdTokens
 
 
 def config(dim: int, itemsize: int, alignment: int, parameters_fp32: bool = False) -> Config:
@@ -33,18 +28,6 @@ def config(dim: int, itemsize: int, alignment: int, parameters_fp32: bool = Fals
     wide = alignment >= 16 and dim * itemsize % 16 == 0 and (itemsize == 4 or not parameters_fp32)
     channels = 16 // itemsize if wide else _VECTOR
     return Config(channels, columns=32 if dim // channels % 64 else 64)
-
-
-@functools.lru_cache(maxsize=1024)
-def bwd_config(rows: int, tokens: int, dim: int, num_sms: int, itemsize: int) -> BwdConfig:
-    """Runs of rows of so many tokens, so long that all CTAs are there at once, and begin and end together.
-
-    They take as many places as there are: where some stay free, CTAs may come to lie unevenly, and the multiprocessors
-    that have most of them end last. Each run computes width - 1 tokens of the next one once more.
-    """
-    columns = max(1, -(-dim * itemsize // (8 * _BWD_THREADS)))
-    runs = max(1, num_sms * _BWD_CTAS // columns * _BWD_GROUPS // max(1, rows))
-    return BwdConfig(run_tokens=_BWD_STEP * max(1, -(-tokens // (_BWD_STEP * runs))))
 
 
 def refusal(
@@ -173,7 +156,6 @@ def conv1d_bwd(
     dbias: Tensor | None,
     dhistory: Tensor | None,
     silu: bool,
-    chosen: BwdConfig | None = None,
 ) -> None:
     """Fill the gradients, of which dweight and dbias are contiguous and each has the dtype of what it belongs to.
 
@@ -191,9 +173,9 @@ def conv1d_bwd(
     one_row = cu_seqlens is None and batch * seqlen < _MOST_TOKENS
     one_row = one_row and all(t.stride(0) == seqlen * t.stride(1) for t in (dy, x, dx))
     rows, tokens = (1, batch * seqlen) if one_row else (batch, seqlen)
-    chosen = chosen or bwd_config(rows, tokens, dim, _device.num_sms(index), x.element_size())
-    ctas = -(-rows * -(-tokens // chosen.run_tokens) // _BWD_GROUPS)
+    ctas = rows * -(-tokens // _BWD_TOKENS)
     partials = x.new_empty((width + 1) * ctas * dim, dtype=torch.float32)
+    in_vectors = alignment(x, dy) >= 16 and dim * x.element_size() % 16 == 0
     tensors = (
         dy,
         x,
@@ -215,7 +197,7 @@ def conv1d_bwd(
         tuple(t.stride()[:2] for t in (dy, x, dx)),
         tuple((0, 0, 0) if t is None else t.stride() for t in (history, dfinal, dhistory)),
         silu,
-        chosen.run_tokens,
+        in_vectors,
         index,
         torch._C._cuda_getCurrentRawStream(index),
     )
