@@ -406,7 +406,7 @@ PYBIND11_MODULE(_cuda, m) {
       "conv1d_bwd",
       [](std::array<std::uintptr_t, 12> pointers, std::array<int, 4> dtypes, std::array<std::int64_t, 6> sizes,
          std::array<std::array<std::int64_t, 2>, 3> strides, std::array<std::array<std::int64_t, 3>, 3> state_strides,
-         bool silu, bool in_vectors, int device, std::uintptr_t stream) {
+         bool silu, bool in_boxes, int device, std::uintptr_t stream) {
         const auto [dy, x, weight, bias, initial_states, dfinal_states, dx, dweight, dbias, dinitial_states, partials,
                     cu_seqlens] = pointers;
         const auto [batch, seqlen, dim, width, nseq, rows] = sizes;
@@ -440,14 +440,14 @@ PYBIND11_MODULE(_cuda, m) {
             .dfinal_strides = state_strides[1],
             .dinitial_strides = state_strides[2],
             .silu = silu,
-            .in_vectors = in_vectors,
+            .in_boxes = in_boxes,
         };
         conv1d_bwd(args, {device, stream});
       },
       "Fill dx, dweight, and dbias and dinitial_states where given; the groups hold what Conv1dBwdArgs in api.h names, "
       "in its order.",
       py::arg("pointers"), py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("state_strides"),
-      py::arg("silu"), py::arg("in_vectors"), py::arg("device"), py::arg("stream"));
+      py::arg("silu"), py::arg("in_boxes"), py::arg("device"), py::arg("stream"));
 
   m.def("cutlass_version", &cutlass_version, "Version of the CUTLASS headers that the extension was built with.");
   m.def("scale_offset_128x4", &scale_offset_128x4,

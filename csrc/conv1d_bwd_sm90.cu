@@ -2,6 +2,7 @@
 
 #include "common/api.h"
 #include "common/conv1d_dispatch.cuh"
+#include "common/tensor_map.cuh"
 
 namespace hybrid_ops {
 
@@ -9,7 +10,7 @@ void conv1d_bwd(const Conv1dBwdArgs& a, Target target) {
   const std::int64_t row_tokens = a.rows == 0 ? 0 : a.batch * a.seqlen / a.rows;
   const std::int64_t tiles = (row_tokens + kBwdTokens - 1) / kBwdTokens, ctas = tiles * a.rows;
   const std::int64_t itemsize = a.dtype == DType::float32 ? 4 : 2;
-  const Conv1dBwdParams p{
+  Conv1dBwdParams p{
       .dy = reinterpret_cast<const void*>(a.dy),
       .x = reinterpret_cast<const void*>(a.x),
       .weight = reinterpret_cast<const void*>(a.weight),
@@ -39,13 +40,22 @@ void conv1d_bwd(const Conv1dBwdArgs& a, Target target) {
       .row_tokens = static_cast<int>(row_tokens),
       .tiles = static_cast<unsigned>(tiles),
       .ctas = static_cast<unsigned>(ctas),
-      .in_vectors = a.in_vectors,
       .weight_fp32 = a.weight_dtype == DType::float32,
       .bias_fp32 = a.bias_dtype == DType::float32,
       .states_fp32 = a.states_dtype == DType::float32,
   };
   if (p.dim == 0) return;
   const std::int64_t columns = kBwdRowBytes / itemsize;
+  if (a.in_boxes && ctas > 0) {
+    const int width = static_cast<int>(a.width);
+    const auto boxes = [&](std::uintptr_t data, const std::array<std::int64_t, 2>& strides, std::int64_t tokens) {
+      return tensor_map(data, a.dtype, {a.rows, row_tokens, 1, a.dim}, {strides[0], strides[1], 0},
+                        {.tokens = tokens, .columns = columns, .swizzled = false});
+    };
+    p.in_boxes = true;
+    p.x_map = boxes(a.x, a.x_strides, bwd_x_rows(width));
+    p.dy_map = boxes(a.dy, a.dy_strides, bwd_dy_rows(width));
+  }
   const dim3 grid = conv1d_grid((p.dim + columns - 1) / columns, ctas);
   const unsigned state_blocks = p.dinitial_states == nullptr ? 0 : conv1d_blocks(static_cast<int64>(p.nseq) * p.dim);
   const DeviceGuard guard(target.device);

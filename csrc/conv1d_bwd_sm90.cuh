@@ -18,6 +18,7 @@
 namespace hybrid_ops {
 
 struct Conv1dBwdParams {
+  TensorMap x_map, dy_map;     // of a tile's rows, where TMA takes them: in_boxes
   const void* dy;              // (batch, seqlen, dim), unit stride in dim
   const void* x;               // as dy
   const void* weight;          // (dim, width), contiguous, T or float32
@@ -39,7 +40,7 @@ struct Conv1dBwdParams {
   int rows, row_tokens;  // as the batch's, or one row where all of those lie behind each other
   unsigned tiles;        // of a row
   unsigned ctas;         // a tile each, of all rows
-  bool in_vectors;       // rows of x and dy begin at multiples of 16 bytes, and have whole ones; else of 8
+  bool in_boxes;
   bool weight_fp32, bias_fp32, states_fp32;
 };
 
@@ -76,9 +77,12 @@ struct BwdTile {
   static constexpr int kColumns = kLanes * kBwdChannels;
 };
 
-// Shared memory: tokens of x, from the first one's history to the last one that a ds beyond the tile sees, then of dy.
+// Shared memory: tokens of x, from the first one's history to the last one that a ds beyond the tile sees; those of dy;
+// and the barrier that says they are there.
 constexpr int bwd_x_rows(int width) { return kBwdTokens + 2 * (width - 1); }
-constexpr int bwd_shared_bytes(int width) { return (bwd_x_rows(width) + kBwdTokens + width - 1) * kBwdRowBytes; }
+constexpr int bwd_dy_rows(int width) { return kBwdTokens + width - 1; }
+constexpr int bwd_tile_bytes(int width) { return (bwd_x_rows(width) + bwd_dy_rows(width)) * kBwdRowBytes; }
+constexpr int bwd_shared_bytes(int width) { return bwd_tile_bytes(width) + 8; }
 
 // Of the sums of all CTAs. As float32 they lose digits where there are many, which 16-bit results do not show.
 template <typename T>
@@ -97,18 +101,29 @@ __device__ __forceinline__ void store_pair_if(bool condition, T* pointer, const 
   store_words_if<true>(condition, pointer, words);  // dx is not read again soon
 }
 
-// Rows [from, to) of a tile, of which row 0 is at `source`, into shared memory by all threads, kVector bytes by kVector.
-template <int kVector>
+// Elements `index`, which is even, and the next one.
+template <typename T>
+__device__ __forceinline__ float2 load_pair(const void* parameter, int64 index) {
+  using Words = std::conditional_t<sizeof(T) == 4, uint2, unsigned>;
+  const Words words = reinterpret_cast<const Words*>(static_cast<const T*>(parameter) + index)[0];
+  const unsigned* bits = reinterpret_cast<const unsigned*>(&words);
+  return make_float2(element<T>(bits, 0), element<T>(bits, 1));
+}
+
+template <typename T>
+__device__ __forceinline__ float2 load_pair(const void* parameter, bool is_fp32, int64 index) {
+  return is_fp32 ? load_pair<float>(parameter, index) : load_pair<T>(parameter, index);
+}
+
+// Rows [from, to) of a tile, of which row 0 is at `source`, by all threads, 8 bytes by 8.
 __device__ __forceinline__ void copy_rows(unsigned target, const char* source, int64 stride, int from, int to,
                                           int row_bytes) {
-  constexpr int kBeside = kBwdRowBytes / kVector, kRows = kBwdThreads / kBeside;
-  const int left = threadIdx.x % kBeside * kVector, first = from + static_cast<int>(threadIdx.x / kBeside);
+  constexpr int kBeside = kBwdRowBytes / 8, kRows = kBwdThreads / kBeside;
+  const int left = threadIdx.x % kBeside * 8, first = from + static_cast<int>(threadIdx.x / kBeside);
   if (left >= row_bytes) return;
-  target += first * kBwdRowBytes + left;
-  source += first * stride + left;
 #pragma unroll 4
-  for (int row = first; row < to; row += kRows, target += kRows * kBwdRowBytes, source += kRows * stride) {
-    copy_async<kVector>(target, source);
+  for (int row = first; row < to; row += kRows) {
+    copy_async<8>(target + row * kBwdRowBytes + left, source + row * stride + left);
   }
 }
 
@@ -117,7 +132,7 @@ __global__ void __launch_bounds__(kBwdThreads, kBwdCtas)
     conv1d_bwd_kernel(const __grid_constant__ Conv1dBwdParams p) {
   using Tile = BwdTile<T>;
   constexpr int kHistory = kWidth - 1, kChannels = kBwdChannels, kWords = kChannels * sizeof(T) / 4;
-  extern __shared__ uint4 tile_memory[];
+  extern __shared__ __align__(128) uint4 tile_memory[];
 
   let_next_kernel_start();
   const unsigned cta = blockIdx.z * gridDim.y + blockIdx.y;
@@ -129,37 +144,47 @@ __global__ void __launch_bounds__(kBwdThreads, kBwdCtas)
 
   wait_for_kernel_before();
   const unsigned x_tile = shared_address(tile_memory), dy_tile = x_tile + bwd_x_rows(kWidth) * kBwdRowBytes;
-  const auto copy = [&]<int kVector>() {
+  const unsigned loaded = x_tile + bwd_tile_bytes(kWidth);
+  if (!p.in_boxes) {
     const int64 x_stride = p.x_token_stride, dy_stride = p.dy_token_stride;
     const T* x = static_cast<const T*>(p.x) + row * p.x_batch_stride + (tile - kHistory) * x_stride + left;
     const T* dy = static_cast<const T*>(p.dy) + row * p.dy_batch_stride + tile * dy_stride + left;
     const int row_bytes = (p.dim - left) * static_cast<int>(sizeof(T));
     const int to = min(kBwdTokens + kHistory, p.row_tokens - tile);
-    copy_rows<kVector>(x_tile, reinterpret_cast<const char*>(x), x_stride * sizeof(T), tile == 0 ? kHistory : 0,
-                       to + kHistory, row_bytes);
-    copy_rows<kVector>(dy_tile, reinterpret_cast<const char*>(dy), dy_stride * sizeof(T), 0, to, row_bytes);
-  };
-  if (p.in_vectors) {
-    copy.template operator()<16>();
-  } else {
-    copy.template operator()<8>();
+    copy_rows(x_tile, reinterpret_cast<const char*>(x), x_stride * sizeof(T), tile == 0 ? kHistory : 0, to + kHistory,
+              row_bytes);
+    copy_rows(dy_tile, reinterpret_cast<const char*>(dy), dy_stride * sizeof(T), 0, to, row_bytes);
+  } else if (threadIdx.x == 0) {
+    init_barrier(loaded, 1);
+    fence_barrier_init();
+    arrive_expecting(loaded, bwd_tile_bytes(kWidth));
+    load_box(x_tile, p.x_map, loaded, left, 0, tile - kHistory, row);
+    load_box(dy_tile, p.dy_map, loaded, left, 0, tile, row);
   }
 
   const int lane = threadIdx.x % Tile::kLanes, group = threadIdx.x / Tile::kLanes;
   const bool is_channel = left + kChannels * lane < p.dim;
   const int channel = min(left + kChannels * lane, p.dim - kChannels);  // lanes behind the last: a warp stays whole
   const int first = tile + group * Tile::kRun, last = min(first + Tile::kRun, p.row_tokens);
-  float weight[kChannels][kWidth], bias[kChannels];
+  const auto sequence_at = [&](int token) {
+    if (kPacked) return find_sequence(p.cu_seqlens, p.nseq, p.seqlen, token);
+    const int index = p.rows == p.batch ? 0 : token / p.seqlen;  // in its row
+    return Sequence{row + index, index * p.seqlen, (index + 1) * p.seqlen};
+  };
+  Sequence sequence = sequence_at(min(first, p.row_tokens - 1));
+  float weight[kChannels][kWidth], bias[kChannels] = {};
 #pragma unroll
-  for (int c = 0; c < kChannels; ++c) {
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      weight[c][k] = load_parameter<T>(p.weight, p.weight_fp32, static_cast<int64>(channel + c) * kWidth + k);
-    }
-    bias[c] = p.bias == nullptr ? 0.f : load_parameter<T>(p.bias, p.bias_fp32, channel + c);
+  for (int i = 0; i < kWidth; ++i) {
+    const float2 pair = load_pair<T>(p.weight, p.weight_fp32, static_cast<int64>(channel) * kWidth + 2 * i);
+    weight[2 * i / kWidth][2 * i % kWidth] = pair.x, weight[(2 * i + 1) / kWidth][(2 * i + 1) % kWidth] = pair.y;
+  }
+  if (p.bias != nullptr) {
+    const float2 pair = load_pair<T>(p.bias, p.bias_fp32, channel);
+    bias[0] = pair.x, bias[1] = pair.y;
   }
   wait_for_copies();
   __syncthreads();
+  if (p.in_boxes) wait(loaded, 0);
 
   float sums[kWidth + 1][kChannels] = {};  // of the weights, then of the bias
   if (first < last) {
@@ -171,31 +196,29 @@ __global__ void __launch_bounds__(kBwdThreads, kBwdCtas)
     float inputs[kBwdStep][kChannels], dsums[kBwdStep][kChannels];
     const auto place = [](int i, int distance) { return (i + kBwdStep - distance) % kBwdStep; };
 
-    const auto sequence_at = [&](int token) {
-      if (kPacked) return find_sequence(p.cu_seqlens, p.nseq, p.seqlen, token);
-      const int index = p.rows == p.batch ? 0 : token / p.seqlen;  // in its row
-      return Sequence{row + index, index * p.seqlen, (index + 1) * p.seqlen};
-    };
-    Sequence sequence = sequence_at(first);
-    int from, whole_to;  // its tokens in this run; the last one at which a step can start that has no end in it
+    int from, whole_to;  // the sequence's tokens in this run; the last one at which a step without an end can start
+    // The inputs before `token`, those of a sequence that starts behind them out of its initial state.
     const auto start_sequence = [&](int token, bool is_run) {
       from = max(first, sequence.begin);
       whole_to = sequence.index >= 0 ? min(last, sequence.end) - kBwdStep : -1;
 #pragma unroll
       for (int distance = 1; distance <= kHistory; ++distance) {
-        const int beyond = sequence.begin - (token - distance);  // the first token
         unsigned words[kWords] = {};
-        if (is_run && beyond <= 0) load_shared(x_place - distance * kBwdRowBytes, words);
+        if (is_run) load_shared(x_place - distance * kBwdRowBytes, words);
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) {
-          float input = 0.f;
-          if (!is_run || beyond > 0) {
-            input =
-                load_state<T>(p, p.initial_states, p.initial_strides, sequence.index, channel + c, kHistory - beyond);
-          } else if (!kPacked || sequence.index >= 0) {
-            input = element<T>(words, c);
-          }
-          inputs[place(0, distance)][c] = input, dsums[place(0, distance)][c] = 0.f;
+          inputs[place(0, distance)][c] = element<T>(words, c), dsums[place(0, distance)][c] = 0.f;
+        }
+      }
+      if (is_run && sequence.index >= 0 && sequence.begin <= token - kHistory) return;
+#pragma unroll
+      for (int distance = 1; distance <= kHistory; ++distance) {
+        const int beyond = sequence.begin - (token - distance);  // the first token
+        if (is_run && sequence.index >= 0 && beyond <= 0) continue;
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) {
+          inputs[place(0, distance)][c] =
+              load_state<T>(p, p.initial_states, p.initial_strides, sequence.index, channel + c, kHistory - beyond);
         }
       }
     };
@@ -242,13 +265,15 @@ __global__ void __launch_bounds__(kBwdThreads, kBwdCtas)
       }
     };
 
+    const auto next_step = [&] { x_place += kBwdStep * kBwdRowBytes, dy_place += kBwdStep * kBwdRowBytes; };
+    for (int token = first;; next_step()) {
 #pragma unroll 1
-    for (int token = first; token < last + kHistory;) {
-      if (token <= whole_to) {
+      for (; token <= whole_to; token += kBwdStep, next_step()) {
 #pragma unroll
         for (int i = 0; i < kBwdStep; ++i) compute(i, i, true, i >= kHistory || token + i >= from + kHistory, false);
-        token += kBwdStep;
-      } else if (token == last && sequence.index >= 0 && last + kHistory <= sequence.end) {
+      }
+      if (token >= last + kHistory) break;
+      if (token == last && sequence.index >= 0 && last + kHistory <= sequence.end) {
 #pragma unroll
         for (int i = 0; i < kHistory; ++i) compute(i, i, false, token + i >= from + kHistory, false);
         break;
@@ -274,14 +299,13 @@ __global__ void __launch_bounds__(kBwdThreads, kBwdCtas)
           }
         }
       }
-      x_place += kBwdStep * kBwdRowBytes, dy_place += kBwdStep * kBwdRowBytes;
     }
   }
 
   // a thread for each pair of sums of the tile adds those of all groups, in their order, which lie where tokens were
   __syncthreads();
   auto& sums_of_groups = reinterpret_cast<float2(&)[Tile::kGroups][kWidth + 1][Tile::kLanes]>(tile_memory[0]);
-  static_assert(sizeof(sums_of_groups) <= bwd_shared_bytes(kWidth));
+  static_assert(sizeof(sums_of_groups) <= bwd_tile_bytes(kWidth));
 #pragma unroll
   for (int k = 0; k <= kWidth; ++k) sums_of_groups[group][k][lane] = make_float2(sums[k][0], sums[k][1]);
   __syncthreads();
@@ -311,7 +335,7 @@ __global__ void __launch_bounds__(kSumThreads* kSumRows)
   using Sum = typename Total<T>::type;
   Sum sum[4] = {};
   wait_for_kernel_before();
-#pragma unroll 4
+#pragma unroll 8
   for (unsigned row = threadIdx.y; channel < p.dim && row < p.ctas; row += kSumRows) {
     const float4 part = *reinterpret_cast<const float4*>(partials + static_cast<int64>(row) * p.dim);
     sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;

@@ -1,39 +1,19 @@
 #include "ssd_sm90.cuh"
 
-#include <cuda.h>
-
 #include <algorithm>
 
 #include "common/api.h"
 #include "common/launch.cuh"
+#include "common/tensor_map.cuh"
 #include "ssd_pair_sm90.cuh"
 
 namespace hybrid_ops {
 namespace {
 
-static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
-
-// A (batch, seqlen, rows, columns) tensor in bfloat16, in boxes of 64 tokens by 64 columns of one row.
+// In boxes of 64 tokens by 64 columns.
 TensorMap tensor_map(std::uintptr_t data, const std::array<std::int64_t, 4>& sizes,
                      const std::array<std::int64_t, 3>& strides) {
-  static const auto encode =
-      reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(driver_function("cuTensorMapEncodeTiled"));
-  const auto [batch, seqlen, rows, columns] = sizes;
-  // where there is one row or sequence its stride means nothing, and may be one that TMA does not take
-  const auto bytes = [](std::int64_t size, std::int64_t stride) {
-    return static_cast<cuuint64_t>(size == 1 ? 16 : 2 * stride);
-  };
-  const cuuint64_t dimensions[4] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
-                                    static_cast<cuuint64_t>(seqlen), static_cast<cuuint64_t>(batch)};
-  const cuuint64_t steps[3] = {bytes(rows, strides[2]), bytes(seqlen, strides[1]), bytes(batch, strides[0])};
-  const cuuint32_t box[4] = {64, 1, kChunk, 1}, every[4] = {1, 1, 1, 1};
-  TensorMap map;
-  const CUresult status =
-      encode(reinterpret_cast<CUtensorMap*>(&map), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, reinterpret_cast<void*>(data),
-             dimensions, steps, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(status));
-  return map;
+  return tensor_map(data, DType::bfloat16, sizes, strides, {.tokens = kChunk, .columns = 64, .swizzled = true});
 }
 
 // See SsdConfig::kPaired.

@@ -40,7 +40,7 @@ struct Conv1dBwdArgs {
   std::array<std::int64_t, 2> dy_strides, x_strides, dx_strides;                  // batch, token
   std::array<std::int64_t, 3> initial_strides, dfinal_strides, dinitial_strides;  // sequence, channel, column
   bool silu;
-  bool in_vectors;  // rows of x and dy begin at multiples of 16 bytes, and have whole ones; else of 8
+  bool in_boxes;  // rows of x and dy begin at multiples of 16 bytes, and have whole ones; else of 8
 };
 
 // What an SSD scan is made of, but for the addresses: made once for all calls of a kind.

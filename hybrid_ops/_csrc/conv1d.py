@@ -175,7 +175,7 @@ def conv1d_bwd(
     rows, tokens = (1, batch * seqlen) if one_row else (batch, seqlen)
     ctas = rows * -(-tokens // _BWD_TOKENS)
     partials = x.new_empty((width + 1) * ctas * dim, dtype=torch.float32)
-    in_vectors = alignment(x, dy) >= 16 and dim * x.element_size() % 16 == 0
+    in_boxes = alignment(x, dy) >= 16 and dim * x.element_size() % 16 == 0
     tensors = (
         dy,
         x,
@@ -197,7 +197,7 @@ def conv1d_bwd(
         tuple(t.stride()[:2] for t in (dy, x, dx)),
         tuple((0, 0, 0) if t is None else t.stride() for t in (history, dfinal, dhistory)),
         silu,
-        in_vectors,
+        in_boxes,
         index,
         torch._C._cuda_getCurrentRawStream(index),
     )
