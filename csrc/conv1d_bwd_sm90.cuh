@@ -6,9 +6,9 @@
 //
 // A pure stream, as the forward: a CTA has a tile of kBwdTokens tokens, all of which is on its way into shared memory
 // before anything is done with it, with the tokens beside it that it takes. Then each thread walks a run of the tile,
-// two channels wide, with the last kWidth - 1 inputs and ds in registers, writes dx kWidth - 1 tokens late, and computes
-// the ds of as many tokens of the next run once more. The sums of weight and bias are added up in a CTA, and a second
-// kernel adds the CTAs in their order: the same bits every time.
+// two channels wide, with the last kWidth - 1 inputs and ds in registers, writes dx kWidth - 1 tokens late, and
+// computes the ds of as many tokens of the next run once more. The sums of weight and bias are added up in a CTA, and a
+// second kernel adds the CTAs in their order: the same bits every time.
 #pragma once
 
 #include "common/async_copies.cuh"
@@ -128,8 +128,7 @@ __device__ __forceinline__ void copy_rows(unsigned target, const char* source, i
 }
 
 template <typename T, int kWidth, bool kSilu, bool kPacked>
-__global__ void __launch_bounds__(kBwdThreads, kBwdCtas)
-    conv1d_bwd_kernel(const __grid_constant__ Conv1dBwdParams p) {
+__global__ void __launch_bounds__(kBwdThreads, kBwdCtas) conv1d_bwd_kernel(const __grid_constant__ Conv1dBwdParams p) {
   using Tile = BwdTile<T>;
   constexpr int kHistory = kWidth - 1, kChannels = kBwdChannels, kWords = kChannels * sizeof(T) / 4;
   extern __shared__ __align__(128) uint4 tile_memory[];

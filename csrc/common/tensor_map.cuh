@@ -18,7 +18,7 @@ static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
 
 struct Box {
   std::int64_t tokens, columns;  // of one row
-  bool swizzled;                 // the 16 bytes of columns, of which there are 128 bytes, by the last three bits of the token
+  bool swizzled;  // the 16 bytes of columns, of which there are 128 bytes, by the last three bits of the token
 };
 
 // A (batch, seqlen, rows, columns) tensor, strides of the first three, in boxes.
@@ -41,10 +41,10 @@ inline TensorMap tensor_map(std::uintptr_t data, DType dtype, const std::array<s
                     : dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   TensorMap map;
-  const CUresult status =
-      encode(reinterpret_cast<CUtensorMap*>(&map), type, 4, reinterpret_cast<void*>(data), dimensions, steps, shape,
-             every, CU_TENSOR_MAP_INTERLEAVE_NONE, box.swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status = encode(reinterpret_cast<CUtensorMap*>(&map), type, 4, reinterpret_cast<void*>(data),
+                                 dimensions, steps, shape, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                 box.swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(status));
   return map;
 }
