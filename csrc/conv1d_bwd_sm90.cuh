@@ -14,6 +14,7 @@
 #include "common/async_copies.cuh"
 #include "common/conv1d.cuh"
 #include "common/hopper.cuh"
+#include "common/partial_sums.cuh"
 
 namespace hybrid_ops {
 
@@ -321,7 +322,7 @@ __global__ void __launch_bounds__(kBwdThreads, kBwdCtas) conv1d_bwd_kernel(const
 }
 
 inline constexpr int kSumThreads = 32;  // beside each other, 16 bytes of channels each
-inline constexpr int kSumRows = 8;
+inline constexpr int kSumRows = 16;
 
 // dweight and dbias: the sums of all CTAs of the kernel before. Warp w of a block adds rows w, w + kSumRows, .. and
 // then the warps are added, by a thread a channel.
@@ -334,10 +335,11 @@ __global__ void __launch_bounds__(kSumThreads* kSumRows)
   using Sum = typename Total<T>::type;
   Sum sum[4] = {};
   wait_for_kernel_before();
-#pragma unroll 8
-  for (unsigned row = threadIdx.y; channel < p.dim && row < p.ctas; row += kSumRows) {
-    const float4 part = *reinterpret_cast<const float4*>(partials + static_cast<int64>(row) * p.dim);
-    sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
+  if (channel < p.dim) {
+    add_rows<8, kSumRows>(
+        threadIdx.y, static_cast<int>(p.ctas),
+        [&](int cta) { return *reinterpret_cast<const float4*>(partials + static_cast<int64>(cta) * p.dim); },
+        [&](const float4& part) { sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w; });
   }
   __shared__ Sum sums[kSumRows][kSumThreads * 4];
 #pragma unroll

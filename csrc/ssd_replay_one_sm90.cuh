@@ -126,6 +126,8 @@ __global__ void __maxnreg__(kN == 256 ? 255 : 160) ssd_replay_one_kernel(const _
     init_barrier(shared_address(&copied), 1);
     fence_barrier_init();
   }
+  let_next_kernel_start();
+  wait_for_kernel_before();
   int slot = b;
   if (p.slots != nullptr) slot = p.slots[static_cast<int64>(b) * p.slots_stride];
   const int dropped = p.rollback == nullptr ? 0 : max(p.rollback[static_cast<int64>(b) * p.rollback_stride], 0);

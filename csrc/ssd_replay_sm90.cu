@@ -14,18 +14,19 @@ void launch(const SsdReplayParams& p, const SsdReplayArgs& a, Target target) {
   const dim3 grid(p.nheads / p.heads, a.batch);
   constexpr auto kernel = ssd_replay_kernel<State, kDstate, kRows, kItem, kStochastic>;
   allow_shared_memory<kernel>(shared, target.device);
-  kernel<<<grid, 32 * a.warps, shared, reinterpret_cast<cudaStream_t>(target.stream)>>>(p);
-  check(cudaGetLastError(), "ssd_replay_kernel");
+  launch_early(+kernel, grid, dim3(32 * a.warps), reinterpret_cast<cudaStream_t>(target.stream), p, "ssd_replay_kernel",
+               shared);
 }
 
 template <typename State, int kDstate, bool kStochastic>
 void launch_one(const SsdReplayParams& p, const SsdReplayArgs& a, Target target) {
   const dim3 grid((p.headdim + kOneRows - 1) / kOneRows, p.nheads, a.batch);
   constexpr auto kernel = ssd_replay_one_kernel<State, kDstate, kStochastic>;
-  allow_shared_memory<kernel>(kOneShared<State, kDstate>, target.device);
+  constexpr int kShared = kOneShared<State, kDstate>;
+  allow_shared_memory<kernel>(kShared, target.device);
   prefer_shared_memory<kernel>(100, target.device);
-  kernel<<<grid, 32, kOneShared<State, kDstate>, reinterpret_cast<cudaStream_t>(target.stream)>>>(p);
-  check(cudaGetLastError(), "ssd_replay_one_kernel");
+  launch_early(+kernel, grid, dim3(32), reinterpret_cast<cudaStream_t>(target.stream), p, "ssd_replay_one_kernel",
+               kShared);
 }
 
 template <typename State, int kDstate, int kRows, int kItem>

@@ -18,6 +18,7 @@
 #pragma once
 
 #include "common/async_copies.cuh"
+#include "common/hopper.cuh"
 #include "common/ssd_step.cuh"
 
 namespace hybrid_ops {
@@ -187,6 +188,8 @@ __global__ void __maxnreg__(kRows == 16 ? 128 : 160) ssd_replay_kernel(const __g
   float* const old_B = scores + T * kMaxTokens;
   float* const inputs = old_B + kMaxCapacity * (kN + warp * L::kTile);
 
+  let_next_kernel_start();
+  wait_for_kernel_before();
   int slot = b;
   if (p.slots != nullptr) slot = p.slots[static_cast<int64>(b) * p.slots_stride];
   const int dropped = p.rollback == nullptr ? 0 : max(p.rollback[static_cast<int64>(b) * p.rollback_stride], 0);
