@@ -14,7 +14,6 @@
 #include "common/async_copies.cuh"
 #include "common/conv1d.cuh"
 #include "common/hopper.cuh"
-#include "common/partial_sums.cuh"
 
 namespace hybrid_ops {
 
@@ -323,6 +322,7 @@ __global__ void __launch_bounds__(kBwdThreads, kBwdCtas) conv1d_bwd_kernel(const
 
 inline constexpr int kSumThreads = 32;  // beside each other, 16 bytes of channels each
 inline constexpr int kSumRows = 16;
+inline constexpr int kSumAtOnce = 8;  // rows that a thread has under way: nearly all it has
 
 // dweight and dbias: the sums of all CTAs of the kernel before. Warp w of a block adds rows w, w + kSumRows, .. and
 // then the warps are added, by a thread a channel.
@@ -336,10 +336,17 @@ __global__ void __launch_bounds__(kSumThreads* kSumRows)
   Sum sum[4] = {};
   wait_for_kernel_before();
   if (channel < p.dim) {
-    add_rows<8, kSumRows>(
-        threadIdx.y, static_cast<int>(p.ctas),
-        [&](int cta) { return *reinterpret_cast<const float4*>(partials + static_cast<int64>(cta) * p.dim); },
-        [&](const float4& part) { sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w; });
+#pragma unroll 1
+    for (unsigned first = threadIdx.y; first < p.ctas; first += kSumAtOnce * kSumRows) {
+      float4 parts[kSumAtOnce] = {};
+#pragma unroll
+      for (int i = 0; i < kSumAtOnce; ++i) {
+        const unsigned row = first + i * kSumRows;
+        if (row < p.ctas) parts[i] = *reinterpret_cast<const float4*>(partials + static_cast<int64>(row) * p.dim);
+      }
+#pragma unroll
+      for (const float4& part : parts) sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
+    }
   }
   __shared__ Sum sums[kSumRows][kSumThreads * 4];
 #pragma unroll

@@ -7,7 +7,6 @@
 #pragma once
 
 #include "common/norm.cuh"
-#include "common/partial_sums.cuh"
 
 namespace hybrid_ops {
 
@@ -160,9 +159,8 @@ __global__ void __launch_bounds__(kSumFeatures* kSumRows) norm_dweight_kernel(co
   wait_for_kernel_before();
   float sum = 0.f;
   if (feature < p.hidden) {
-    add_rows<16, kSumRows>(
-        threadIdx.y, p.step, [&](int cta) { return p.partials[cta * p.hidden + feature]; },
-        [&](float part) { sum += part; });
+#pragma unroll 8
+    for (int i = threadIdx.y; i < p.step; i += kSumRows) sum += p.partials[i * p.hidden + feature];
   }
   __shared__ float sums[kSumRows][kSumFeatures];
   sums[threadIdx.y][threadIdx.x] = sum;
