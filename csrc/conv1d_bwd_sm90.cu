@@ -46,26 +46,25 @@ void conv1d_bwd(const Conv1dBwdArgs& a, Target target) {
   };
   if (p.dim == 0) return;
   const std::int64_t columns = kBwdRowBytes / itemsize;
-  if (a.in_boxes && ctas > 0) {
-    const int width = static_cast<int>(a.width);
-    const auto boxes = [&](std::uintptr_t data, const std::array<std::int64_t, 2>& strides, std::int64_t tokens) {
-      return tensor_map(data, a.dtype, {a.rows, row_tokens, 1, a.dim}, {strides[0], strides[1], 0},
-                        {.tokens = tokens, .columns = columns, .swizzled = false});
-    };
-    p.in_boxes = true;
-    p.x_map = boxes(a.x, a.x_strides, bwd_x_rows(width));
-    p.dy_map = boxes(a.dy, a.dy_strides, bwd_dy_rows(width));
-  }
   const dim3 grid = conv1d_grid((p.dim + columns - 1) / columns, ctas);
   const unsigned state_blocks = p.dinitial_states == nullptr ? 0 : conv1d_blocks(static_cast<int64>(p.nseq) * p.dim);
   const DeviceGuard guard(target.device);
   const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
   const auto run = [&]<typename T, int kWidth, bool kSilu, bool kPacked>() {
     if (grid.y > 0) {
+      using Memory = BwdMemory<kWidth>;
+      if (a.in_boxes) {
+        const auto map = [&](std::uintptr_t data, const std::array<std::int64_t, 2>& strides, std::int64_t tokens) {
+          return tensor_map(data, a.dtype, {a.rows, row_tokens, 1, a.dim}, {strides[0], strides[1], 0},
+                            {.tokens = tokens, .columns = columns, .swizzled = false});
+        };
+        p.in_boxes = true;
+        p.x_map = map(a.x, a.x_strides, Memory::kXRows);
+        p.dy_map = map(a.dy, a.dy_strides, Memory::kDyRows);
+      }
       constexpr auto kernel = conv1d_bwd_kernel<T, kWidth, kSilu, kPacked>;
-      constexpr int kBytes = bwd_shared_bytes(kWidth);
-      allow_shared_memory<kernel>(kBytes, target.device);
-      launch_early(+kernel, grid, dim3(kBwdThreads), stream, p, "conv1d_bwd_kernel", kBytes);
+      allow_shared_memory<kernel>(Memory::kBytes, target.device);
+      launch_early(+kernel, grid, dim3(kBwdThreads), stream, p, "conv1d_bwd_kernel", Memory::kBytes);
     }
     const dim3 sums((p.dim + 4 * kSumThreads - 1) / (4 * kSumThreads), kWidth + (p.dbias != nullptr));
     launch_early(conv1d_bwd_sum_kernel<T, kWidth>, sums, dim3(kSumThreads, kSumRows), stream, p,

@@ -79,10 +79,12 @@ struct BwdTile {
 
 // Shared memory: tokens of x, from the first one's history to the last one that a ds beyond the tile sees; those of dy;
 // and the barrier that says they are there.
-constexpr int bwd_x_rows(int width) { return kBwdTokens + 2 * (width - 1); }
-constexpr int bwd_dy_rows(int width) { return kBwdTokens + width - 1; }
-constexpr int bwd_tile_bytes(int width) { return (bwd_x_rows(width) + bwd_dy_rows(width)) * kBwdRowBytes; }
-constexpr int bwd_shared_bytes(int width) { return bwd_tile_bytes(width) + 8; }
+template <int kWidth>
+struct BwdMemory {
+  static constexpr int kXRows = kBwdTokens + 2 * (kWidth - 1), kDyRows = kBwdTokens + kWidth - 1;
+  static constexpr int kDy = kXRows * kBwdRowBytes, kTile = kDy + kDyRows * kBwdRowBytes;  // where they begin and end
+  static constexpr int kBytes = kTile + 8;
+};
 
 // Of the sums of all CTAs. As float32 they lose digits where there are many, which 16-bit results do not show.
 template <typename T>
@@ -104,8 +106,7 @@ __device__ __forceinline__ void store_pair_if(bool condition, T* pointer, const 
 // Elements `index`, which is even, and the next one.
 template <typename T>
 __device__ __forceinline__ float2 load_pair(const void* parameter, int64 index) {
-  using Words = std::conditional_t<sizeof(T) == 4, uint2, unsigned>;
-  const Words words = reinterpret_cast<const Words*>(static_cast<const T*>(parameter) + index)[0];
+  const auto words = *reinterpret_cast<const Vector<T, 2>*>(static_cast<const T*>(parameter) + index);
   const unsigned* bits = reinterpret_cast<const unsigned*>(&words);
   return make_float2(element<T>(bits, 0), element<T>(bits, 1));
 }
@@ -127,9 +128,35 @@ __device__ __forceinline__ void copy_rows(unsigned target, const char* source, i
   }
 }
 
+// A tile that begins with this token and channel of a row, on its way to `memory`.
+template <typename T, int kWidth>
+__device__ __forceinline__ void copy_tile(const Conv1dBwdParams& p, unsigned memory, int row, int token, int channel) {
+  using Memory = BwdMemory<kWidth>;
+  constexpr int kHistory = kWidth - 1;
+  if (p.in_boxes) {
+    if (threadIdx.x > 0) return;
+    const unsigned loaded = memory + Memory::kTile;
+    init_barrier(loaded, 1);
+    fence_barrier_init();
+    arrive_expecting(loaded, Memory::kTile);
+    load_box(memory, p.x_map, loaded, channel, 0, token - kHistory, row);
+    load_box(memory + Memory::kDy, p.dy_map, loaded, channel, 0, token, row);
+  } else {
+    const int64 x_stride = p.x_token_stride, dy_stride = p.dy_token_stride;
+    const T* x = static_cast<const T*>(p.x) + row * p.x_batch_stride + (token - kHistory) * x_stride + channel;
+    const T* dy = static_cast<const T*>(p.dy) + row * p.dy_batch_stride + token * dy_stride + channel;
+    const int row_bytes = (p.dim - channel) * static_cast<int>(sizeof(T));
+    const int to = min(kBwdTokens + kHistory, p.row_tokens - token);
+    copy_rows(memory, reinterpret_cast<const char*>(x), x_stride * sizeof(T), token == 0 ? kHistory : 0, to + kHistory,
+              row_bytes);
+    copy_rows(memory + Memory::kDy, reinterpret_cast<const char*>(dy), dy_stride * sizeof(T), 0, to, row_bytes);
+  }
+}
+
 template <typename T, int kWidth, bool kSilu, bool kPacked>
 __global__ void __launch_bounds__(kBwdThreads, kBwdCtas) conv1d_bwd_kernel(const __grid_constant__ Conv1dBwdParams p) {
   using Tile = BwdTile<T>;
+  using Memory = BwdMemory<kWidth>;
   constexpr int kHistory = kWidth - 1, kChannels = kBwdChannels, kWords = kChannels * sizeof(T) / 4;
   extern __shared__ __align__(128) uint4 tile_memory[];
 
@@ -142,24 +169,8 @@ __global__ void __launch_bounds__(kBwdThreads, kBwdCtas) conv1d_bwd_kernel(const
   const int64 dx_stride = p.dx_token_stride;
 
   wait_for_kernel_before();
-  const unsigned x_tile = shared_address(tile_memory), dy_tile = x_tile + bwd_x_rows(kWidth) * kBwdRowBytes;
-  const unsigned loaded = x_tile + bwd_tile_bytes(kWidth);
-  if (!p.in_boxes) {
-    const int64 x_stride = p.x_token_stride, dy_stride = p.dy_token_stride;
-    const T* x = static_cast<const T*>(p.x) + row * p.x_batch_stride + (tile - kHistory) * x_stride + left;
-    const T* dy = static_cast<const T*>(p.dy) + row * p.dy_batch_stride + tile * dy_stride + left;
-    const int row_bytes = (p.dim - left) * static_cast<int>(sizeof(T));
-    const int to = min(kBwdTokens + kHistory, p.row_tokens - tile);
-    copy_rows(x_tile, reinterpret_cast<const char*>(x), x_stride * sizeof(T), tile == 0 ? kHistory : 0, to + kHistory,
-              row_bytes);
-    copy_rows(dy_tile, reinterpret_cast<const char*>(dy), dy_stride * sizeof(T), 0, to, row_bytes);
-  } else if (threadIdx.x == 0) {
-    init_barrier(loaded, 1);
-    fence_barrier_init();
-    arrive_expecting(loaded, bwd_tile_bytes(kWidth));
-    load_box(x_tile, p.x_map, loaded, left, 0, tile - kHistory, row);
-    load_box(dy_tile, p.dy_map, loaded, left, 0, tile, row);
-  }
+  const unsigned x_tile = shared_address(tile_memory), dy_tile = x_tile + Memory::kDy;
+  copy_tile<T, kWidth>(p, x_tile, row, tile, left);
 
   const int lane = threadIdx.x % Tile::kLanes, group = threadIdx.x / Tile::kLanes;
   const bool is_channel = left + kChannels * lane < p.dim;
@@ -183,7 +194,7 @@ __global__ void __launch_bounds__(kBwdThreads, kBwdCtas) conv1d_bwd_kernel(const
   }
   wait_for_copies();
   __syncthreads();
-  if (p.in_boxes) wait(loaded, 0);
+  if (p.in_boxes) wait(x_tile + Memory::kTile, 0);
 
   float sums[kWidth + 1][kChannels] = {};  // of the weights, then of the bias
   if (first < last) {
@@ -304,7 +315,7 @@ __global__ void __launch_bounds__(kBwdThreads, kBwdCtas) conv1d_bwd_kernel(const
   // a thread for each pair of sums of the tile adds those of all groups, in their order, which lie where tokens were
   __syncthreads();
   auto& sums_of_groups = reinterpret_cast<float2(&)[Tile::kGroups][kWidth + 1][Tile::kLanes]>(tile_memory[0]);
-  static_assert(sizeof(sums_of_groups) <= bwd_tile_bytes(kWidth));
+  static_assert(sizeof(sums_of_groups) <= Memory::kTile);
 #pragma unroll
   for (int k = 0; k <= kWidth; ++k) sums_of_groups[group][k][lane] = make_float2(sums[k][0], sums[k][1]);
   __syncthreads();

@@ -87,7 +87,7 @@ def test_conv1d_backward_in_tiles_gpu(form, dtype, dim):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("layout", ["channel_first", "expanded", "odd"])
+@pytest.mark.parametrize("layout", ["channel_first", "expanded", "same_for_all_tokens", "odd"])
 def test_conv1d_backward_of_any_dy_gpu(layout):
     """Gradients that arrive in strides that the CUDA kernel does not read."""
     for_cuda(PLAIN)
@@ -96,6 +96,7 @@ def test_conv1d_backward_of_any_dy_gpu(layout):
     dy = {
         "channel_first": torch.randn(2, 8, 30, device="cuda").transpose(1, 2),
         "expanded": torch.randn(2, 30, 1, device="cuda").expand(2, 30, 8),
+        "same_for_all_tokens": torch.randn(2, 1, 8, device="cuda").expand(2, 30, 8),
         "odd": torch.randn(2, 30, 9, device="cuda")[..., 1:],
     }[layout]
     results = []

@@ -14,6 +14,10 @@ inline constexpr int kPerVector = 4;
 template <int kBytes>
 struct WordsOf;
 template <>
+struct WordsOf<4> {
+  using type = unsigned;
+};
+template <>
 struct WordsOf<8> {
   using type = uint2;
 };
@@ -21,7 +25,7 @@ template <>
 struct WordsOf<16> {
   using type = uint4;
 };
-// The bits of four elements, or of eight of 16 bits: 8 bytes or 16.
+// The bits of four elements, or of two, or of eight of 16 bits: 4 bytes to 16.
 template <typename T, int kCount = kPerVector>
 using Vector = typename WordsOf<kCount * sizeof(T)>::type;
 

@@ -176,6 +176,7 @@ def conv1d_bwd(
     ctas = rows * -(-tokens // _BWD_TOKENS)
     partials = x.new_empty((width + 1) * ctas * dim, dtype=torch.float32)
     in_boxes = alignment(x, dy) >= 16 and dim * x.element_size() % 16 == 0
+    in_boxes = in_boxes and all(t.shape[i] == 1 or t.stride(i) > 0 for t in (x, dy) for i in (0, 1))  # TMA has no 0
     tensors = (
         dy,
         x,
