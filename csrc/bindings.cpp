@@ -95,6 +95,42 @@ PYBIND11_MODULE(_cuda, m) {
           "Fill y and the states; tensors in the order of Conv1dTensors in api.h, None where absent.",
           py::arg("tensors"), py::arg("device"), py::arg("stream"));
 
+  py::class_<Conv1dBwdArgs>(m, "Conv1dBwd", "Its gradients; the groups hold what Conv1dBwdArgs in api.h names.")
+      .def(py::init([](std::array<int, 4> dtypes, std::array<std::int64_t, 6> sizes,
+                       std::array<std::array<std::int64_t, 2>, 3> strides,
+                       std::array<std::array<std::int64_t, 3>, 3> state_strides, bool silu, bool in_boxes) {
+             const auto [batch, seqlen, dim, width, nseq, rows] = sizes;
+             return Conv1dBwdArgs{
+                 .dtype = DType(dtypes[0]),
+                 .weight_dtype = DType(dtypes[1]),
+                 .bias_dtype = DType(dtypes[2]),
+                 .states_dtype = DType(dtypes[3]),
+                 .batch = batch,
+                 .seqlen = seqlen,
+                 .dim = dim,
+                 .width = width,
+                 .nseq = nseq,
+                 .rows = rows,
+                 .dy_strides = strides[0],
+                 .x_strides = strides[1],
+                 .dx_strides = strides[2],
+                 .initial_strides = state_strides[0],
+                 .dfinal_strides = state_strides[1],
+                 .dinitial_strides = state_strides[2],
+                 .silu = silu,
+                 .in_boxes = in_boxes,
+             };
+           }),
+           py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("state_strides"), py::arg("silu"),
+           py::arg("in_boxes"))
+      .def(
+          "__call__",
+          [](const Conv1dBwdArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
+            conv1d_bwd(args, addresses<Conv1dBwdTensors>(tensors), {device, stream});
+          },
+          "Fill dx, dweight, and dbias and dinitial_states where given; tensors in the order of Conv1dBwdTensors.",
+          py::arg("tensors"), py::arg("device"), py::arg("stream"));
+
   py::class_<SsdArgs>(m, "SsdScan", "The forward of an SSD scan for tensors of given shapes: call it with them.")
       .def(py::init([](std::array<int, 6> dtypes, std::array<std::int64_t, 10> sizes,
                        std::array<std::array<std::int64_t, 3>, 7> strides, std::int64_t dt_bias_stride,
@@ -401,53 +437,6 @@ PYBIND11_MODULE(_cuda, m) {
           },
           "Fill dx, dweight, and dz or dresidual where given; partials: (config's CTAs, hidden) float32.",
           py::arg("tensors"), py::arg("device"), py::arg("stream"));
-
-  m.def(
-      "conv1d_bwd",
-      [](std::array<std::uintptr_t, 12> pointers, std::array<int, 4> dtypes, std::array<std::int64_t, 6> sizes,
-         std::array<std::array<std::int64_t, 2>, 3> strides, std::array<std::array<std::int64_t, 3>, 3> state_strides,
-         bool silu, bool in_boxes, int device, std::uintptr_t stream) {
-        const auto [dy, x, weight, bias, initial_states, dfinal_states, dx, dweight, dbias, dinitial_states, partials,
-                    cu_seqlens] = pointers;
-        const auto [batch, seqlen, dim, width, nseq, rows] = sizes;
-        const Conv1dBwdArgs args{
-            .dy = dy,
-            .x = x,
-            .weight = weight,
-            .bias = bias,
-            .initial_states = initial_states,
-            .dfinal_states = dfinal_states,
-            .dx = dx,
-            .dweight = dweight,
-            .dbias = dbias,
-            .dinitial_states = dinitial_states,
-            .partials = partials,
-            .cu_seqlens = cu_seqlens,
-            .dtype = DType(dtypes[0]),
-            .weight_dtype = DType(dtypes[1]),
-            .bias_dtype = DType(dtypes[2]),
-            .states_dtype = DType(dtypes[3]),
-            .batch = batch,
-            .seqlen = seqlen,
-            .dim = dim,
-            .width = width,
-            .nseq = nseq,
-            .rows = rows,
-            .dy_strides = strides[0],
-            .x_strides = strides[1],
-            .dx_strides = strides[2],
-            .initial_strides = state_strides[0],
-            .dfinal_strides = state_strides[1],
-            .dinitial_strides = state_strides[2],
-            .silu = silu,
-            .in_boxes = in_boxes,
-        };
-        conv1d_bwd(args, {device, stream});
-      },
-      "Fill dx, dweight, and dbias and dinitial_states where given; the groups hold what Conv1dBwdArgs in api.h names, "
-      "in its order.",
-      py::arg("pointers"), py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("state_strides"),
-      py::arg("silu"), py::arg("in_boxes"), py::arg("device"), py::arg("stream"));
 
   m.def("cutlass_version", &cutlass_version, "Version of the CUTLASS headers that the extension was built with.");
   m.def("scale_offset_128x4", &scale_offset_128x4,

@@ -6,23 +6,23 @@
 
 namespace hybrid_ops {
 
-void conv1d_bwd(const Conv1dBwdArgs& a, Target target) {
+void conv1d_bwd(const Conv1dBwdArgs& a, const Conv1dBwdTensors& t, Target target) {
   const std::int64_t row_tokens = a.rows == 0 ? 0 : a.batch * a.seqlen / a.rows;
   const std::int64_t tiles = (row_tokens + kBwdTokens - 1) / kBwdTokens, ctas = tiles * a.rows;
   const std::int64_t itemsize = a.dtype == DType::float32 ? 4 : 2;
   Conv1dBwdParams p{
-      .dy = reinterpret_cast<const void*>(a.dy),
-      .x = reinterpret_cast<const void*>(a.x),
-      .weight = reinterpret_cast<const void*>(a.weight),
-      .bias = reinterpret_cast<const void*>(a.bias),
-      .initial_states = reinterpret_cast<const void*>(a.initial_states),
-      .dfinal_states = reinterpret_cast<const void*>(a.dfinal_states),
-      .dx = reinterpret_cast<void*>(a.dx),
-      .dweight = reinterpret_cast<void*>(a.dweight),
-      .dbias = reinterpret_cast<void*>(a.dbias),
-      .dinitial_states = reinterpret_cast<void*>(a.dinitial_states),
-      .partials = reinterpret_cast<void*>(a.partials),
-      .cu_seqlens = reinterpret_cast<const int*>(a.cu_seqlens),
+      .dy = reinterpret_cast<const void*>(t.dy),
+      .x = reinterpret_cast<const void*>(t.x),
+      .weight = reinterpret_cast<const void*>(t.weight),
+      .bias = reinterpret_cast<const void*>(t.bias),
+      .initial_states = reinterpret_cast<const void*>(t.initial_states),
+      .dfinal_states = reinterpret_cast<const void*>(t.dfinal_states),
+      .dx = reinterpret_cast<void*>(t.dx),
+      .dweight = reinterpret_cast<void*>(t.dweight),
+      .dbias = reinterpret_cast<void*>(t.dbias),
+      .dinitial_states = reinterpret_cast<void*>(t.dinitial_states),
+      .partials = reinterpret_cast<void*>(t.partials),
+      .cu_seqlens = reinterpret_cast<const int*>(t.cu_seqlens),
       .dy_batch_stride = a.dy_strides[0],
       .x_batch_stride = a.x_strides[0],
       .dx_batch_stride = a.dx_strides[0],
@@ -59,8 +59,8 @@ void conv1d_bwd(const Conv1dBwdArgs& a, Target target) {
                             {.tokens = tokens, .columns = columns, .swizzled = false});
         };
         p.in_boxes = true;
-        p.x_map = map(a.x, a.x_strides, Memory::kXRows);
-        p.dy_map = map(a.dy, a.dy_strides, Memory::kDyRows);
+        p.x_map = map(t.x, a.x_strides, Memory::kXRows);
+        p.dy_map = map(t.dy, a.dy_strides, Memory::kDyRows);
       }
       constexpr auto kernel = conv1d_bwd_kernel<T, kWidth, kSilu, kPacked>;
       allow_shared_memory<kernel>(Memory::kBytes, target.device);

@@ -145,7 +145,7 @@ def _check(
     final = _empty_final_states(x, initial_states, nseq, width, "meta") if return_final_states else None
     states = _states(initial_states, final, conv_state, read_slots, write_slots)
     small = (cu_seqlens, read_slots, write_slots)
-    if not _csrc_conv1d.is_dense(weight, bias, *small) or _choice(impl, x, weight, bias, y, *states, seq_idx) != "cuda":
+    if not _csrc_conv1d.is_dense(weight, bias, *small) or _choice(x, weight, bias, y, *states, seq_idx, impl) != "cuda":
         return nseq, None
     launch = _csrc_conv1d.make_launch(x, weight, bias, states[0], y, states[1], *small, activation == "silu", null_slot)
 
@@ -233,8 +233,8 @@ def _choose(
     return Choice(chosen, kernels.config(x.element_size(), channel_last)._asdict(), reason)
 
 
+@_checks.remembered
 def _choice(
-    impl: str,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -242,6 +242,7 @@ def _choice(
     history: Tensor | None,
     state: Tensor | None,
     seq_idx: Tensor | None,
+    impl: str,
 ) -> str:
     refusal = None
     if x.is_cuda and impl in ("auto", "cuda"):
@@ -278,7 +279,7 @@ def _conv1d_fwd(
     impl: str,
 ) -> None:
     history, state = _states(initial_states, final_states, conv_state, read_slots, write_slots)
-    chosen = _choice(impl, x, weight, bias, y, history, state, seq_idx)
+    chosen = _choice(x, weight, bias, y, history, state, seq_idx, impl)
     if chosen == "cuda":
         _csrc_conv1d.conv1d(x, weight, bias, y, history, state, read_slots, write_slots, cu_seqlens, silu, null_slot)
         return
@@ -325,7 +326,7 @@ def _conv1d_bwd(
     silu: bool,
     impl: str,
 ) -> None:
-    if x.is_cuda and _choice(impl, x, weight, bias, dx, initial_states, dfinal, seq_idx) == "cuda":
+    if x.is_cuda and _choice(x, weight, bias, dx, initial_states, dfinal, seq_idx, impl) == "cuda":
         _csrc_conv1d.conv1d_bwd(
             dy, dfinal, x, weight, bias, initial_states, cu_seqlens, dx, dweight, dbias, dinitial, silu
         )

@@ -266,7 +266,7 @@ def _norm_bwd(
     norm_before_gate: bool,
     impl: str,
 ) -> None:
-    chosen = _bwd_choice(impl, x, z, weight, dx, group_size)
+    chosen = _bwd_choice(x, z, weight, dx, group_size, impl)
     if chosen == "cuda":
         if dh is not None:
             dh = _csrc_norm.in_rows(dh)
@@ -286,7 +286,8 @@ def _norm_bwd(
             target.copy_(result)
 
 
-def _bwd_choice(impl: str, x: Tensor, z: Tensor | None, weight: Tensor, dx: Tensor, group_size: int) -> str:
+@_checks.remembered
+def _bwd_choice(x: Tensor, z: Tensor | None, weight: Tensor, dx: Tensor, group_size: int, impl: str) -> str:
     """As `_choice` of the forward, whose x had the dtype of dx, and of the residual stream that of this x."""
     refusal = None
     if x.is_cuda and impl in ("auto", "cuda"):

@@ -105,7 +105,7 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::conv1d_bwd_states_kernel<__half, 3, true>",
     ],
 }
-HOST_HEADERS = {"common/launch.cuh", "common/conv1d_dispatch.cuh", "common/norm_dispatch.cuh"}
+HOST_HEADERS = {"common/tensor_map.cuh", "common/launch.cuh", "common/conv1d_dispatch.cuh", "common/norm_dispatch.cuh"}
 
 
 def headers():

@@ -32,15 +32,18 @@ struct Conv1dTensors {
 };
 
 struct Conv1dBwdArgs {
-  std::uintptr_t dy, x, weight, bias, initial_states, dfinal_states, dx, dweight, dbias, dinitial_states, partials,
-      cu_seqlens;
   DType dtype, weight_dtype, bias_dtype, states_dtype;
   std::int64_t batch, seqlen, dim, width, nseq;
-  std::int64_t rows;  // that runs are cut from: batch, or 1 where all batch rows lie behind each other
+  std::int64_t rows;  // that tiles are cut from: batch, or 1 where all batch rows lie behind each other
   std::array<std::int64_t, 2> dy_strides, x_strides, dx_strides;                  // batch, token
   std::array<std::int64_t, 3> initial_strides, dfinal_strides, dinitial_strides;  // sequence, channel, column
   bool silu;
   bool in_boxes;  // rows of x and dy begin at multiples of 16 bytes, and have whole ones; else of 8
+};
+
+struct Conv1dBwdTensors {
+  std::uintptr_t dy, x, weight, bias, initial_states, dfinal_states, dx, dweight, dbias, dinitial_states, cu_seqlens,
+      partials;
 };
 
 // What an SSD scan is made of, but for the addresses: made once for all calls of a kind.
@@ -197,7 +200,7 @@ void ssd_replay(const SsdReplayArgs& args, const SsdReplayPointers& pointers, Ta
 void mamba2_step(const Mamba2StepArgs& args, const Mamba2StepPointers& pointers, Target target);
 
 // conv1d_bwd_sm90.cu
-void conv1d_bwd(const Conv1dBwdArgs& args, Target target);
+void conv1d_bwd(const Conv1dBwdArgs& args, const Conv1dBwdTensors& tensors, Target target);
 
 // cutlass_layouts.cu
 std::string cutlass_version();

@@ -161,44 +161,52 @@ def conv1d_bwd(
 
     The forward has taken the problem; a `dy` whose strides the kernel does not take is copied.
     """
-    extension = _device.cuda_extension()
-    assert extension is not None  # `choose` has seen it
-    batch, seqlen, dim = x.shape
-    width = weight.shape[1]
-    index = x.device.index
     if dy.stride(2) != 1 or not _in_vectors(dy) or dy.stride(1) >= 2**32:
         dy = dy.contiguous()
+    bias = None if bias is None else _aligned(bias)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    tensors = (dy, x, _aligned(weight), bias, history, dfinal, dx, dweight, dbias, dhistory, cu_seqlens)
+    make_bwd_launch(*tensors, silu)(tensors)
+
+
+@_checks.remembered
+def make_bwd_launch(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    history: Tensor | None,
+    dfinal: Tensor | None,
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor | None,
+    dhistory: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> Callable[[tuple[Tensor | None, ...]], None]:
+    """As `make_launch`, of the backward."""
+    extension = _device.cuda_extension()
+    assert extension is not None  # `choose` has seen it
+    (batch, seqlen, dim), width, device = x.shape, weight.shape[1], x.device
     nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     some_states = history if history is not None else dfinal
     one_row = cu_seqlens is None and batch * seqlen < _MOST_TOKENS
     one_row = one_row and all(t.stride(0) == seqlen * t.stride(1) for t in (dy, x, dx))
     rows, tokens = (1, batch * seqlen) if one_row else (batch, seqlen)
-    ctas = rows * -(-tokens // _BWD_TOKENS)
-    partials = x.new_empty((width + 1) * ctas * dim, dtype=torch.float32)
     in_boxes = alignment(x, dy) >= 16 and dim * x.element_size() % 16 == 0
     in_boxes = in_boxes and all(t.shape[i] == 1 or t.stride(i) > 0 for t in (x, dy) for i in (0, 1))  # TMA has no 0
-    tensors = (
-        dy,
-        x,
-        _aligned(weight),
-        None if bias is None else _aligned(bias),
-        history,
-        dfinal,
-        dx,
-        dweight,
-        dbias,
-        dhistory,
-        partials,
-        None if cu_seqlens is None else cu_seqlens.contiguous(),
+    launch = extension.Conv1dBwd(
+        dtypes=tuple(DTYPES[(x if t is None else t).dtype] for t in (x, weight, bias, some_states)),
+        sizes=(batch, seqlen, dim, width, nseq, rows),
+        strides=tuple(t.stride()[:2] for t in (dy, x, dx)),
+        state_strides=tuple((0, 0, 0) if t is None else t.stride() for t in (history, dfinal, dhistory)),
+        silu=silu,
+        in_boxes=in_boxes,
     )
-    extension.conv1d_bwd(
-        tuple(0 if t is None else t.data_ptr() for t in tensors),
-        tuple(DTYPES[(x if t is None else t).dtype] for t in (x, weight, bias, some_states)),
-        (batch, seqlen, dim, width, nseq, rows),
-        tuple(t.stride()[:2] for t in (dy, x, dx)),
-        tuple((0, 0, 0) if t is None else t.stride() for t in (history, dfinal, dhistory)),
-        silu,
-        in_boxes,
-        index,
-        torch._C._cuda_getCurrentRawStream(index),
-    )
+    partials = (width + 1) * rows * -(-tokens // _BWD_TOKENS) * dim
+
+    def run(tensors: tuple[Tensor | None, ...]) -> None:
+        sums = torch.empty(partials, dtype=torch.float32, device=device)
+        launch((*tensors, sums), device.index, torch._C._cuda_getCurrentRawStream(device.index))
+
+    return run
