@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import hybrid_ops
-from hybrid_ops.conv1d import _conv1d_bwd_op
+from hybrid_ops.conv1d import _gradients
 
 from . import peers
 from .cases import DECODE, MIXERS, PREFILL, SHARDS, Case, Tensors, decode, float32, mixer_of, prefill, randn, sharded
@@ -107,10 +107,7 @@ def conv1d_bwd(model: str, seqlen: int, batch: int, tp: int = 1, *, strided: boo
         }
 
     def call(t: Tensors, impl: str) -> Tensors:
-        dx, dweight, dbias = (torch.empty_like(t[name]) for name in ("dy", "weight", "bias"))
-        _conv1d_bwd_op(  # as the library itself calls it, past the dispatcher
-            t["dy"], None, t["x"], t["weight"], t["bias"], None, None, None, dx, dweight, dbias, None, True, impl
-        )
+        dx, dweight, dbias, _ = _gradients(t["dy"], None, t["x"], t["weight"], t["bias"], None, None, None, True, impl)
         return {"dx": dx, "dweight": dweight, "dbias": dbias[None]}
 
     return Case(

@@ -346,6 +346,62 @@ _conv1d_bwd_op = define(
 )
 
 
+@_checks.remembered
+def _bwd_run(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor | None,
+    dinitial: Tensor | None,
+    silu: bool,
+    impl: str,
+) -> Callable[..., None] | None:
+    """The CUDA kernel's launch, where that is what a plain call of the operator comes to."""
+    if not _checks.eager_on_gpu(dy) or _choice(x, weight, bias, dx, initial_states, dfinal, seq_idx, impl) != "cuda":
+        return None
+    if not _csrc_conv1d.is_readable(dy) or not _csrc_conv1d.is_dense(weight, bias, cu_seqlens):
+        return None
+    launch = _csrc_conv1d.make_bwd_launch(
+        dy, x, weight, bias, initial_states, dfinal, dx, dweight, dbias, dinitial, cu_seqlens, silu
+    )
+
+    def run(*arguments: Any) -> None:
+        dy, dfinal, x, weight, bias, initial, _, cu_seqlens, *gradients = arguments[:12]
+        launch((dy, x, weight, bias, initial, dfinal, *gradients, cu_seqlens))
+
+    return run
+
+
+def _gradients(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+    impl: str,
+) -> tuple[Tensor | None, ...]:
+    """Of x, weight, bias and initial_states."""
+    dx = _empty_in_order_of(x)
+    dweight = weight.new_empty(*weight.shape)
+    dbias = None if bias is None else bias.new_empty(*bias.shape)
+    dinitial = None if initial_states is None else initial_states.new_empty(*initial_states.shape)
+    given = (dy, dfinal, x, weight, bias, initial_states, seq_idx, cu_seqlens)
+    arguments = (*given, dx, dweight, dbias, dinitial, silu, impl)
+    _conv1d_bwd_op(*arguments, run=_bwd_run(*arguments))
+    return dx, dweight, dbias, dinitial
+
+
 def _empty_in_order_of(x: Tensor, device: torch.device | str | None = None) -> Tensor:
     """Dense, its strides in the order of x's."""
     order, strides = [0, 1, 2], x.stride()
@@ -384,10 +440,5 @@ class _CausalConv1d(torch.autograd.Function):
         silu, impl = ctx.options
         if dy is None:
             dy = torch.zeros_like(x)
-        dx = _empty_in_order_of(x)
-        dweight = weight.new_empty(weight.shape)
-        dbias, dinitial = (None if t is None else t.new_empty(t.shape) for t in (bias, initial_states))
-        _conv1d_bwd_op(
-            dy, dfinal, x, weight, bias, initial_states, seq_idx, cu_seqlens, dx, dweight, dbias, dinitial, silu, impl
-        )
-        return dx, dweight, dbias, dinitial, *(None,) * 6
+        gradients = _gradients(dy, dfinal, x, weight, bias, initial_states, seq_idx, cu_seqlens, silu, impl)
+        return *gradients, *(None,) * 6

@@ -9,12 +9,13 @@ import numpy as np
 
 from .grouped_gemm import grouped_gemm
 from .minifloat import decode
+from .products import product
 from .quant_fp8 import TILES, per_element
 
 
 def fp8_gemm(a, b, *, bias=None, dtype=np.float64):
     """a (M, K), b (N, K) to (M, N)."""
-    y = fp8_values(a, dtype) @ fp8_values(b, dtype).T
+    y = product(fp8_values(a, dtype), fp8_values(b, dtype).T)
     return y if bias is None else y + np.asarray(bias, dtype)
 
 

@@ -11,12 +11,13 @@ import numpy as np
 from .gemm_fp8 import fp8_values
 from .grouped_gemm import grouped_gemm
 from .minifloat import decode
+from .products import product
 from .quant_nvfp4 import unpack, unswizzle_scales
 
 
 def nvfp4_gemm(a, b, *, bias=None, dtype=np.float64):
     """a (M, K), b (N, K) to (M, N)."""
-    y = values(a, dtype) @ nvfp4_values(b, dtype).T
+    y = product(values(a, dtype), nvfp4_values(b, dtype).T)
     return y if bias is None else y + np.asarray(bias, dtype)
 
 

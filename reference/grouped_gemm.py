@@ -8,6 +8,7 @@ Squared ReLU: So et al. 2021, "Primer"; the gated form: Shazeer 2020, "GLU Varia
 import numpy as np
 
 from .norm import silu, silu_grad
+from .products import product
 
 
 def grouped_gemm(a, b, offs, *, gather=None, activation=None, row_scale=None, dtype=np.float64):
@@ -19,7 +20,7 @@ def grouped_gemm(a, b, offs, *, gather=None, activation=None, row_scale=None, dt
     rows = a if gather is None else a[np.asarray(gather)]
     h = np.zeros((len(rows), b.shape[1]), dtype)
     for e, mine in enumerate(expert_rows(offs)):
-        h[mine] = rows[mine] @ b[e].T
+        h[mine] = product(rows[mine], b[e].T)
     y = activate(h, activation)
     return y if row_scale is None else y * np.asarray(row_scale, dtype)[:, None], h
 
@@ -51,8 +52,8 @@ def grouped_gemm_bwd(
     total = np.asarray(store(total), dtype)
     da, db = np.zeros_like(a), np.zeros_like(b)
     for e, mine in enumerate(expert_rows(offs)):
-        np.add.at(da, gather[mine], total[mine] @ b[e])
-        db[e] = total[mine].T @ a[gather[mine]]
+        np.add.at(da, gather[mine], product(total[mine], b[e]))
+        db[e] = product(total[mine].T, a[gather[mine]])
     return da, db, (activate(h, activation) * dy).sum(1)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from .conv1d import causal_conv1d
 from .moe import latent_moe
 from .norm import gated_rms_norm, rms_norm
+from .products import product
 from .ssd import ssd_chunk_scan
 
 
@@ -23,7 +24,7 @@ def forward(weights, config, input_ids, *, states=None, dt_limit=None, dtype=np.
     """
     w = {name: np.asarray(array, dtype) for name, array in weights.items()}
     h, states = backbone(w, config, input_ids, states=states, dt_limit=dt_limit, dtype=dtype)
-    return h @ w["lm_head.weight"].T, states
+    return product(h, w["lm_head.weight"].T), states
 
 
 def backbone(w, config, input_ids, *, states=None, dt_limit=None, dtype=np.float64):
@@ -45,10 +46,10 @@ def mtp(weights, config, hidden, next_ids, *, states=None, dtype=np.float64):
     embedded = w["backbone.embeddings.weight"][np.asarray(next_ids)]
     e = rms_norm(embedded, w["mtp.layers.0.enorm.weight"], eps=eps, dtype=dtype)
     h = rms_norm(hidden, w["mtp.layers.0.hnorm.weight"], eps=eps, dtype=dtype)
-    x = np.concatenate([e, h], axis=-1) @ w["mtp.layers.0.eh_proj.weight"].T
+    x = product(np.concatenate([e, h], axis=-1), w["mtp.layers.0.eh_proj.weight"].T)
     x, states = layers(w, config, "mtp.", pattern, x, states, None, dtype)
     o = rms_norm(x, w[f"mtp.layers.{len(pattern) - 1}.final_layernorm.weight"], eps=eps, dtype=dtype)
-    return o @ w["lm_head.weight"].T, o, states
+    return product(o, w["lm_head.weight"].T), o, states
 
 
 def layers(w, config, module, pattern, h, states, dt_limit, dtype):
@@ -156,5 +157,5 @@ def moe(w, config, u, dtype):
 
 def linear(w, name, x):
     """x weight^T + bias, where there is one."""
-    y = x @ w[f"{name}.weight"].T
+    y = product(x, w[f"{name}.weight"].T)
     return y + w[f"{name}.bias"] if f"{name}.bias" in w else y

@@ -8,6 +8,7 @@ import numpy as np
 
 from .grouped_gemm import activate, grouped_gemm
 from .moe_router import moe_router
+from .products import product
 
 
 def moe_combine(y, row_index, weights=None, *, scaling_factor=1.0, residual=None, dtype=np.float64):
@@ -37,12 +38,13 @@ def moe_combine_bwd(dout, y, row_index, weights=None, *, scaling_factor=1.0, dty
 def latent_down_proj(x, fc1_weight, gate_weight=None, *, dtype=np.float64):
     """(latent = fc1 x, the router's logits = gate x or None)."""
     x = np.asarray(x, dtype)
-    return x @ np.asarray(fc1_weight, dtype).T, None if gate_weight is None else x @ np.asarray(gate_weight, dtype).T
+    logits = None if gate_weight is None else product(x, np.asarray(gate_weight, dtype).T)
+    return product(x, np.asarray(fc1_weight, dtype).T), logits
 
 
 def latent_up_proj(r, fc2_weight, *, residual=None, dtype=np.float64):
     """fc2 r + residual."""
-    out = np.asarray(r, dtype) @ np.asarray(fc2_weight, dtype).T
+    out = product(np.asarray(r, dtype), np.asarray(fc2_weight, dtype).T)
     return out if residual is None else out + np.asarray(residual, dtype)
 
 
@@ -69,9 +71,9 @@ def moe_mlp(
     out = np.zeros((len(x), down.shape[1]), dtype)
     for t, (weights, ids) in enumerate(zip(*routing[:2], strict=True)):
         for e, w in zip(ids, weights, strict=True):
-            hidden = activate((up[e] @ x[t])[None], activation)[0]
+            hidden = activate(product(up[e], x[t])[None], activation)[0]
             before, after = (dtype(w), 1) if weight_on == "hidden" else (1, dtype(w))
-            out[t] += after * store(down[e] @ store(hidden * before))
+            out[t] += after * store(product(down[e], store(hidden * before)))
     out *= dtype(scaling_factor)
     return out if residual is None else out + np.asarray(residual, dtype)
 
@@ -123,5 +125,5 @@ def latent_moe(
     if shared_up_weight is not None:
         every = [len(x)]
         hidden, _ = grouped_gemm(x, np.asarray(shared_up_weight)[None], every, activation=activation, dtype=dtype)
-        out = out + store(store(hidden) @ np.asarray(shared_down_weight, dtype).T)
+        out = out + store(product(store(hidden), np.asarray(shared_down_weight, dtype).T))
     return out

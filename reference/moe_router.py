@@ -10,6 +10,8 @@ Which experts are chosen is decided in float32, as the models do; every value is
 
 import numpy as np
 
+from .products import product
+
 
 def moe_router(
     x,
@@ -28,7 +30,7 @@ def moe_router(
 
     x (T, d) and weight (E, d), or weight None and x the logits (T, E).
     """
-    logits = np.asarray(x, dtype) if weight is None else np.asarray(x, dtype) @ np.asarray(weight, dtype).T
+    logits = np.asarray(x, dtype) if weight is None else product(np.asarray(x, dtype), np.asarray(weight, dtype).T)
     ids = select(logits, topk, correction_bias, score, num_groups, topk_groups)
     weights = gate_weights(logits, ids, score, renormalize, scaling_factor)
     return weights, ids, logits, *_permutation(ids, weights, 0, logits.shape[1])
@@ -112,7 +114,7 @@ def moe_router_bwd(
     The choice is constant. With S = sum_j s_j + 1e-20: dw_j / ds_i = scaling_factor (1[i = j] - s_j / S) / S.
     """
     x, dweights, dlogits = (np.asarray(a, dtype) for a in (x, dweights, dlogits))
-    logits = x if weight is None else x @ np.asarray(weight, dtype).T
+    logits = x if weight is None else product(x, np.asarray(weight, dtype).T)
     s = scores(logits, score)
     dlogits = dlogits.copy()
     for t, chosen in enumerate(ids):
@@ -125,4 +127,4 @@ def moe_router_bwd(
         dlogits[t] += s[t] * (1 - s[t]) * ds if score == "sigmoid" else s[t] * (ds - (ds * s[t]).sum())
     if weight is None:
         return dlogits, None
-    return dlogits @ np.asarray(weight, dtype), dlogits.T @ x
+    return product(dlogits, np.asarray(weight, dtype)), product(dlogits.T, x)

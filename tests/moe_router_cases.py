@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import hybrid_ops
 from hybrid_ops.reference import moe_router as reference
+from hybrid_ops.reference.products import product
 
 from .budget import assert_within, to_numpy
 from .tensors import to_device
@@ -114,7 +115,7 @@ def check_logits(logits, x, weight):
     """Exact products summed in float32, whatever the dtypes: hidden additions, each rounded or truncated, of terms that
     are at most three TF32 products, 8 * 2^-23 from exact. And the budget of x's dtype, for each token."""
     assert logits.dtype == torch.float32
-    ref, base = (to_numpy(x, d) @ to_numpy(weight, d).T for d in (np.float64, np.float32))
+    ref, base = (product(to_numpy(x, d), to_numpy(weight, d).T) for d in (np.float64, np.float32))
     bound = (x.shape[1] + 8) * 2.0**-23 * (np.abs(to_numpy(x)) @ np.abs(to_numpy(weight)).T)
     assert (np.abs(to_numpy(logits) - ref) <= bound).all()
     if weight.shape[0] >= 8:  # of fewer, all may happen to cancel

@@ -143,6 +143,11 @@ def make_launch(
     return lambda tensors: launch(tensors, index, torch._C._cuda_getCurrentRawStream(index))
 
 
+def is_readable(dy: Tensor) -> bool:
+    """Whether `conv1d_bwd` would not copy it."""
+    return dy.stride(2) == 1 and _in_vectors(dy) and dy.stride(1) < 2**32
+
+
 def conv1d_bwd(
     dy: Tensor,
     dfinal: Tensor | None,
@@ -161,7 +166,7 @@ def conv1d_bwd(
 
     The forward has taken the problem; a `dy` whose strides the kernel does not take is copied.
     """
-    if dy.stride(2) != 1 or not _in_vectors(dy) or dy.stride(1) >= 2**32:
+    if not is_readable(dy):
         dy = dy.contiguous()
     bias = None if bias is None else _aligned(bias)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
