@@ -347,23 +347,9 @@ _conv1d_bwd_op = define(
 
 
 @_checks.remembered
-def _bwd_run(
-    dy: Tensor,
-    dfinal: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_states: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dx: Tensor,
-    dweight: Tensor,
-    dbias: Tensor | None,
-    dinitial: Tensor | None,
-    silu: bool,
-    impl: str,
-) -> Callable[..., None] | None:
-    """The CUDA kernel's launch, where that is what a plain call of the operator comes to."""
+def _bwd_run(dy: Tensor, *others: Any) -> Callable[..., None] | None:
+    """The CUDA kernel's launch, where that is what a plain call of the operator with these arguments comes to."""
+    dfinal, x, weight, bias, initial_states, seq_idx, cu_seqlens, dx, dweight, dbias, dinitial, silu, impl = others
     if not _checks.eager_on_gpu(dy) or _choice(x, weight, bias, dx, initial_states, dfinal, seq_idx, impl) != "cuda":
         return None
     if not _csrc_conv1d.is_readable(dy) or not _csrc_conv1d.is_dense(weight, bias, cu_seqlens):
@@ -373,8 +359,8 @@ def _bwd_run(
     )
 
     def run(*arguments: Any) -> None:
-        dy, dfinal, x, weight, bias, initial, _, cu_seqlens, *gradients = arguments[:12]
-        launch((dy, x, weight, bias, initial, dfinal, *gradients, cu_seqlens))
+        dy, dfinal, x, weight, bias, initial_states, _, cu_seqlens, *gradients = arguments[:12]
+        launch((dy, x, weight, bias, initial_states, dfinal, *gradients, cu_seqlens))
 
     return run
 

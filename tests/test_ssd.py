@@ -408,7 +408,7 @@ def test_turns_have_the_bits_of_one_cuda(data):
     for chosen in (1, TURNS):
         with configured(chosen):
             results.append(run_op(case, tensors, options, "cuda", "cuda"))
-    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)  # equal: the same sums in the same order
 
 
 @pytest.mark.gpu
