@@ -87,7 +87,7 @@ __device__ __forceinline__ void mix_chunks(const SsdParams& p, const SharedMemor
                               load_shared(shared.per_token(s, kA, head) + place + 8)};
           float b[16], own[2];
           uint32 m[4][4];
-          load_tokens(b, shared.per_token(s, kB, head), lane);
+          load_tokens(b, shared.per_token(s, kB, head), lane, warp + 1);
           mix_rows(m, own, cb, a, b, warp, lane);
           wait(shared.passed_empty(buffer), (iteration / 2 + 1) & 1);
 #pragma unroll

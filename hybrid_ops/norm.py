@@ -305,6 +305,22 @@ _norm_bwd_op = define(
 )
 
 
+@_checks.remembered
+def _bwd_run(dy: Tensor, *others: Any) -> Callable[..., None] | None:
+    """The CUDA kernel's launch, where that is what a plain call of the operator with these arguments comes to."""
+    x, z, weight, dh, dx, dz, dresidual, dweight, eps, group_size, norm_before_gate, impl = others
+    if not _checks.eager_on_gpu(dy) or _bwd_choice(x, z, weight, dx, group_size, impl) != "cuda":
+        return None
+    if not _csrc_norm.is_rows(dy) or (dh is not None and not _csrc_norm.is_rows(dh)):
+        return None
+    tensors = (dy, x, z, weight, dh, dx, dz, dresidual, dweight)
+    return _csrc_norm.norm_bwd(*tensors, eps, group_size, norm_before_gate)
+
+
+def _fill_gradients(*arguments: Any) -> None:
+    _norm_bwd_op(*arguments, run=_bwd_run(*arguments))
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, residual, eps, impl):  # type: ignore[override]
@@ -323,9 +339,9 @@ class _RMSNorm(torch.autograd.Function):
         dtype, residual_dtype = ctx.dtypes
         if dy is None:
             dy = torch.zeros_like(h, dtype=dtype)
-        dx, dweight = h.new_empty(h.shape, dtype=dtype), weight.new_empty(weight.shape)
-        dresidual = None if residual_dtype in (None, dtype) else h.new_empty(h.shape)
-        _norm_bwd_op(dy, h, None, weight, dh, dx, None, dresidual, dweight, eps, h.shape[-1], False, impl)
+        dx, dweight = h.new_empty(*h.shape, dtype=dtype), weight.new_empty(*weight.shape)
+        dresidual = None if residual_dtype in (None, dtype) else h.new_empty(*h.shape)
+        _fill_gradients(dy, h, None, weight, dh, dx, None, dresidual, dweight, eps, h.shape[-1], False, impl)
         if residual_dtype == dtype:
             dresidual = dx
         return dx, dweight, dresidual, None, None
@@ -342,7 +358,7 @@ class _GatedRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         x, z, weight = ctx.saved_tensors
-        dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
-        dz = None if z is None else z.new_empty(z.shape)
-        _norm_bwd_op(dy, x, z, weight, None, dx, dz, None, dweight, *ctx.options)
+        dx, dweight = x.new_empty(*x.shape), weight.new_empty(*weight.shape)
+        dz = None if z is None else z.new_empty(*z.shape)
+        _fill_gradients(dy, x, z, weight, None, dx, dz, None, dweight, *ctx.options)
         return dx, dz, dweight, None, None, None, None

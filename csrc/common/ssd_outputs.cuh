@@ -163,7 +163,7 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
         const float a[2] = {load_shared(shared.per_token(s, kA) + place),
                             load_shared(shared.per_token(s, kA) + place + 8)};
         float b[16];
-        load_tokens(b, shared.per_token(s, kB), lane);
+        load_tokens(b, shared.per_token(s, kB), lane, warp + 1);
         wait(shared.passed_full(buffer), (turn / Config::kBuffers) & 1);
         wgmma_fence();
 #pragma unroll

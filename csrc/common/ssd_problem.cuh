@@ -114,9 +114,9 @@ struct SsdConfig : InputSizes<1, (kFeatures_ + 63) / 64, kHalves_, kGated_> {
   static constexpr bool kAhead = kReaders != 1;
 
   // of 512 for a thread of each warpgroup together; all with which ptxas spills nothing
-  static constexpr int kProducerRegisters = 48;
+  static constexpr int kProducerRegisters = kPaired ? 40 : 48;
   static constexpr int kWalkerRegisters = kReaders == 2 ? 160 : 144;
-  static constexpr int kReaderRegisters = kReaders == 2 ? 152 : 176;
+  static constexpr int kReaderRegisters = kReaders == 2 ? 152 : kPaired ? 184 : 176;
 
   // behind the stages: what walkers pass on to readers, states that enter a chunk, in bfloat16, as tiles of all
   // features by 64 columns; y on its way out
@@ -225,10 +225,15 @@ __device__ __forceinline__ void load_shared4(float* v, uint32 address) {
                : "memory");
 }
 
-// The numbers of a lane's 16 tokens: see place_of.
-__device__ __forceinline__ void load_tokens(float (&numbers)[16], uint32 tokens, int lane) {
+// The numbers of a lane's 16 tokens: see place_of. Of the first `sixteens` 16s, others are zeros: what a load returns
+// to registers is what it costs.
+__device__ __forceinline__ void load_tokens(float (&numbers)[16], uint32 tokens, int lane, int sixteens = 4) {
 #pragma unroll
-  for (int i = 0; i < 16; i += 4) load_shared4(numbers + i, tokens + lane % 4 * 80 + i * 4);
+  for (int k = 0; k < 4; ++k) {
+    float* const four = numbers + 4 * k;
+    four[0] = four[1] = four[2] = four[3] = 0.f;
+    if (k < sixteens) load_shared4(four, tokens + lane % 4 * 80 + k * 16);
+  }
 }
 
 __device__ __forceinline__ void store_shared(uint32 address, float x) {

@@ -54,8 +54,13 @@ struct Walker {
   __device__ __forceinline__ void prepare(uint32 iteration) {
     const int s = iteration % Config::kStages;
     shared.wait_for_inputs(iteration);
-    load_x(x, shared.x(s, tile), warp, lane);
-    scale_x(x, x, shared.per_token(s, kWeight), lane);
+    if (Config::kFeatures % 64 == 0 || 64 * tile + 16 * warp < Config::kFeatures) {
+      load_x(x, shared.x(s, tile), warp, lane);
+      scale_x(x, x, shared.per_token(s, kWeight), lane);
+    } else {  // rows of which nobody reads what comes of them
+#pragma unroll
+      for (int i = 0; i < 16; ++i) x[i / 4][i % 4] = 0u;
+    }
     keep = exp2_fast(load_shared(shared.per_token(s, kA) + place_of(kChunk - 1) * 4));
   }
 

@@ -219,7 +219,7 @@ def norm_bwd(
     norm_before_gate: bool,
     chosen: BwdConfig | None = None,
 ) -> Callable[..., None]:
-    """What fills the gradients, given the operator's nine tensors, those of dy, x, z and dh in rows; as `norm`."""
+    """What fills the gradients, given the operator's arguments, of which dy, x, z and dh have rows; as `norm`."""
     index = x.device.index
     if chosen is None:
         hidden = x.shape[-1]
@@ -231,8 +231,8 @@ def norm_bwd(
     )
     partials = chosen.ctas * x.shape[-1]
 
-    def run(*tensors: Tensor | None) -> None:
-        sums = torch.empty(partials, dtype=torch.float32, device=tensors[0].device)  # type: ignore[union-attr]
-        launch((*tensors, sums), index, torch._C._cuda_getCurrentRawStream(index))
+    def run(*arguments: Any) -> None:
+        sums = arguments[0].new_empty(partials, dtype=torch.float32)
+        launch((*arguments[:9], sums), index, torch._C._cuda_getCurrentRawStream(index))
 
     return run
