@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hybrid_ops
+from hybrid_ops import norm
 from hybrid_ops._csrc import norm as csrc
 from hybrid_ops.reference import norm as reference
 
@@ -452,3 +453,21 @@ def test_torch_compile(backend, compile_once):
         backend,
         lambda n: (torch.randn(2, n, 12), torch.randn(2, n, 12), torch.randn(2, n, 12), torch.ones(12)),
     )
+
+
+def test_backward_is_looked_up_once(monkeypatch):
+    """What a known call goes straight to gets the operator's tensors in their order, and room for the sums."""
+    launched = []
+    monkeypatch.setattr(norm._checks, "eager_on_gpu", lambda x: True)
+    monkeypatch.setattr(norm, "_bwd_choice", lambda *arguments: "cuda")
+    monkeypatch.setattr(csrc._device, "num_sms", lambda index: 132)
+    monkeypatch.setattr(csrc, "_launch", lambda *_: lambda tensors, index, stream: launched.append(tensors))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    dy, x, z, weight, dx, dz, dweight = (torch.randn(6, 1024) for _ in range(7))
+    tensors = (dy, x, z, weight[0], None, dx, dz, None, dweight[0])
+    norm._fill_gradients(*tensors, 1e-5, 512, False, "auto")
+    *handed, sums = launched.pop()
+    assert all(a is b for a, b in zip(handed, tensors, strict=True))
+    assert sums.dtype == torch.float32 and sums.numel() % 1024 == 0
+    # rows that are all one row: copied by the operator itself
+    assert norm._bwd_run(dy[:1].expand(6, 1024), *tensors[1:], 1e-5, 512, False, "auto") is None
