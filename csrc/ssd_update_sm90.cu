@@ -33,8 +33,8 @@ void launch(const SsdUpdateParams& p, const SsdUpdateArgs& a, cudaStream_t strea
   }
   switch (a.rows) {
     case 4: return launch_one<State, kDstate, 4, kStochastic>(p, stream);
-    case 8: return launch_one<State, kDstate, 8, kStochastic>(p, stream);
-    default: throw std::runtime_error("ssd_update: a warp has 4 rows or 8, got " + std::to_string(a.rows));
+    case 16: return launch_one<State, kDstate, 16, kStochastic>(p, stream);
+    default: throw std::runtime_error("ssd_update: a warp has 4 rows or 16, got " + std::to_string(a.rows));
   }
 }
 

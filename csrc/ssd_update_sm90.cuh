@@ -111,7 +111,7 @@ struct OneLayout {
   static constexpr int kRows = kRowsOfWarp / kGroups < 1 ? 1 : kRowsOfWarp / kGroups > 8 ? 8 : kRowsOfWarp / kGroups;
   using Type = UpdateLayout<State, kDstate, kRows>;
   static constexpr int kRowsOfBlock = kOneWarps * Type::kTile;
-  static constexpr int kBlocks = kDstate == 256 ? 4 : sizeof(State) == 4 ? 7 : 6;  // for which registers suffice
+  static constexpr int kBlocks = sizeof(State) == 1 || kDstate == 256 ? 4 : 5;  // for which registers suffice
   static_assert(kRowsOfBlock <= kOneThreads);
 };
 

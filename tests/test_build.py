@@ -60,10 +60,10 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
     ],
     "ssd_update_sm90.cuh": [
         "hybrid_ops::ssd_update_one_kernel<float, 128, 4, false>",
-        "hybrid_ops::ssd_update_one_kernel<__half, 256, 8, true>",
+        "hybrid_ops::ssd_update_one_kernel<__half, 256, 16, true>",
         "hybrid_ops::ssd_update_kernel<__nv_bfloat16, 64, 4, true>",
         "hybrid_ops::ssd_update_kernel<float, 256, 4, false>",
-        "hybrid_ops::ssd_update_one_kernel<hybrid_ops::E4m3, 64, 8, false>",
+        "hybrid_ops::ssd_update_one_kernel<hybrid_ops::E4m3, 64, 16, false>",
         "hybrid_ops::ssd_update_kernel<hybrid_ops::Int8, 128, 4, false>",
     ],
     "ssd_replay_sm90.cuh": [
@@ -426,8 +426,8 @@ def test_config_of_ssd_update():
         return config(headdim, batch * nheads, 132)
 
     assert of(1) == of(4) == of(8, nheads=64) == Config(rows=4)
-    assert of(8) == of(64) == of(64, nheads=64) == of(64, headdim=80) == of(64, headdim=56) == Config(rows=8)
-    assert of(64, headdim=40) == of(64, headdim=24) == of(0) == of(1, headdim=1) == Config(rows=4)
+    assert of(8) == of(64) == of(64, nheads=64) == of(64, headdim=128) == of(64, headdim=56) == Config(rows=16)
+    assert of(64, headdim=80) == of(64, headdim=24) == of(0) == of(1, headdim=1) == Config(rows=4)
 
 
 def test_config_of_ssd_replay():
