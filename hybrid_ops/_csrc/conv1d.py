@@ -1,7 +1,7 @@
 """Launcher of csrc/conv1d_sm90.cu, and what that kernel does not take."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -188,11 +188,11 @@ def make_bwd_launch(
     dhistory: Tensor | None,
     cu_seqlens: Tensor | None,
     silu: bool,
-) -> Callable[[tuple[Tensor | None, ...]], None]:
+) -> Callable[[tuple[Any, ...]], None]:
     """As `make_launch`, of the backward."""
     extension = _device.cuda_extension()
     assert extension is not None  # `choose` has seen it
-    (batch, seqlen, dim), width, device = x.shape, weight.shape[1], x.device
+    (batch, seqlen, dim), width, index = x.shape, weight.shape[1], x.device.index
     nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     some_states = history if history is not None else dfinal
     one_row = cu_seqlens is None and batch * seqlen < _MOST_TOKENS
@@ -210,8 +210,8 @@ def make_bwd_launch(
     )
     partials = (width + 1) * rows * -(-tokens // _BWD_TOKENS) * dim
 
-    def run(tensors: tuple[Tensor | None, ...]) -> None:
-        sums = torch.empty(partials, dtype=torch.float32, device=device)
-        launch((*tensors, sums), device.index, torch._C._cuda_getCurrentRawStream(device.index))
+    def run(tensors: tuple[Any, ...]) -> None:
+        sums = tensors[0].new_empty(partials, dtype=torch.float32)
+        launch((*tensors, sums), index, torch._C._cuda_getCurrentRawStream(index))
 
     return run
