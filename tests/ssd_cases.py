@@ -1,5 +1,6 @@
 """Random problems for `ssd_chunk_scan`, and the two values that the budget needs of each: float64 and float32."""
 
+import itertools
 import math
 
 import numpy as np
@@ -196,6 +197,60 @@ def run_torch(case, tensors, options, dtype):
     wide = {name: t.to(dtype) if t is not None and t.is_floating_point() else t for name, t in tensors.items()}
     results = run_op(case | dict(state_dtype=None), wide, options, "torch")
     return {name: to_numpy(t) for name, t in results.items()}
+
+
+def rounded_operands(case, tensors, options, chunk=64):
+    """y as exact as a kernel can make it whose products take operands of x's dtype: float64, but for these.
+
+    They are, of each chunk: the state that enters it, C B^T with its decays below the diagonal, and the weighted x.
+    """
+
+    def rounded(t):
+        return t.to(case["dtype"]).double()
+
+    x, dt, A, B, C = (tensors[name].double() for name in ("x", "dt", "A", "B", "C"))
+    if "dt_bias" in tensors:
+        dt = dt + tensors["dt_bias"].double()
+    if options["dt_softplus"]:
+        dt = torch.nn.functional.softplus(dt)
+    dt = dt.clamp(*options["dt_limit"])
+    B, C = (t.repeat_interleave(case["heads_per_group"], 2) for t in (B, C))
+    y = torch.zeros_like(x)
+    for n, (row, first, end) in enumerate(sequences(tensors)):
+        state = entering(tensors, n, x.new_zeros(x.shape[2], x.shape[3], B.shape[3]))
+        lead = int(tensors["seq_offsets"][n]) % chunk if "seq_offsets" in tensors else 0
+        for begin in range(first - lead, end, chunk) if first < end else ():
+            tokens = slice(max(begin, first), min(begin + chunk, end))
+            x_c, dt_c, B_c, C_c = (t[row, tokens].transpose(0, 1) for t in (x, dt, B, C))  # heads first
+            a = (dt_c * A[:, None]).cumsum(1)
+            mixed = C_c @ B_c.mT * (a[:, :, None] - a[:, None, :]).clamp(max=0).exp() * dt_c[:, None, :]
+            own = mixed.diagonal(dim1=1, dim2=2)[..., None]
+            from_state = C_c @ rounded(state).mT * a.exp()[..., None]
+            y[row, tokens] = (from_state + rounded(mixed.tril(-1)) @ x_c + own * x_c).transpose(0, 1)
+            weighted = rounded(x_c * ((a[:, -1:] - a).exp() * dt_c)[..., None])
+            state = state * a[:, -1].exp()[:, None, None] + weighted.mT @ B_c
+    if "D" in tensors:
+        y += x * (tensors["D"].double() if case["D"] == "feature" else tensors["D"].double()[:, None])
+    if "z" in tensors:
+        y *= torch.nn.functional.silu(tensors["z"].double())
+    return y.to(case["dtype"])
+
+
+def sequences(tensors):
+    """(batch row, first token, the one behind the last) of every sequence."""
+    if "cu_seqlens" in tensors:
+        bounds = tensors["cu_seqlens"].tolist()
+        return [(0, first, end) for first, end in itertools.pairwise(bounds)]
+    batch, seqlen = tensors["x"].shape[:2]
+    return [(row, 0, seqlen) for row in range(batch)]
+
+
+def entering(tensors, n, zeros):
+    """The state that enters the n-th sequence."""
+    if "initial_states" in tensors:
+        return tensors["initial_states"][n].double()
+    slots = tensors.get("read_slots")
+    return zeros if slots is None or slots[n] < 0 else tensors["ssm_state"][slots[n]].double()
 
 
 def result_dtype(case, name):
