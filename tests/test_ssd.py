@@ -75,7 +75,7 @@ def test_ssd(case):
 
 @given(case=cases(dtypes=[torch.float64], layouts=("dense", "packed"), state_dtypes=(torch.float32,)))
 def test_rounded_operands(case):
-    """Operands in float64, which rounds nothing: the reference, but for float64's own rounding of some hundred terms."""
+    """Operands in float64, which rounds nothing: the reference, but for what float64 itself rounds of a sum."""
     tensors, options = problem(case)
     y = rounded_operands(case, tensors, options, chunk=16)
     np.testing.assert_allclose(
