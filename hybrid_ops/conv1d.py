@@ -392,7 +392,7 @@ def _empty_in_order_of(x: Tensor, device: torch.device | str | None = None) -> T
     """Dense, its strides in the order of x's."""
     order, strides = [0, 1, 2], x.stride()
     if strides[0] >= strides[1] >= strides[2]:
-        return x.new_empty(*x.shape) if device is None else x.new_empty(*x.shape, device=device)
+        return x.new_empty(*x.shape, device=device)
     for i, j in ((0, 1), (1, 2), (0, 1)):  # sorted() would not compile: strides are symbols there
         if strides[order[i]] < strides[order[j]]:
             order[i], order[j] = order[j], order[i]

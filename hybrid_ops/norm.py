@@ -318,6 +318,7 @@ def _bwd_run(dy: Tensor, *others: Any) -> Callable[..., None] | None:
 
 
 def _fill_gradients(*arguments: Any) -> None:
+    """The operator, as the library calls it: a known call goes straight to its launch."""
     _norm_bwd_op(*arguments, run=_bwd_run(*arguments))
 
 

@@ -455,8 +455,8 @@ def test_torch_compile(backend, compile_once):
     )
 
 
-def test_backward_is_looked_up_once(monkeypatch):
-    """What a known call goes straight to gets the operator's tensors in their order, and room for the sums."""
+def test_backward_goes_to_its_launch(monkeypatch):
+    """Which gets the operator's tensors in their order, and room for the sums."""
     launched = []
     monkeypatch.setattr(norm._checks, "eager_on_gpu", lambda x: True)
     monkeypatch.setattr(norm, "_bwd_choice", lambda *arguments: "cuda")
