@@ -12,12 +12,22 @@
 namespace py = pybind11;
 using namespace hybrid_ops;
 
-// A struct or array of addresses, for a tuple of as many tensors.
+// A struct or array of addresses, for a tuple of as many tensors; or of one less, where the last is of a workspace.
 template <typename Tensors>
-Tensors addresses(const py::tuple& tensors) {
+Tensors addresses(const py::tuple& tensors, const Workspace* workspace = nullptr) {
   std::array<std::uintptr_t, sizeof(Tensors) / sizeof(std::uintptr_t)> found;
-  if (!read_addresses(tensors.ptr(), found.data(), found.size())) throw py::error_already_set();
+  const std::size_t count = found.size() - (workspace != nullptr);
+  if (!read_addresses(tensors.ptr(), found.data(), count)) throw py::error_already_set();
+  if (workspace != nullptr) found[count] = workspace->address();
   return std::bit_cast<Tensors>(found);
+}
+
+// What `launch` does, with as many bytes beside the tensors as workspace_bytes says.
+template <typename Tensors, auto launch, typename Args>
+void with_workspace(const Args& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
+  Workspace workspace;
+  if (!workspace.allocate(workspace_bytes(args), dlpack::kCuda, device)) throw py::error_already_set();
+  launch(args, addresses<Tensors>(tensors, &workspace), {device, stream});
 }
 
 NormForm norm_form(std::array<int, 3> dtypes, std::array<std::int64_t, 3> sizes, bool gated, bool norm_before_gate,
@@ -123,13 +133,9 @@ PYBIND11_MODULE(_cuda, m) {
            }),
            py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("state_strides"), py::arg("silu"),
            py::arg("in_boxes"))
-      .def(
-          "__call__",
-          [](const Conv1dBwdArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
-            conv1d_bwd(args, addresses<Conv1dBwdTensors>(tensors), {device, stream});
-          },
-          "Fill dx, dweight, and dbias and dinitial_states where given; tensors in the order of Conv1dBwdTensors.",
-          py::arg("tensors"), py::arg("device"), py::arg("stream"));
+      .def("__call__", &with_workspace<Conv1dBwdTensors, conv1d_bwd, Conv1dBwdArgs>,
+           "Fill dx, dweight, and dbias and dinitial_states where given; tensors in the order of Conv1dBwdTensors.",
+           py::arg("tensors"), py::arg("device"), py::arg("stream"));
 
   py::class_<SsdArgs>(m, "SsdScan", "The forward of an SSD scan for tensors of given shapes: call it with them.")
       .def(py::init([](std::array<int, 6> dtypes, std::array<std::int64_t, 10> sizes,
@@ -181,14 +187,9 @@ PYBIND11_MODULE(_cuda, m) {
            py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("dt_bias_stride"), py::arg("D_strides"),
            py::arg("dt_softplus"), py::arg("dt_min"), py::arg("dt_max"), py::arg("null_slot"), py::arg("plain_z"),
            py::arg("segments"), py::arg("heads"), py::arg("turns"), py::arg("num_sms"))
-      .def_property_readonly("workspace", &ssd_workspace, "Bytes of memory that a call needs beside its tensors.")
-      .def(
-          "__call__",
-          [](const SsdArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
-            ssd_fwd(args, addresses<SsdTensors>(tensors), {device, stream});
-          },
-          "Fill y and the states; tensors in the order of SsdTensors in api.h, None where absent.", py::arg("tensors"),
-          py::arg("device"), py::arg("stream"));
+      .def("__call__", &with_workspace<SsdTensors, ssd_fwd, SsdArgs>,
+           "Fill y and the states; tensors in the order of SsdTensors in api.h, None where absent.", py::arg("tensors"),
+           py::arg("device"), py::arg("stream"));
 
   py::class_<Conv1dUpdateArgs>(m, "Conv1dUpdate",
                                "An update of one signature; the groups hold what Conv1dUpdateArgs in api.h names.")
@@ -430,13 +431,9 @@ PYBIND11_MODULE(_cuda, m) {
           }),
           py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("gated"), py::arg("norm_before_gate"),
           py::arg("eps"), py::arg("config"))
-      .def(
-          "__call__",
-          [](const NormBwdArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
-            norm_bwd(args, addresses<NormBwdTensors>(tensors), {device, stream});
-          },
-          "Fill dx, dweight, and dz or dresidual where given; partials: (config's CTAs, hidden) float32.",
-          py::arg("tensors"), py::arg("device"), py::arg("stream"));
+      .def("__call__", &with_workspace<NormBwdTensors, norm_bwd, NormBwdArgs>,
+           "Fill dx, dweight, and dz or dresidual where given; tensors in the order of NormBwdTensors.",
+           py::arg("tensors"), py::arg("device"), py::arg("stream"));
 
   m.def("cutlass_version", &cutlass_version, "Version of the CUTLASS headers that the extension was built with.");
   m.def("scale_offset_128x4", &scale_offset_128x4,

@@ -5,10 +5,24 @@
 #include "common/tensor_map.cuh"
 
 namespace hybrid_ops {
+namespace {
+
+struct Tiles {
+  std::int64_t row_tokens, of_a_row, all;
+};
+
+Tiles tiles_of(const Conv1dBwdArgs& a) {
+  const std::int64_t row_tokens = a.rows == 0 ? 0 : a.batch * a.seqlen / a.rows;
+  const std::int64_t of_a_row = (row_tokens + kBwdTokens - 1) / kBwdTokens;
+  return {row_tokens, of_a_row, of_a_row * a.rows};
+}
+
+}  // namespace
+
+std::int64_t workspace_bytes(const Conv1dBwdArgs& a) { return (a.width + 1) * tiles_of(a).all * a.dim * sizeof(float); }
 
 void conv1d_bwd(const Conv1dBwdArgs& a, const Conv1dBwdTensors& t, Target target) {
-  const std::int64_t row_tokens = a.rows == 0 ? 0 : a.batch * a.seqlen / a.rows;
-  const std::int64_t tiles = (row_tokens + kBwdTokens - 1) / kBwdTokens, ctas = tiles * a.rows;
+  const auto [row_tokens, tiles, ctas] = tiles_of(a);
   const std::int64_t itemsize = a.dtype == DType::float32 ? 4 : 2;
   Conv1dBwdParams p{
       .dy = reinterpret_cast<const void*>(t.dy),
@@ -21,7 +35,7 @@ void conv1d_bwd(const Conv1dBwdArgs& a, const Conv1dBwdTensors& t, Target target
       .dweight = reinterpret_cast<void*>(t.dweight),
       .dbias = reinterpret_cast<void*>(t.dbias),
       .dinitial_states = reinterpret_cast<void*>(t.dinitial_states),
-      .partials = reinterpret_cast<void*>(t.partials),
+      .partials = reinterpret_cast<void*>(t.workspace),
       .cu_seqlens = reinterpret_cast<const int*>(t.cu_seqlens),
       .dy_batch_stride = a.dy_strides[0],
       .x_batch_stride = a.x_strides[0],

@@ -29,6 +29,8 @@ struct Launch {
 
 }  // namespace
 
+std::int64_t workspace_bytes(const NormBwdArgs& a) { return a.ctas * a.form.hidden * sizeof(float); }
+
 void norm_bwd(const NormBwdArgs& a, const NormBwdTensors& t, Target target) {
   const NormForm& form = a.form;
   const NormBwdParams p{
@@ -39,7 +41,7 @@ void norm_bwd(const NormBwdArgs& a, const NormBwdTensors& t, Target target) {
       .dx = reinterpret_cast<void*>(t.dx),
       .dthird = reinterpret_cast<void*>(form.gated ? t.dz : t.dresidual),
       .dweight = reinterpret_cast<void*>(t.dweight),
-      .partials = reinterpret_cast<float*>(t.partials),
+      .partials = reinterpret_cast<float*>(t.workspace),
       .dy_stride = a.strides[0],
       .x_stride = a.strides[1],
       .third_stride = a.strides[2],

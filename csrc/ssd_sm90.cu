@@ -87,7 +87,7 @@ void launch_gated(const SsdParams& p, bool gated, const SsdArgs& a, Target targe
 
 }  // namespace
 
-std::int64_t ssd_workspace(const SsdArgs& a) {
+std::int64_t workspace_bytes(const SsdArgs& a) {
   const auto [pieces, flags] = workspace_parts(a);
   return pieces + flags;
 }

@@ -95,7 +95,7 @@ def causal_conv1d(
         return _CausalConv1d.apply(
             x, weight, bias, initial_states, seq_idx, cu_seqlens, silu, return_final_states, nseq, impl
         )
-    y = _empty_in_order_of(x) if out is None else out
+    y = torch.empty_like(x) if out is None else out
     final = _empty_final_states(x, initial_states, nseq, weight.shape[1]) if return_final_states else None
     tensors = (x, weight, bias, initial_states, seq_idx, cu_seqlens, *slots, y, final, conv_state)
     _conv1d_fwd_op(*tensors, silu, null_slot, impl, run=run)
@@ -141,7 +141,7 @@ def _check(
         _check_pool(x, conv_state, read_slots, write_slots, null_slot, nseq, width, return_final_states)
     if not _checks.eager_on_gpu(x):
         return nseq, None
-    y = _empty_in_order_of(x, "meta") if out is None else out
+    y = torch.empty_like(x, device="meta") if out is None else out
     final = _empty_final_states(x, initial_states, nseq, width, "meta") if return_final_states else None
     states = _states(initial_states, final, conv_state, read_slots, write_slots)
     small = (cu_seqlens, read_slots, write_slots)
@@ -378,25 +378,14 @@ def _gradients(
     impl: str,
 ) -> tuple[Tensor | None, ...]:
     """Of x, weight, bias and initial_states."""
-    dx = _empty_in_order_of(x)
+    dx = torch.empty_like(x)
     dweight = weight.new_empty(*weight.shape)
-    dbias = None if bias is None else bias.new_empty(*bias.shape)
+    dbias = None if bias is None else torch.empty_like(bias)
     dinitial = None if initial_states is None else initial_states.new_empty(*initial_states.shape)
     given = (dy, dfinal, x, weight, bias, initial_states, seq_idx, cu_seqlens)
     arguments = (*given, dx, dweight, dbias, dinitial, silu, impl)
     _conv1d_bwd_op(*arguments, run=_bwd_run(*arguments))
     return dx, dweight, dbias, dinitial
-
-
-def _empty_in_order_of(x: Tensor, device: torch.device | str | None = None) -> Tensor:
-    """Dense, its strides in the order of x's."""
-    order, strides = [0, 1, 2], x.stride()
-    if strides[0] >= strides[1] >= strides[2]:
-        return x.new_empty(*x.shape, device=device)
-    for i, j in ((0, 1), (1, 2), (0, 1)):  # sorted() would not compile: strides are symbols there
-        if strides[order[i]] < strides[order[j]]:
-            order[i], order[j] = order[j], order[i]
-    return x.new_empty([x.shape[i] for i in order], device=device).permute([order.index(i) for i in range(3)])
 
 
 def _empty_final_states(
@@ -411,7 +400,7 @@ class _CausalConv1d(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx, x, weight, bias, initial_states, seq_idx, cu_seqlens, silu, return_final_states, nseq, impl
     ):
-        y = _empty_in_order_of(x)
+        y = torch.empty_like(x)
         final = _empty_final_states(x, initial_states, nseq, weight.shape[1]) if return_final_states else None
         _conv1d_fwd_op(x, weight, bias, initial_states, seq_idx, cu_seqlens, None, None, y, final, None, silu, -1, impl)
         ctx.save_for_backward(x, weight, bias, initial_states, seq_idx, cu_seqlens)

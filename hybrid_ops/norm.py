@@ -340,7 +340,7 @@ class _RMSNorm(torch.autograd.Function):
         dtype, residual_dtype = ctx.dtypes
         if dy is None:
             dy = torch.zeros_like(h, dtype=dtype)
-        dx, dweight = h.new_empty(*h.shape, dtype=dtype), weight.new_empty(*weight.shape)
+        dx, dweight = h.new_empty(*h.shape, dtype=dtype), torch.empty_like(weight)
         dresidual = None if residual_dtype in (None, dtype) else h.new_empty(*h.shape)
         _fill_gradients(dy, h, None, weight, dh, dx, None, dresidual, dweight, eps, h.shape[-1], False, impl)
         if residual_dtype == dtype:
@@ -359,7 +359,7 @@ class _GatedRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         x, z, weight = ctx.saved_tensors
-        dx, dweight = x.new_empty(*x.shape), weight.new_empty(*weight.shape)
+        dx, dweight = x.new_empty(*x.shape), torch.empty_like(weight)
         dz = None if z is None else z.new_empty(*z.shape)
         _fill_gradients(dy, x, z, weight, None, dx, dz, None, dweight, *ctx.options)
         return dx, dz, dweight, None, None, None, None

@@ -456,7 +456,7 @@ def test_torch_compile(backend, compile_once):
 
 
 def test_backward_goes_to_its_launch(monkeypatch):
-    """Which gets the operator's tensors in their order, and room for the sums."""
+    """Which gets the operator's arguments, its tensors first and in their order."""
     launched = []
     monkeypatch.setattr(norm._checks, "eager_on_gpu", lambda x: True)
     monkeypatch.setattr(norm, "_bwd_choice", lambda *arguments: "cuda")
@@ -466,9 +466,6 @@ def test_backward_goes_to_its_launch(monkeypatch):
     dy, x, z, weight, dx, dz, dweight = (torch.randn(6, 1024) for _ in range(7))
     tensors = (dy, x, z, weight[0], None, dx, dz, None, dweight[0])
     norm._fill_gradients(*tensors, 1e-5, 512, False, "auto")
-    *handed, sums = launched.pop()
-    assert all(a is b for a, b in zip(handed, tensors, strict=True))
-    assert sums.dtype == torch.float32
-    assert sums.numel() == 1024 * csrc.bwd_config(6, 2, 512, 4, True, 132).ctas
+    assert all(a is b for a, b in zip(launched.pop(), tensors, strict=False))
     # elements that are no neighbours: copied by the operator itself
     assert norm._bwd_run(dy[:, :1].expand(6, 1024), *tensors[1:], 1e-5, 512, False, "auto") is None

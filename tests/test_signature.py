@@ -1,6 +1,7 @@
 """Signatures of calls, by the extension's code (compiled here without CUDA) and in Python; addresses of tensors."""
 
 import importlib.util
+import resource
 import shutil
 import subprocess
 import sysconfig
@@ -32,9 +33,18 @@ PyObject* three(PyObject*, PyObject* tensors) {
   return Py_BuildValue("(KKK)", found[0], found[1], found[2]);
 }
 
+PyObject* written(PyObject*, PyObject* bytes) {  // a workspace of the CPU, every byte of it
+  hybrid_ops::Workspace workspace;
+  const std::int64_t count = PyLong_AsLongLong(bytes);
+  if (!workspace.allocate(count, 1, 0)) return nullptr;
+  if (count > 0) std::memset(reinterpret_cast<void*>(workspace.address()), 1, count);
+  return PyBool_FromLong(workspace.address() != 0);
+}
+
 PyMethodDef methods[] = {
     {"learn", learn, METH_O, nullptr},
     {"three", three, METH_O, nullptr},
+    {"written", written, METH_O, nullptr},
     {"signature", (PyCFunction)(void*)hybrid_ops::signature, METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -138,6 +148,21 @@ def test_addresses(native):
         native.three((x, 3, x))
     with pytest.raises(RuntimeError, match="meta"):
         native.three((x, x, x.to("meta")))
+
+
+def test_a_workspace(native):
+    assert native.written(1 << 20)
+    assert not native.written(0)
+    with pytest.raises(torch.OutOfMemoryError, match="memory"):
+        native.written(1 << 60)
+
+
+def test_a_workspace_goes_back(native):
+    native.written(1 << 26)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+    for _ in range(20):
+        native.written(1 << 26)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4 << 16
 
 
 def test_a_type_without_the_table(native):

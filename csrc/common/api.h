@@ -42,8 +42,8 @@ struct Conv1dBwdArgs {
 };
 
 struct Conv1dBwdTensors {
-  std::uintptr_t dy, x, weight, bias, initial_states, dfinal_states, dx, dweight, dbias, dinitial_states, cu_seqlens,
-      partials;
+  std::uintptr_t dy, x, weight, bias, initial_states, dfinal_states, dx, dweight, dbias, dinitial_states, cu_seqlens;
+  std::uintptr_t workspace;  // bytes, as many as workspace_bytes says, of any content; so in all that have one
 };
 
 // What an SSD scan is made of, but for the addresses: made once for all calls of a kind.
@@ -69,11 +69,11 @@ struct SsdArgs {
 struct SsdTensors {
   std::uintptr_t x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, seq_offsets, read_slots, write_slots,
       interval_slots, y, final, interval, interval_base;
-  std::uintptr_t workspace;  // bytes, as many as ssd_workspace says, of any content
+  std::uintptr_t workspace;
 };
 
 // ssd_sm90.cu
-std::int64_t ssd_workspace(const SsdArgs& args);
+std::int64_t workspace_bytes(const SsdArgs& args);
 void ssd_fwd(const SsdArgs& args, const SsdTensors& tensors, Target target);
 
 // All of a decoding step but its pointers, which change from call to call: made once for each signature.
@@ -175,13 +175,15 @@ struct NormBwdArgs {
 };
 
 struct NormBwdTensors {
-  std::uintptr_t dy, x, z, weight, dh, dx, dz, dresidual, dweight, partials;
+  std::uintptr_t dy, x, z, weight, dh, dx, dz, dresidual, dweight;
+  std::uintptr_t workspace;
 };
 
 // norm_sm90.cu
 void norm_fwd(const NormArgs& args, const NormTensors& tensors, Target target);
 
 // norm_bwd_sm90.cu
+std::int64_t workspace_bytes(const NormBwdArgs& args);
 void norm_bwd(const NormBwdArgs& args, const NormBwdTensors& tensors, Target target);
 
 // conv1d_sm90.cu
@@ -200,6 +202,7 @@ void ssd_replay(const SsdReplayArgs& args, const SsdReplayPointers& pointers, Ta
 void mamba2_step(const Mamba2StepArgs& args, const Mamba2StepPointers& pointers, Target target);
 
 // conv1d_bwd_sm90.cu
+std::int64_t workspace_bytes(const Conv1dBwdArgs& args);
 void conv1d_bwd(const Conv1dBwdArgs& args, const Conv1dBwdTensors& tensors, Target target);
 
 // cutlass_layouts.cu

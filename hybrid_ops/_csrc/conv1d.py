@@ -17,7 +17,6 @@ class Config(NamedTuple):
 
 _MOST_TOKENS = 2**31 - 64  # of a row
 _VECTOR = 4  # channels that rows are to be whole numbers of
-_BWD_TOKENS = 128  # of a CTA: kBwdTokens
 
 
 def config(dim: int, itemsize: int, alignment: int, parameters_fp32: bool = False) -> Config:
@@ -197,7 +196,7 @@ def make_bwd_launch(
     some_states = history if history is not None else dfinal
     one_row = cu_seqlens is None and batch * seqlen < _MOST_TOKENS
     one_row = one_row and all(t.stride(0) == seqlen * t.stride(1) for t in (dy, x, dx))
-    rows, tokens = (1, batch * seqlen) if one_row else (batch, seqlen)
+    rows = 1 if one_row else batch
     in_boxes = alignment(x, dy) >= 16 and dim * x.element_size() % 16 == 0
     in_boxes = in_boxes and all(t.shape[i] == 1 or t.stride(i) > 0 for t in (x, dy) for i in (0, 1))  # TMA has no 0
     launch = extension.Conv1dBwd(
@@ -208,10 +207,4 @@ def make_bwd_launch(
         silu=silu,
         in_boxes=in_boxes,
     )
-    partials = (width + 1) * rows * -(-tokens // _BWD_TOKENS) * dim
-
-    def run(tensors: tuple[Any, ...]) -> None:
-        sums = tensors[0].new_empty(partials, dtype=torch.float32)
-        launch((*tensors, sums), index, torch._C._cuda_getCurrentRawStream(index))
-
-    return run
+    return lambda tensors: launch(tensors, index, torch._C._cuda_getCurrentRawStream(index))

@@ -183,21 +183,18 @@ def ssd_chunk_scan(
         turns=chosen.turns,
         num_sms=num_sms,
     )
-    bytes_beside = launch.workspace
 
     def run(*arguments: Any) -> None:
         *inputs, initial, _, cu_seqlens, offsets, read, write, interval_slots, y, final, interval, pool = arguments[:19]
-        base = workspace = None
+        base = None
         if interval is not None:
             interval.zero_()
             if cu_seqlens is not None:
                 base = first_interval(cu_seqlens, offsets, state_interval)
         if pool is not None:
             initial, final, interval = sources(initial, final, interval, pool, read, write, interval_slots)
-        if bytes_beside:
-            workspace = y.new_empty(bytes_beside, dtype=torch.uint8)
         indices = (cu_seqlens, offsets, read, write, interval_slots)
-        tensors = (*inputs, initial, *indices, y, final, interval, base, workspace)
+        tensors = (*inputs, initial, *indices, y, final, interval, base)
         launch(tensors, index, torch._C._cuda_getCurrentRawStream(index))
 
     return run
