@@ -228,7 +228,7 @@ PYBIND11_MODULE(_cuda, m) {
                        std::array<std::int64_t, 3> state_strides, std::array<std::int64_t, 3> scale_strides,
                        std::array<SsdUpdateArgs::TokenStrides, 6> token_strides,
                        std::array<std::int64_t, 10> small_strides, int null_slot, std::array<float, 2> dt_limit,
-                       bool dt_softplus, bool store_each, bool store_last, std::array<int, 1> config) {
+                       bool dt_softplus, bool store_each, bool store_last, std::array<int, 2> config) {
              const auto [batch, tokens, total, nslots, nheads, headdim, dstate, ngroups, read_width, write_width] =
                  sizes;
              const auto [A, dt_bias, D_head, D_p, read, read_column, write, write_column, accepted, bounds] =
@@ -271,7 +271,8 @@ PYBIND11_MODULE(_cuda, m) {
                  .dt_softplus = dt_softplus,
                  .store_each = store_each,
                  .store_last = store_last,
-                 .rows = config[0],
+                 .warps = config[0],
+                 .rows = config[1],
              };
            }),
            py::arg("dtypes"), py::arg("sizes"), py::arg("state_strides"), py::arg("scale_strides"),

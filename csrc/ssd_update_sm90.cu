@@ -1,6 +1,7 @@
 #include "ssd_update_sm90.cuh"
 
 #include <algorithm>
+#include <array>
 
 #include "common/api.h"
 #include "common/launch.cuh"
@@ -8,12 +9,12 @@
 namespace hybrid_ops {
 namespace {
 
-template <typename State, int kDstate, int kRowsOfWarp, bool kStochastic>
+template <typename State, int kDstate, int kWarps, int kRowsOfWarp, bool kStochastic>
 void launch_one(const SsdUpdateParams& p, cudaStream_t stream) {
-  constexpr int kRows = OneLayout<State, kDstate, kRowsOfWarp>::kRowsOfBlock;
+  constexpr int kRows = OneLayout<State, kDstate, kWarps, kRowsOfWarp>::kRowsOfBlock;
   const dim3 grid((p.headdim + kRows - 1) / kRows, p.nheads, p.batch);
-  launch_early(ssd_update_one_kernel<State, kDstate, kRowsOfWarp, kStochastic>, grid, dim3(kOneThreads), stream, p,
-               "ssd_update_one_kernel");
+  launch_early(ssd_update_one_kernel<State, kDstate, kWarps, kRowsOfWarp, kStochastic>, grid, dim3(32 * kWarps), stream,
+               p, "ssd_update_one_kernel");
 }
 
 template <typename State, int kDstate, bool kStochastic>
@@ -31,11 +32,17 @@ void launch(const SsdUpdateParams& p, const SsdUpdateArgs& a, cudaStream_t strea
   if (p.cu_seqlens != nullptr || p.tokens != 1 || (p.headdim > 1 && p.state_p_stride != kDstate)) {
     return launch_many<State, kDstate, kStochastic>(p, stream);
   }
-  switch (a.rows) {
-    case 4: return launch_one<State, kDstate, 4, kStochastic>(p, stream);
-    case 16: return launch_one<State, kDstate, 16, kStochastic>(p, stream);
-    default: throw std::runtime_error("ssd_update: a warp has 4 rows or 16, got " + std::to_string(a.rows));
+  const std::array<int, 2> form{a.warps, a.rows};
+  if (form == std::array{4, 4}) return launch_one<State, kDstate, 4, 4, kStochastic>(p, stream);
+  if constexpr (sizeof(State) == 1 || kStochastic) {
+    if (form == std::array{4, 16}) return launch_one<State, kDstate, 4, 16, kStochastic>(p, stream);
+    if (form == std::array{5, 16}) return launch_one<State, kDstate, 5, 16, kStochastic>(p, stream);
+  } else {
+    constexpr int kRows = 2048 / (kDstate * sizeof(State));
+    if (form == std::array{2, kRows}) return launch_one<State, kDstate, 2, kRows, kStochastic>(p, stream);
   }
+  throw std::runtime_error("ssd_update: no CTA has " + std::to_string(a.warps) + " warps of " + std::to_string(a.rows) +
+                           " rows of such states");
 }
 
 template <typename State, int kDstate>

@@ -100,46 +100,51 @@ __device__ __forceinline__ Token<L::kColumns> load_token(const SsdUpdateParams& 
 template <typename State, int kDstate, int kRows>
 using UpdateLayout = Layout<State, kDstate, kRows, kDstate / 8>;
 
-// T = 1, and rows of a head that lie one behind the other: a CTA has kOneWarps times kRowsOfWarp of them, or less. All
-// loads of a lane are under way before its first number is used; meanwhile the threads make what they have in common:
-// each an element of B and C, the last warp dt and its decay, and the first warps the rows of x and at last of y.
-inline constexpr int kOneWarps = 4, kOneThreads = 32 * kOneWarps;
-
-template <typename State, int kDstate, int kRowsOfWarp>
+// T = 1, and rows of a head that lie one behind the other: a CTA has kWarps times kRowsOfWarp of them, or less. All
+// loads of a lane are under way before its first number is used; meanwhile the warps make what they have in common: two
+// B and C, the last one dt and its decay, and the first ones the rows of x and at last of y.
+//
+// The fewer bytes a CTA has, the closer to their order in memory they are asked for: 4 KB where arithmetic leaves time
+// for what each warp has to find out for itself.
+template <typename State, int kDstate, int kWarps, int kRowsOfWarp>
 struct OneLayout {
   static constexpr int kGroups = UpdateLayout<State, kDstate, 1>::kGroups;
   static constexpr int kRows = kRowsOfWarp / kGroups < 1 ? 1 : kRowsOfWarp / kGroups > 8 ? 8 : kRowsOfWarp / kGroups;
   using Type = UpdateLayout<State, kDstate, kRows>;
-  static constexpr int kRowsOfBlock = kOneWarps * Type::kTile;
-  static constexpr int kBlocks = sizeof(State) == 1 || kDstate == 256 ? 4 : 5;  // for which registers suffice
-  static_assert(kRowsOfBlock <= kOneThreads);
+  static constexpr int kThreads = 32 * kWarps, kRowsOfBlock = kWarps * Type::kTile;
+  static constexpr int kMaker = kWarps > 2 ? 1 : 0;  // the warp that makes B; the next one makes C
+  // of a multiprocessor, for which registers suffice
+  static constexpr int kMostWarps = kWarps == 2 ? 32 : sizeof(State) == 1 || kDstate == 256 ? 16 : 20;
+  static constexpr int kBlocks = kMostWarps / kWarps;
+  static_assert(kRowsOfBlock <= kThreads);
 };
 
-template <typename State, int kDstate, int kRowsOfWarp, bool kStochastic>
-__global__ void __launch_bounds__(kOneThreads, OneLayout<State, kDstate, kRowsOfWarp>::kBlocks)
+template <typename State, int kDstate, int kWarps, int kRowsOfWarp, bool kStochastic>
+__global__ void __launch_bounds__(32 * kWarps, OneLayout<State, kDstate, kWarps, kRowsOfWarp>::kBlocks)
     ssd_update_one_kernel(const __grid_constant__ SsdUpdateParams p) {
-  using Form = OneLayout<State, kDstate, kRowsOfWarp>;
+  using Form = OneLayout<State, kDstate, kWarps, kRowsOfWarp>;
   using L = typename Form::Type;
-  constexpr int kRows = Form::kRows, kPieces = kRows * L::kLoads;  // of a lane; of 16 bytes
-  constexpr int kPerThread = 2 * kDstate / kOneThreads;
+  constexpr int kRows = Form::kRows, kPieces = kRows * L::kLoads;                         // of a lane; of 16 bytes
+  constexpr int kMade = kDstate / 32 < kPerVector ? kPerVector : kDstate / 32;            // columns of B or C of a lane
   __shared__ alignas(16) float columns[2 * kDstate], rows[Form::kRowsOfBlock], steps[2];  // B, C; x, y; dt, decay
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % L::kLanes, column = part * L::kPerLoad;
   const int head = blockIdx.y, b = blockIdx.z, first = blockIdx.x * Form::kRowsOfBlock;
   const int local = warp * L::kTile + lane / L::kLanes, above = first + local;  // the lane's first row
   const int mine = first + threadIdx.x;                                         // the row whose y is the thread's
   const bool has_row = threadIdx.x < Form::kRowsOfBlock && mine < p.headdim;
+  const bool makes = (warp == Form::kMaker || warp == Form::kMaker + 1) && lane * kMade < kDstate;
 
   let_next_kernel_start();
   wait_for_kernel_before();
   int slot, place;
   const bool present = find_slot(p, b, slot);
-  Element column_bits[kPerThread], dt_bits{}, bias{}, D{};
+  Bits<kMade> column_bits{};
+  Element dt_bits{}, bias{}, D{};
   const int group = p.heads_per_group == 1 ? head : p.by_heads_per_group.of(head);
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int n = threadIdx.x + i * kOneThreads;
-    const TokenStrides& s = n < kDstate ? p.B_strides : p.C_strides;
-    column_bits[i] = load_bits(n < kDstate ? p.B : p.C, p.dtype, offset(s, b, 0, group, n % kDstate));
+  if (makes) {
+    const TokenStrides& s = warp == Form::kMaker ? p.B_strides : p.C_strides;
+    load_runs<kMade, kMade, kMade>(warp == Form::kMaker ? p.B : p.C, p.dtype, offset(s, b, 0, group, 0), lane * kMade,
+                                   s.element, p.columns_aligned, column_bits);
   }
   RowBits bits{};
   float A = 0.f;
@@ -147,7 +152,7 @@ __global__ void __launch_bounds__(kOneThreads, OneLayout<State, kDstate, kRowsOf
     bits = load_row(p, b, 0, head, has_row ? mine : p.headdim);
     D = load_D(p, head, has_row ? mine : p.headdim);
   }
-  if (warp == kOneWarps - 1) {
+  if (warp == kWarps - 1) {
     dt_bits = load_bits(p.dt, p.dt_dtype, offset(p.dt_strides, b, 0, head, 0));
     bias = load_bias(p, head);
     A = p.A[static_cast<int64>(head) * p.A_stride];
@@ -175,11 +180,16 @@ __global__ void __launch_bounds__(kOneThreads, OneLayout<State, kDstate, kRowsOf
   }
   const bool stored = find_place(p, b, 0, 1, slot, place);
   // numbers only now that the loads are under way
+  if (makes) {
+    float made[kMade];
+    runs_to_float(column_bits, p.dtype, p.columns_aligned, made);
+    float4* const target = reinterpret_cast<float4*>(columns + (warp - Form::kMaker) * kDstate + lane * kMade);
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) columns[threadIdx.x + i * kOneThreads] = from_bits(column_bits[i], p.dtype);
+    for (int i = 0; i < kMade; i += 4) target[i / 4] = make_float4(made[i], made[i + 1], made[i + 2], made[i + 3]);
+  }
   bits = {bits.x.merged(), bits.z.merged()}, D = D.merged();
   if (threadIdx.x < Form::kRowsOfBlock) rows[threadIdx.x] = from_bits(bits.x, p.dtype);
-  if (warp == kOneWarps - 1) {
+  if (warp == kWarps - 1) {
     const float dt = step_of(p, dt_bits, bias);
     if (lane == 0) steps[0] = dt, steps[1] = expf(dt * A);
   }

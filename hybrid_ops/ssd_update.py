@@ -336,8 +336,9 @@ def _choose(
     chosen, reason = _device.choose(impl, torch.device(device), refusal)
     problem = (headdim, dstate, state_dtype.itemsize)
     if chosen == "cuda":
-        sms = _device.num_sms_to_explain(device)
-        return Choice(chosen, _csrc_ssd_update.config(headdim, batch * nheads, sms)._asdict(), reason)
+        sms, stochastic = _device.num_sms_to_explain(device), rounding == "stochastic"
+        config = _csrc_ssd_update.config(headdim, dstate, batch * nheads, sms, state_dtype.itemsize, stochastic)
+        return Choice(chosen, config._asdict(), reason)
     if chosen != "triton":
         return Choice(chosen, {}, reason)
     from .triton_kernels import ssd_update as kernels

@@ -59,11 +59,11 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::ssd_pair_kernel<hybrid_ops::PairConfig<true>>",
     ],
     "ssd_update_sm90.cuh": [
-        "hybrid_ops::ssd_update_one_kernel<float, 128, 4, false>",
-        "hybrid_ops::ssd_update_one_kernel<__half, 256, 16, true>",
+        "hybrid_ops::ssd_update_one_kernel<float, 128, 2, 4, false>",
+        "hybrid_ops::ssd_update_one_kernel<__half, 256, 5, 16, true>",
         "hybrid_ops::ssd_update_kernel<__nv_bfloat16, 64, 4, true>",
         "hybrid_ops::ssd_update_kernel<float, 256, 4, false>",
-        "hybrid_ops::ssd_update_one_kernel<hybrid_ops::E4m3, 64, 16, false>",
+        "hybrid_ops::ssd_update_one_kernel<hybrid_ops::E4m3, 64, 4, 16, false>",
         "hybrid_ops::ssd_update_kernel<hybrid_ops::Int8, 128, 4, false>",
     ],
     "ssd_replay_sm90.cuh": [

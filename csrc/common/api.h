@@ -90,7 +90,7 @@ struct SsdUpdateArgs {
   int null_slot;
   float dt_min, dt_max;
   bool dt_softplus, store_each, store_last;
-  int rows;  // of a warp, where there is one token each
+  int warps, rows;  // of a CTA; of a warp: where there is one token each
 };
 
 // The pointers of SsdUpdateParams, in its order.

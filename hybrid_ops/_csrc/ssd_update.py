@@ -14,19 +14,28 @@ STATE_DTYPES = {**DTYPES, torch.float8_e4m3fn: 3, torch.int8: 4}
 DSTATES = (64, 128, 256)
 
 
-class Config(NamedTuple):
-    rows: int  # of a warp, where there is one token of each sequence
+class Config(NamedTuple):  # where there is one token of each sequence
+    warps: int  # of a CTA
+    rows: int  # of a warp
 
 
-def config(headdim: int, sequences_times_heads: int, num_sms: int) -> Config:
-    """The more rows a warp has, the more of them share what it does for a head: of a bfloat16 warp's instructions 3/4
-    with 4 rows, 2/5 with 16.
+def config(
+    headdim: int, dstate: int, sequences_times_heads: int, num_sms: int, itemsize: int, stochastic: bool
+) -> Config:
+    """The more rows a warp has, the more of them share what it does for a head; the fewer a CTA has, the nearer to
+    memory's order they are read and written: 4 KB, but where states of 8 bits or stochastic rounding bring arithmetic.
 
-    Fewer where a multiprocessor would get less than 16 warps, or most of a head's last CTA (4 warps) would be idle.
+    Fewer where a multiprocessor would get less than 16 warps, or most of a head's last CTA would be idle.
     """
-    idle = -headdim % 64
-    filling = sequences_times_heads * headdim // 16 >= 16 * num_sms
-    return Config(rows=16 if filling and idle < headdim / 4 else 4)
+    tile = 2048 // dstate  # rows of which a lane has eight pieces
+    if itemsize == 1 or stochastic:
+        rows = 16
+        warps = min((4, 5), key=lambda n: -headdim % (n * min(rows, tile)))  # 5: a head of 80
+    else:
+        warps, rows = 2, tile // itemsize
+    idle = -headdim % (warps * min(rows, tile))
+    filling = sequences_times_heads * headdim // rows >= 16 * num_sms
+    return Config(warps, rows) if filling and idle < headdim / 4 else Config(warps=4, rows=4)
 
 
 def refusal(x: Tensor, state: Tensor, others: tuple[Tensor | None, ...], batch: int) -> str | None:
@@ -97,7 +106,9 @@ def ssd_state_update(
 
     index = x.device.index
     if chosen is None:
-        chosen = config(headdim, batch * nheads, _device.num_sms(index))
+        stochastic = seed is not None
+        num_sms, itemsize = _device.num_sms(index), state.element_size()
+        chosen = config(headdim, dstate, batch * nheads, num_sms, itemsize, stochastic)
     launch = extension.SsdUpdate(
         dtypes=tuple(STATE_DTYPES[(x if t is None else t).dtype] for t in (state, x, dt, D, z, dt_bias)),
         sizes=(
