@@ -114,7 +114,8 @@ struct OneLayout {
   static constexpr int kThreads = 32 * kWarps, kRowsOfBlock = kWarps * Type::kTile;
   static constexpr int kMaker = kWarps > 2 ? 1 : 0;  // the warp that makes B; the next one makes C
   // of a multiprocessor, for which registers suffice
-  static constexpr int kMostWarps = kWarps == 2 ? 32 : sizeof(State) == 1 || kDstate == 256 ? 16 : 20;
+  static constexpr bool kSmall = kWarps == 2 || (kRowsOfWarp == 4 && kDstate < 256);
+  static constexpr int kMostWarps = kSmall ? 32 : sizeof(State) == 1 || kDstate == 256 ? 16 : 24;
   static constexpr int kBlocks = kMostWarps / kWarps;
   static_assert(kRowsOfBlock <= kThreads);
 };
@@ -194,7 +195,8 @@ __global__ void __launch_bounds__(32 * kWarps, OneLayout<State, kDstate, kWarps,
     if (lane == 0) steps[0] = dt, steps[1] = expf(dt * A);
   }
   // random bits of the first pieces as well, and those of the next after them
-  constexpr int kBits = kPieces < 4 ? kPieces : 4;
+  constexpr int kMostBits = kDstate == 256 ? 4 : 2;  // two at a time spill there
+  constexpr int kBits = kPieces < kMostBits ? kPieces : kMostBits;
   uint4 random[kBits];
   const int64 number = (static_cast<int64>(place) * p.nheads + head) * p.headdim * kDstate + begin;
   const auto make_random = [&](int from) {
