@@ -368,6 +368,33 @@ def test_long_sequences_cuda(data):
     check_ssd(case, "cuda", "cuda", run_torch)
 
 
+# dt |A| as in a trained model and up to 80 a token, and inputs of 4 orders, as residual streams have across a model
+EXTREMES = pytest.mark.parametrize(
+    ("regime", "scale"), [("usual", 1e-2), ("usual", 1e2), ("steep", 1.0), ("large", 1.0)]
+)
+
+
+def check_extremes(regime, scale, seqlen, impl, device, oracle):
+    case = dict(seed=1, dtype=torch.bfloat16, layout="dense", lengths=[seqlen], batch=1, ngroups=1, heads_per_group=2)
+    case |= dict(headdim=64, dstate=128, regime=regime, scale=scale, strided=False, aligned=True, D="head", z=True)
+    case |= dict(dt_bias=True, dt_softplus=True, limited=False, initial=True, offsets=False, interval=0)
+    case |= dict(small_fp32=True, state_dtype=None, pool=False, signs="both")
+    check_ssd(case, impl, device, oracle, rounds_operands=impl == "cuda")
+
+
+@EXTREMES
+def test_extremes(regime, scale):
+    check_extremes(regime, scale, 1000, "torch", "cpu", run_reference)
+
+
+@pytest.mark.gpu
+@EXTREMES
+@pytest.mark.parametrize("chosen", [None, 1])
+def test_extremes_cuda(chosen, regime, scale):
+    with configured(chosen):
+        check_extremes(regime, scale, 131072, "cuda", "cuda", run_torch)
+
+
 @pytest.mark.gpu
 def test_batch_invariant_cuda():
     check_batch_invariant(
