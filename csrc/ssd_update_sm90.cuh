@@ -104,8 +104,8 @@ using UpdateLayout = Layout<State, kDstate, kRows, kDstate / 8>;
 // loads of a lane are under way before its first number is used; meanwhile the warps make what they have in common: two
 // B and C, the last one dt and its decay, and the first ones the rows of x and at last of y.
 //
-// The fewer bytes a CTA has, the closer to their order in memory they are asked for: 4 KB where arithmetic leaves time
-// for what each warp has to find out for itself.
+// Measured: CTAs of 4 KB are fastest, perhaps for they ask for memory nearly in its order, unless arithmetic leaves no
+// time for what each warp has to find out for itself. Then rows have to share that, and a CTA is a head.
 template <typename State, int kDstate, int kWarps, int kRowsOfWarp>
 struct OneLayout {
   static constexpr int kGroups = UpdateLayout<State, kDstate, 1>::kGroups;

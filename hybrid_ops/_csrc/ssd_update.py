@@ -22,10 +22,10 @@ class Config(NamedTuple):  # where there is one token of each sequence
 def config(
     headdim: int, dstate: int, sequences_times_heads: int, num_sms: int, itemsize: int, stochastic: bool
 ) -> Config:
-    """The more rows a warp has, the more of them share what it does for a head; the fewer a CTA has, the nearer to
-    memory's order they are read and written: 4 KB, but where states of 8 bits or stochastic rounding bring arithmetic.
+    """4 KB of states for a CTA, which was fastest; but where those of 8 bits or stochastic rounding bring arithmetic
+    16 rows of a warp, which share what it does for a head.
 
-    Fewer where a multiprocessor would get less than 16 warps, or most of a head's last CTA would be idle.
+    Another form, 4 rows, where a multiprocessor would get less than 16 warps, or most of a head's last CTA be idle.
     """
     tile = 2048 // dstate  # rows of which a lane has eight pieces
     if itemsize == 1 or stochastic:
