@@ -420,14 +420,20 @@ def test_rows_by_their_alignment():
 
 
 def test_config_of_ssd_update():
+    """4 KB of states for a CTA, 64 or 80 rows where there is more to do for each; another form for few sequences."""
     from hybrid_ops._csrc.ssd_update import Config, config
 
-    def of(batch, headdim=64, nheads=128):
-        return config(headdim, batch * nheads, 132)
+    def of(batch, itemsize, stochastic=False, headdim=64, dstate=128, nheads=128):
+        return config(headdim, dstate, batch * nheads, 132, itemsize, stochastic)
 
-    assert of(1) == of(4) == of(8, nheads=64) == Config(rows=4)
-    assert of(8) == of(64) == of(64, nheads=64) == of(64, headdim=128) == of(64, headdim=56) == Config(rows=16)
-    assert of(64, headdim=80) == of(64, headdim=24) == of(0) == of(1, headdim=1) == Config(rows=4)
+    assert of(64, 4) == of(8, 4, nheads=64) == of(64, 4, headdim=128) == Config(warps=2, rows=4)
+    assert of(64, 2) == of(4, 2) == of(64, 2, headdim=80) == of(64, 2, headdim=56) == Config(warps=2, rows=8)
+    assert of(64, 4, dstate=256) == Config(warps=2, rows=2)
+    assert of(64, 2, dstate=64) == Config(warps=2, rows=16)
+    assert of(64, 2, True) == of(64, 1) == of(64, 1, dstate=256) == Config(warps=4, rows=16)
+    assert of(64, 2, True, 80) == of(64, 1, headdim=80) == Config(warps=5, rows=16)
+    assert of(1, 4) == of(1, 2) == of(4, 2, True) == of(0, 2) == of(1, 4, headdim=1) == Config(warps=4, rows=4)
+    assert of(64, 2, True, 40) == of(64, 2, headdim=24) == Config(warps=4, rows=4)
 
 
 def test_config_of_ssd_replay():

@@ -464,19 +464,6 @@ def test_explain():
         hybrid_ops.explain("ssd_state_update", impl="cuda", dstate=16)
 
 
-def test_cuda_configuration():
-    """4 KB of states for a CTA, 64 or 80 rows where there is more to do for each; less for few sequences."""
-
-    def chosen(batch, itemsize, stochastic=False, headdim=64, dstate=128):
-        return tuple(csrc.config(headdim, dstate, batch * 128, 132, itemsize, stochastic))
-
-    assert (chosen(64, 4), chosen(64, 2), chosen(4, 2)) == ((2, 4), (2, 8), (2, 8))
-    assert (chosen(64, 4, dstate=256), chosen(64, 2, dstate=64)) == ((2, 2), (2, 16))
-    assert (chosen(64, 2, True), chosen(64, 1), chosen(64, 1, dstate=256)) == ((4, 16),) * 3
-    assert (chosen(64, 2, True, 80), chosen(64, 1, headdim=80)) == ((5, 16),) * 2
-    assert (chosen(1, 4), chosen(1, 2), chosen(4, 2, True), chosen(64, 2, True, 40)) == ((4, 4),) * 4
-
-
 def test_what_the_cuda_kernel_takes():
     def refusal(*shape, dtype=torch.float32, x=None, batch=1):
         state = torch.empty(shape, dtype=dtype)
