@@ -150,6 +150,7 @@ __global__ void __launch_bounds__(kMaxNormBwdThreads<kGate, kVectors>, 1)
 
 inline constexpr int kSumFeatures = 32;
 inline constexpr int kSumRows = 16;
+inline constexpr int kSumAtOnce = 16;  // parts that a thread has under way: nearly always all it has
 
 // dweight: the sums of all CTAs. Warp w of a block adds those of CTAs w, w + kSumRows, .. and then the warps are added.
 template <typename T>
@@ -159,8 +160,17 @@ __global__ void __launch_bounds__(kSumFeatures* kSumRows) norm_dweight_kernel(co
   wait_for_kernel_before();
   float sum = 0.f;
   if (feature < p.hidden) {
-#pragma unroll 8
-    for (int i = threadIdx.y; i < p.step; i += kSumRows) sum += p.partials[i * p.hidden + feature];
+    const float* part_at = p.partials + threadIdx.y * p.hidden + feature;
+#pragma unroll 1
+    for (int first = threadIdx.y; first < p.step; first += kSumAtOnce * kSumRows) {
+      float parts[kSumAtOnce] = {};
+#pragma unroll
+      for (int i = 0; i < kSumAtOnce; ++i, part_at += kSumRows * p.hidden) {
+        if (first + i * kSumRows < p.step) parts[i] = *part_at;
+      }
+#pragma unroll
+      for (const float part : parts) sum += part;
+    }
   }
   __shared__ float sums[kSumRows][kSumFeatures];
   sums[threadIdx.y][threadIdx.x] = sum;

@@ -11,7 +11,9 @@ template <int kCount>
 __device__ __forceinline__ void philox(int64 seed, const int64 (&blocks)[kCount], int t, uint4 (&bits)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    bits[i] = make_uint4(static_cast<unsigned>(blocks[i]), static_cast<unsigned>(blocks[i] >> 32), t, 0);
+    unsigned low, high;  // by the assembler: of a number that the compiler knows to be cut, it multiplies all 64 bits
+    asm("mov.b64 {%0, %1}, %2;" : "=r"(low), "=r"(high) : "l"(blocks[i]));
+    bits[i] = make_uint4(low, high, t, 0);
   }
   unsigned k0 = static_cast<unsigned>(seed), k1 = static_cast<unsigned>(seed >> 32);
 #pragma unroll
@@ -87,12 +89,24 @@ struct Stochastic<__half> {
     const __half2 a = pair(rounded.x), b = pair(rounded.y), c = pair(rounded.z), d = pair(rounded.w);
     const __half2 smallest = __hmin2(__hmin2(a, b), __hmin2(c, d));
     const __half2 largest = __hmax2_nan(__hmax2_nan(a, b), __hmax2_nan(c, d));
-    return __hbgt2(smallest, __float2half2_rn(kNormal)) && __hblt2(largest, __float2half2_rn(kLargest));
+    int usual;  // of both halves, and no branch between
+    asm("{\n.reg .pred p, q;\nsetp.gt.f16x2 p|q, %1, %2;\nand.pred p, p, q;\n"
+        "setp.lt.and.f16x2 p|q, %3, %4, p;\nand.pred p, p, q;\nselp.s32 %0, 1, 0, p;\n}"
+        : "=r"(usual)
+        : "r"(bits_of(smallest)), "r"(bits_of(__float2half2_rn(kNormal))), "r"(bits_of(largest)),
+          "r"(bits_of(__float2half2_rn(kLargest))));
+    return usual;
+  }
+
+  static __device__ __forceinline__ unsigned bits_of(const __half2& pair) {
+    return reinterpret_cast<const unsigned&>(pair);
   }
 
   // float32 has 13 more bits behind the point than a normal float16; the last three of the 16 would meet zeros.
   static __device__ __forceinline__ unsigned round_usual(float low, float high, unsigned bits) {
-    return truncate(__uint_as_float(__float_as_uint(low) + ((bits << 16) >> 19)),
+    unsigned first;  // by the assembler: with >> 19 and + it is two instructions, of which the compiler makes three
+    asm("shl.b32 %0, %1, 16;" : "=r"(first) : "r"(bits));
+    return truncate(__uint_as_float(__float_as_uint(low) + (first >> 19)),
                     __uint_as_float(__float_as_uint(high) + (bits >> 19)));
   }
 
