@@ -6,6 +6,7 @@
 // small CTAs, in the order of memory. No warp reads what another writes.
 #pragma once
 
+#include "common/async_copies.cuh"
 #include "common/division.cuh"
 #include "common/hopper.cuh"
 #include "common/ssd_step.cuh"
@@ -101,8 +102,9 @@ template <typename State, int kDstate, int kRows>
 using UpdateLayout = Layout<State, kDstate, kRows, kDstate / 8>;
 
 // T = 1, and rows of a head that lie one behind the other: a CTA has kWarps times kRowsOfWarp of them, or less. All
-// loads of a lane are under way before its first number is used; meanwhile the warps make what they have in common: two
-// B and C, the last one dt and its decay, and the first ones the rows of x and at last of y.
+// pieces of a lane are under way at once, to places in shared memory of its own: in registers they would leave room for
+// three quarters of the warps. Meanwhile the warps make what they have in common: two B and C, the last one dt and its
+// decay, and the first ones the rows of x and at last of y.
 //
 // Measured: CTAs of 4 KB are fastest, perhaps for they ask for memory nearly in its order, unless arithmetic leaves no
 // time for what each warp has to find out for itself. Then rows have to share that, and a CTA is a head.
@@ -113,21 +115,26 @@ struct OneLayout {
   using Type = UpdateLayout<State, kDstate, kRows>;
   static constexpr int kThreads = 32 * kWarps, kRowsOfBlock = kWarps * Type::kTile;
   static constexpr int kMaker = kWarps > 2 ? 1 : 0;  // the warp that makes B; the next one makes C
-  // of a multiprocessor, for which registers suffice
-  static constexpr bool kSmall = kWarps == 2 || (kRowsOfWarp == 4 && kDstate < 256);
-  static constexpr int kMostWarps = kSmall ? 32 : sizeof(State) == 1 || kDstate == 256 ? 16 : 24;
-  static constexpr int kBlocks = kMostWarps / kWarps;
   static_assert(kRowsOfBlock <= kThreads);
 };
 
+// Warps of a multiprocessor for which there are registers.
 template <typename State, int kDstate, int kWarps, int kRowsOfWarp, bool kStochastic>
-__global__ void __launch_bounds__(32 * kWarps, OneLayout<State, kDstate, kWarps, kRowsOfWarp>::kBlocks)
+inline constexpr int kUpdateWarps = [] {
+  if (kWarps == 2 || (kRowsOfWarp == 4 && kDstate < 256)) return kStochastic ? 32 : 40;
+  return sizeof(State) == 1 ? 28 : kDstate == 256 ? 32 : 36;
+}();
+
+template <typename State, int kDstate, int kWarps, int kRowsOfWarp, bool kStochastic>
+__global__ void __launch_bounds__(32 * kWarps, kUpdateWarps<State, kDstate, kWarps, kRowsOfWarp, kStochastic> / kWarps)
     ssd_update_one_kernel(const __grid_constant__ SsdUpdateParams p) {
   using Form = OneLayout<State, kDstate, kWarps, kRowsOfWarp>;
   using L = typename Form::Type;
   constexpr int kRows = Form::kRows, kPieces = kRows * L::kLoads;                         // of a lane; of 16 bytes
   constexpr int kMade = kDstate / 32 < kPerVector ? kPerVector : kDstate / 32;            // columns of B or C of a lane
   __shared__ alignas(16) float columns[2 * kDstate], rows[Form::kRowsOfBlock], steps[2];  // B, C; x, y; dt, decay
+  __shared__ float scales[sizeof(State) == 1 ? Form::kRowsOfBlock : 1];
+  __shared__ uint4 pieces[kPieces][Form::kThreads];  // of states, a lane's own
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % L::kLanes, column = part * L::kPerLoad;
   const int head = blockIdx.y, b = blockIdx.z, first = blockIdx.x * Form::kRowsOfBlock;
   const int local = warp * L::kTile + lane / L::kLanes, above = first + local;  // the lane's first row
@@ -169,16 +176,12 @@ __global__ void __launch_bounds__(32 * kWarps, OneLayout<State, kDstate, kWarps,
     return piece / L::kLoads * L::kGroups * kDstate + piece % L::kLoads * L::kStep;
   };
   const auto exists = [&](int r) { return above + r * L::kGroups < p.headdim; };
-  uint4 raw[kRows][L::kLoads];
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
-    raw[i / L::kLoads][i % L::kLoads] = load_state_if(exists(i / L::kLoads), source + offset_of(i));
+    if (exists(i / L::kLoads)) copy_async<16>(&pieces[i][threadIdx.x], source + offset_of(i));
   }
-  float scales[kRows];
-  if constexpr (sizeof(State) == 1) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) scales[r] = exists(r) ? *scale_of(p, slot, head, above + r * L::kGroups) : 0.f;
-  }
+  float scale = 1.f;
+  if (sizeof(State) == 1 && has_row) scale = *scale_of(p, slot, head, mine);
   const bool stored = find_place(p, b, 0, 1, slot, place);
   // numbers only now that the loads are under way
   if (makes) {
@@ -189,52 +192,61 @@ __global__ void __launch_bounds__(32 * kWarps, OneLayout<State, kDstate, kWarps,
     for (int i = 0; i < kMade; i += 4) target[i / 4] = make_float4(made[i], made[i + 1], made[i + 2], made[i + 3]);
   }
   bits = {bits.x.merged(), bits.z.merged()}, D = D.merged();
-  if (threadIdx.x < Form::kRowsOfBlock) rows[threadIdx.x] = from_bits(bits.x, p.dtype);
+  if (threadIdx.x < Form::kRowsOfBlock) {
+    rows[threadIdx.x] = from_bits(bits.x, p.dtype);
+    if (sizeof(State) == 1) scales[threadIdx.x] = scale;
+  }
   if (warp == kWarps - 1) {
     const float dt = step_of(p, dt_bits, bias);
     if (lane == 0) steps[0] = dt, steps[1] = expf(dt * A);
   }
-  // random bits of the first pieces as well, and those of the next after them
-  constexpr int kMostBits = kDstate == 256 ? 4 : 2;  // two at a time spill there
-  constexpr int kBits = kPieces < kMostBits ? kPieces : kMostBits;
-  uint4 random[kBits];
+  // random bits of the first piece as well, and those of the next after it
+  uint4 random{};
   const int64 number = (static_cast<int64>(place) * p.nheads + head) * p.headdim * kDstate + begin;
-  const auto make_random = [&](int from) {
-    int64 blocks[kBits];
-#pragma unroll
-    for (int i = 0; i < kBits; ++i) blocks[i] = (number >> 3) + offset_of(from + i) / 8;
-    philox(seed, blocks, 0, random);
-#pragma unroll
-    for (int i = 0; i < kBits; ++i) {  // here and now
-      asm volatile("" : "+r"(random[i].x), "+r"(random[i].y), "+r"(random[i].z), "+r"(random[i].w));
-    }
+  const auto make_random = [&](int piece) {
+    random = philox(seed, (number >> 3) + offset_of(piece) / 8, 0);
+    asm volatile("" : "+r"(random.x), "+r"(random.y), "+r"(random.z), "+r"(random.w));  // here and now
   };
   if constexpr (kStochastic) make_random(0);
+  wait_for_copies();
   __syncthreads();
   const float dt = steps[0], decay = steps[1];
+  // Where registers are few, from shared memory again for every row.
+  constexpr bool kAgain = sizeof(State) == 1 || kStochastic;
   float B[L::kColumns], C[L::kColumns], sums[kRows];
+  const auto load_columns = [&] {
 #pragma unroll
-  for (int i = 0; i < L::kColumns; i += 4) {
-    const int n = column + i / L::kPerLoad * L::kStep + i % L::kPerLoad;
-    *reinterpret_cast<float4*>(B + i) = *reinterpret_cast<const float4*>(columns + n);
-    *reinterpret_cast<float4*>(C + i) = *reinterpret_cast<const float4*>(columns + kDstate + n);
-  }
+    for (int i = 0; i < L::kColumns; i += 4) {
+      const int n = column + i / L::kPerLoad * L::kStep + i % L::kPerLoad;
+      *reinterpret_cast<float4*>(B + i) = *reinterpret_cast<const float4*>(columns + n);
+      *reinterpret_cast<float4*>(C + i) = *reinterpret_cast<const float4*>(columns + kDstate + n);
+    }
+  };
+  if constexpr (!kAgain) load_columns();
   State* const target = head_of<State>(p, place, head) + begin;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if constexpr (kStochastic) {
-      if (r > 0 && r * L::kLoads % kBits == 0) make_random(r * L::kLoads);
+      static_assert(L::kLoads == 1);
+      if (r > 0) make_random(r);
     }
+    if constexpr (kAgain) {
+      asm volatile("" ::: "memory");  // or the compiler keeps them
+      load_columns();
+    }
+    uint4 raw[L::kLoads];
+#pragma unroll
+    for (int i = 0; i < L::kLoads; ++i) raw[i] = pieces[r * L::kLoads + i][threadIdx.x];
     float S[L::kColumns];
-    unpack_row<State, L>(raw[r], scales[r], S);
+    unpack_row<State, L>(raw, sizeof(State) == 1 ? scales[local + r * L::kGroups] : 1.f, S);
     sums[r] = advance(S, decay, dt * rows[local + r * L::kGroups], B, C);
     const bool goes = stored && exists(r);
     if constexpr (sizeof(State) == 1) {
-      float scale;
-      const float multiplier = multiplier_of<State, L>(S, scale);
+      float new_scale;
+      const float multiplier = multiplier_of<State, L>(S, new_scale);
 #pragma unroll
       for (int c = 0; c < L::kColumns; ++c) S[c] = __fmul_rn(S[c], multiplier);
-      if (goes && part == 0) *scale_of(p, place, head, above + r * L::kGroups) = scale;
+      if (goes && part == 0) *scale_of(p, place, head, above + r * L::kGroups) = new_scale;
     }
 #pragma unroll
     for (int i = 0; i < L::kLoads; ++i) {
@@ -242,7 +254,7 @@ __global__ void __launch_bounds__(32 * kWarps, OneLayout<State, kDstate, kWarps,
       const float* const v = S + i * L::kPerLoad;
       uint4 packed;
       if constexpr (kStochastic) {
-        packed = round_stochastic<State>(v, random[piece % kBits]);
+        packed = round_stochastic<State>(v, random);
       } else {
         packed = pack_nearest<State>(v);
       }

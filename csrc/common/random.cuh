@@ -6,34 +6,28 @@
 
 namespace hybrid_ops {
 
-// Philox4x32-10, Salmon et al. 2011, of kCount blocks, which have the keys of each round in common.
-template <int kCount>
-__device__ __forceinline__ void philox(int64 seed, const int64 (&blocks)[kCount], int t, uint4 (&bits)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    unsigned low, high;  // by the assembler: of a number that the compiler knows to be cut, it multiplies all 64 bits
-    asm("mov.b64 {%0, %1}, %2;" : "=r"(low), "=r"(high) : "l"(blocks[i]));
-    bits[i] = make_uint4(low, high, t, 0);
-  }
+// By the assembler: where the compiler knows how a factor came about, it multiplies 64 bits by 64.
+__device__ __forceinline__ uint2 multiply_wide(unsigned a, unsigned b) {
+  uint2 product;
+  asm("{.reg .b64 p; mul.wide.u32 p, %2, %3; mov.b64 {%0, %1}, p;}"
+      : "=r"(product.x), "=r"(product.y)
+      : "r"(a), "r"(b));
+  return product;
+}
+
+// Philox4x32-10, Salmon et al. 2011.
+__device__ __forceinline__ uint4 philox(int64 seed, int64 block, int t) {
+  uint4 c = make_uint4(static_cast<unsigned>(block), static_cast<unsigned>(block >> 32), t, 0);
   unsigned k0 = static_cast<unsigned>(seed), k1 = static_cast<unsigned>(seed >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      uint4& c = bits[i];
-      const auto p0 = static_cast<unsigned long long>(c.x) * 0xD2511F53u;
-      const auto p1 = static_cast<unsigned long long>(c.z) * 0xCD9E8D57u;
-      c = make_uint4(static_cast<unsigned>(p1 >> 32) ^ c.y ^ k0, static_cast<unsigned>(p1),
-                     static_cast<unsigned>(p0 >> 32) ^ c.w ^ k1, static_cast<unsigned>(p0));
-    }
+    const uint2 p0 = multiply_wide(c.x, 0xD2511F53u);
+    // of the first token's 0 the compiler knows the product
+    const uint2 p1 = round == 0 && t == 0 ? make_uint2(0, 0) : multiply_wide(c.z, 0xCD9E8D57u);
+    c = make_uint4(p1.y ^ c.y ^ k0, p1.x, p0.y ^ c.w ^ k1, p0.x);
     k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
   }
-}
-
-__device__ __forceinline__ uint4 philox(int64 seed, int64 block, int t) {
-  uint4 bits[1];
-  philox<1>(seed, {block}, t, bits);
-  return bits[0];
+  return c;
 }
 
 __device__ __forceinline__ float max_or_nan(float a, float b) {
