@@ -1,9 +1,9 @@
 // ssd_replay_sm90.cuh for the usual call while decoding: one token of each sequence, tokens in bfloat16, states of 16
 // bits, each head's in one piece. The same formulas, slots, rings and bits of stochastic rounding.
 //
-// A CTA is a warp, which has kOneRows rows of a head. Their state comes by one copy of TMA, asked for as soon as the
-// slot is known: as many are under way as shared memory holds, whatever the registers. Meanwhile the warp goes through
-// the chain of ring, cached tokens and weights. The sums are matrix products with float32 sums:
+// A warp has kOneRows rows of a head. Their state comes by one copy of TMA, asked for as soon as the slot is known: as
+// many are under way as shared memory holds, whatever the registers. Meanwhile the warp goes through the chain of ring,
+// cached tokens and weights. The sums are matrix products with float32 sums:
 //
 //   B_j . C        [tokens, dstate] [dstate, 1]      S C                      [rows, dstate] [dstate, 1]
 //   sum_j w_j x_j  [rows, tokens] [tokens, 1]        sum_j w_j x_j (outer) B_j  [rows, tokens] [tokens, dstate]
@@ -11,12 +11,12 @@
 // Weights are float32, and go into a product as sums of bfloat16: for y, of 8 bits itself, of two; for the state, where
 // terms may cancel and random bits meet the rest, w_j B_j as the sum of three, all bits of a float32.
 //
-// No CTA needs another. Every one reads ring[slot] first and is counted there afterwards, by an addition far above the
-// number: both are of one place, and so never change their order. The last one counted knows that all have read, and
-// writes the new number, which nobody reads before the next launch. A CTA writes x and dt of its own rows, and the
-// first one of a group B, to a place of the ring that holds no token which this call reads. The state is written by
-// ordinary stores, into rows that this warp alone has read, when their copy has long arrived; shared memory is written
-// by that copy alone, and every lane waits for it before the CTA ends.
+// No CTA needs another. Every warp reads ring[slot] first and is counted there afterwards, by an addition far above the
+// number, which the last warp of a CTA makes for all of them: additions to one place by every warp cost 5% of the time.
+// The last one counted knows that all have read, and writes the new number, which nobody reads before the next launch.
+// A warp writes x and dt of its own rows, and the first one of a group B, to a place of the ring that holds no token
+// which this call reads. The state is written by ordinary stores, into rows that this warp alone has read, when their
+// copy has long arrived; shared memory is written by that copy alone, and every lane waits for it before the warp ends.
 #pragma once
 
 #include "common/hopper.cuh"
@@ -27,7 +27,11 @@ namespace hybrid_ops {
 inline constexpr int kOneRows = 64;  // of a warp
 
 template <typename State, int kDstate>
-inline constexpr int kOneShared = kOneRows * kDstate * static_cast<int>(sizeof(State));  // bytes
+inline constexpr int kOneShared = kOneRows * kDstate * static_cast<int>(sizeof(State));  // bytes of a warp
+
+// Warps of a CTA at most, each of another head: where states are 32 KB, four would leave a third of shared memory.
+template <int kDstate>
+inline constexpr int kOneWarps = kDstate == 256 ? 2 : 4;
 
 // D[16, 8] += A[16, 16] B[16, 8]; of lane 4 g + t, with c = 2 t:
 //   a: (g, c ..), (g + 8, c ..), (g, c + 8 ..), (g + 8, c + 8 ..), two neighbours along K each;
@@ -96,12 +100,17 @@ __device__ __forceinline__ float to_half(uint4 (&C)[kSteps], int part, int summe
   return __uint_as_float((254 - exponent) << 23) * (summed == 0 ? 1.f : 1.f / kRest);
 }
 
-// A slot's number is left as it is, but this warp counted in it; how many were before, in lane 0. Not atomicAdd, which
-// the compiler would have all lanes sum up for first.
-__device__ __forceinline__ int count_in(int* ring) {
-  int before = 0;
-  if (threadIdx.x == 0) {
-    asm volatile("atom.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(ring), "r"(1 << 16) : "memory");
+// A slot's number is left as it is, but a CTA's warps counted in it, by the last of them to come here; how many were
+// before, in lane 0 of that one, in others -1. A warp comes when loads that depend on the number are under way, so has
+// it. Not atomicAdd, which the compiler would have all lanes sum up for first.
+__device__ __forceinline__ int count_in(int* ring, uint32 counted, int warps) {
+  int before = -1;
+  if (threadIdx.x % 32 == 0) {
+    int before_here;
+    asm volatile("atom.shared.add.u32 %0, [%1], 1;" : "=r"(before_here) : "r"(counted) : "memory");
+    if (before_here == warps - 1) {
+      asm volatile("atom.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(ring), "r"(warps << 16) : "memory");
+    }
   }
   return before >> 16;
 }
@@ -111,9 +120,12 @@ __global__ void __maxnreg__(kN == 256 ? 255 : 160) ssd_replay_one_kernel(const _
   using Token = __nv_bfloat16;
   constexpr int kSteps = kN / 32;  // of products along dstate: of 32 neighbours, a lane has 8, for two of 16
   extern __shared__ float4 dynamic[];
-  __shared__ uint64 copied;
-  const int lane = threadIdx.x, g = lane / 4, t = lane % 4, odd = g % 2;
-  const int b = blockIdx.z, head = blockIdx.y, group = head / p.heads_per_group;
+  __shared__ uint64 copies[kOneWarps<kN>];
+  __shared__ int counted;
+  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int odd = g % 2, b = blockIdx.z, head = blockIdx.y * warps + warp, group = head / p.heads_per_group;
+  const uint32 copied = shared_address(copies + warp);
+  uint4* const held = reinterpret_cast<uint4*>(dynamic) + warp * kOneShared<State, kN> / 16;
   const int first =
       blockIdx.x * kOneRows + 8 * g;       // the lane's rows, in pairs: products i has the rows 2 i and 2 i + 1
   const int row = first + 2 * t;           // whose y is the lane's, and the one behind it
@@ -123,9 +135,11 @@ __global__ void __maxnreg__(kN == 256 ? 255 : 160) ssd_replay_one_kernel(const _
   const auto column_of = [&](int s) { return (s ^ odd) * 32 + t * 8; };
 
   if (lane == 0) {
-    init_barrier(shared_address(&copied), 1);
+    init_barrier(copied, 1);
     fence_barrier_init();
   }
+  if (threadIdx.x == 0) counted = 0;
+  __syncthreads();
   let_next_kernel_start();
   wait_for_kernel_before();
   int slot = b;
@@ -155,8 +169,8 @@ __global__ void __maxnreg__(kN == 256 ? 255 : 160) ssd_replay_one_kernel(const _
   const int number = *static_cast<volatile int*>(ring);
   if (lane == 0) {
     const uint32 bytes = min(kOneRows, p.headdim - first) * kN * static_cast<int>(sizeof(State));
-    arrive_expecting(shared_address(&copied), bytes);
-    load_bytes(shared_address(dynamic), state, bytes, shared_address(&copied));
+    arrive_expecting(copied, bytes);
+    load_bytes(shared_address(held), state, bytes, copied);
   }
   __syncwarp();  // every lane has read the number, and sees the barrier
 
@@ -203,7 +217,7 @@ __global__ void __maxnreg__(kN == 256 ? 255 : 160) ssd_replay_one_kernel(const _
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) B[r][s] = load_B(g + 8 * r, column_of(s));
     }
-    const int before = count_in(ring);
+    const int before = count_in(ring, shared_address(&counted), warps);
     float of_new[4] = {}, cached[4] = {};
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
@@ -224,7 +238,7 @@ __global__ void __maxnreg__(kN == 256 ? 255 : 160) ssd_replay_one_kernel(const _
     const float low = __shfl_sync(~0u, odd ? cached[1] : cached[0], lane % 8 * 4);
     const float high = __shfl_sync(~0u, odd ? cached[3] : cached[2], lane % 8 * 4);
     score = lane == n ? (odd ? of_new[1] : of_new[0]) : lane < 8 ? low : high;
-    if (lane == 0 && before == static_cast<int>(gridDim.x * gridDim.y) - 1) {
+    if (lane == 0 && before == static_cast<int>(gridDim.x * gridDim.y - 1) * warps) {
       *ring = flush ? (start + n) % p.places + 256 : start + 256 * (n + 1);
     }
   }
@@ -258,10 +272,8 @@ __global__ void __maxnreg__(kN == 256 ? 255 : 160) ssd_replay_one_kernel(const _
   float factor = 1.f;
   if constexpr (kIsHalf<State>) factor = to_half(C, g / 2 % 2, t % 2);
 
-  wait(shared_address(&copied), 0);
-  const auto state_at = [&](int i, int r, int column) {
-    return reinterpret_cast<const uint4*>(dynamic)[((8 * g + 2 * i + r) * kN + column) / 8];
-  };
+  wait(copied, 0);
+  const auto state_at = [&](int i, int r, int column) { return held[((8 * g + 2 * i + r) * kN + column) / 8]; };
   float S[4][4] = {};  // S C
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {

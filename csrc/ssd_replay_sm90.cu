@@ -1,5 +1,7 @@
 #include "ssd_replay_sm90.cuh"
 
+#include <numeric>
+
 #include "common/api.h"
 #include "common/launch.cuh"
 #include "ssd_replay_one_sm90.cuh"
@@ -20,13 +22,14 @@ void launch(const SsdReplayParams& p, const SsdReplayArgs& a, Target target) {
 
 template <typename State, int kDstate, bool kStochastic>
 void launch_one(const SsdReplayParams& p, const SsdReplayArgs& a, Target target) {
-  const dim3 grid((p.headdim + kOneRows - 1) / kOneRows, p.nheads, a.batch);
+  const int warps = std::gcd(p.nheads, kOneWarps<kDstate>);
+  const dim3 grid((p.headdim + kOneRows - 1) / kOneRows, p.nheads / warps, a.batch);
   constexpr auto kernel = ssd_replay_one_kernel<State, kDstate, kStochastic>;
   constexpr int kShared = kOneShared<State, kDstate>;
-  allow_shared_memory<kernel>(kShared, target.device);
+  allow_shared_memory<kernel>(kOneWarps<kDstate> * kShared, target.device);
   prefer_shared_memory<kernel>(100, target.device);
-  launch_early(+kernel, grid, dim3(32), reinterpret_cast<cudaStream_t>(target.stream), p, "ssd_replay_one_kernel",
-               kShared);
+  launch_early(+kernel, grid, dim3(32 * warps), reinterpret_cast<cudaStream_t>(target.stream), p,
+               "ssd_replay_one_kernel", warps * kShared);
 }
 
 template <typename State, int kDstate, int kRows, int kItem>

@@ -119,11 +119,15 @@ struct OneLayout {
 };
 
 // Warps of a multiprocessor for which there are registers.
+template <typename State, int kDstate, int kWarps>
+inline constexpr int kManyRowsWarps = sizeof(State) == 1 ? 20
+                                      : kDstate < 256    ? 32
+                                      : kWarps == 5      ? 10
+                                                         : 24;
 template <typename State, int kDstate, int kWarps, int kRowsOfWarp, bool kStochastic>
-inline constexpr int kUpdateWarps = [] {
-  if (kWarps == 2 || (kRowsOfWarp == 4 && kDstate < 256)) return kStochastic ? 32 : 40;
-  return sizeof(State) == 1 ? 28 : kDstate == 256 ? 32 : 36;
-}();
+inline constexpr int kUpdateWarps =
+    kWarps == 2 || (kRowsOfWarp == 4 && kDstate < 256) ? (kStochastic ? 32 : 40)
+                                                       : kManyRowsWarps<State, kDstate, kWarps>;
 
 template <typename State, int kDstate, int kWarps, int kRowsOfWarp, bool kStochastic>
 __global__ void __launch_bounds__(32 * kWarps, kUpdateWarps<State, kDstate, kWarps, kRowsOfWarp, kStochastic> / kWarps)
@@ -200,39 +204,36 @@ __global__ void __launch_bounds__(32 * kWarps, kUpdateWarps<State, kDstate, kWar
     const float dt = step_of(p, dt_bits, bias);
     if (lane == 0) steps[0] = dt, steps[1] = expf(dt * A);
   }
-  // random bits of the first piece as well, and those of the next after it
-  uint4 random{};
+  // random bits of the first pieces as well, and those of the next after them
+  constexpr int kBits = kPieces < 2 ? kPieces : 2;
+  uint4 random[kBits];
   const int64 number = (static_cast<int64>(place) * p.nheads + head) * p.headdim * kDstate + begin;
-  const auto make_random = [&](int piece) {
-    random = philox(seed, (number >> 3) + offset_of(piece) / 8, 0);
-    asm volatile("" : "+r"(random.x), "+r"(random.y), "+r"(random.z), "+r"(random.w));  // here and now
+  const auto make_random = [&](int from) {
+    int64 blocks[kBits];
+#pragma unroll
+    for (int i = 0; i < kBits; ++i) blocks[i] = (number >> 3) + offset_of(from + i) / 8;
+    philox(seed, blocks, 0, random);
+#pragma unroll
+    for (int i = 0; i < kBits; ++i) {  // here and now
+      asm volatile("" : "+r"(random[i].x), "+r"(random[i].y), "+r"(random[i].z), "+r"(random[i].w));
+    }
   };
   if constexpr (kStochastic) make_random(0);
   wait_for_copies();
   __syncthreads();
   const float dt = steps[0], decay = steps[1];
-  // Where registers are few, from shared memory again for every row.
-  constexpr bool kAgain = sizeof(State) == 1 || kStochastic;
   float B[L::kColumns], C[L::kColumns], sums[kRows];
-  const auto load_columns = [&] {
 #pragma unroll
-    for (int i = 0; i < L::kColumns; i += 4) {
-      const int n = column + i / L::kPerLoad * L::kStep + i % L::kPerLoad;
-      *reinterpret_cast<float4*>(B + i) = *reinterpret_cast<const float4*>(columns + n);
-      *reinterpret_cast<float4*>(C + i) = *reinterpret_cast<const float4*>(columns + kDstate + n);
-    }
-  };
-  if constexpr (!kAgain) load_columns();
+  for (int i = 0; i < L::kColumns; i += 4) {
+    const int n = column + i / L::kPerLoad * L::kStep + i % L::kPerLoad;
+    *reinterpret_cast<float4*>(B + i) = *reinterpret_cast<const float4*>(columns + n);
+    *reinterpret_cast<float4*>(C + i) = *reinterpret_cast<const float4*>(columns + kDstate + n);
+  }
   State* const target = head_of<State>(p, place, head) + begin;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if constexpr (kStochastic) {
-      static_assert(L::kLoads == 1);
-      if (r > 0) make_random(r);
-    }
-    if constexpr (kAgain) {
-      asm volatile("" ::: "memory");  // or the compiler keeps them
-      load_columns();
+      if (r > 0 && r * L::kLoads % kBits == 0) make_random(r * L::kLoads);
     }
     uint4 raw[L::kLoads];
 #pragma unroll
@@ -254,7 +255,7 @@ __global__ void __launch_bounds__(32 * kWarps, kUpdateWarps<State, kDstate, kWar
       const float* const v = S + i * L::kPerLoad;
       uint4 packed;
       if constexpr (kStochastic) {
-        packed = round_stochastic<State>(v, random);
+        packed = round_stochastic<State>(v, random[piece % kBits]);
       } else {
         packed = pack_nearest<State>(v);
       }

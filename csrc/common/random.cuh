@@ -15,19 +15,32 @@ __device__ __forceinline__ uint2 multiply_wide(unsigned a, unsigned b) {
   return product;
 }
 
-// Philox4x32-10, Salmon et al. 2011.
-__device__ __forceinline__ uint4 philox(int64 seed, int64 block, int t) {
-  uint4 c = make_uint4(static_cast<unsigned>(block), static_cast<unsigned>(block >> 32), t, 0);
+// Philox4x32-10, Salmon et al. 2011, of kCount blocks, which have the keys of each round in common.
+template <int kCount>
+__device__ __forceinline__ void philox(int64 seed, const int64 (&blocks)[kCount], int t, uint4 (&bits)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    bits[i] = make_uint4(static_cast<unsigned>(blocks[i]), static_cast<unsigned>(blocks[i] >> 32), t, 0);
+  }
   unsigned k0 = static_cast<unsigned>(seed), k1 = static_cast<unsigned>(seed >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
-    const uint2 p0 = multiply_wide(c.x, 0xD2511F53u);
-    // of the first token's 0 the compiler knows the product
-    const uint2 p1 = round == 0 && t == 0 ? make_uint2(0, 0) : multiply_wide(c.z, 0xCD9E8D57u);
-    c = make_uint4(p1.y ^ c.y ^ k0, p1.x, p0.y ^ c.w ^ k1, p0.x);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      uint4& c = bits[i];
+      const uint2 p0 = multiply_wide(c.x, 0xD2511F53u);
+      // of the first token's 0 the compiler knows the product
+      const uint2 p1 = round == 0 && t == 0 ? make_uint2(0, 0) : multiply_wide(c.z, 0xCD9E8D57u);
+      c = make_uint4(p1.y ^ c.y ^ k0, p1.x, p0.y ^ c.w ^ k1, p0.x);
+    }
     k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
   }
-  return c;
+}
+
+__device__ __forceinline__ uint4 philox(int64 seed, int64 block, int t) {
+  uint4 bits[1];
+  philox<1>(seed, {block}, t, bits);
+  return bits[0];
 }
 
 __device__ __forceinline__ float max_or_nan(float a, float b) {
