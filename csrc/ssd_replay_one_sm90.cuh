@@ -12,7 +12,7 @@
 // terms may cancel and random bits meet the rest, w_j B_j as the sum of three, all bits of a float32.
 //
 // No CTA needs another. Every warp reads ring[slot] first and is counted there afterwards, by an addition far above the
-// number, which the last warp of a CTA makes for all of them: additions to one place by every warp cost 5% of the time.
+// number, which the last warp of a CTA makes for all of them: additions by every warp cost 5% of the time.
 // The last one counted knows that all have read, and writes the new number, which nobody reads before the next launch.
 // A warp writes x and dt of its own rows, and the first one of a group B, to a place of the ring that holds no token
 // which this call reads. The state is written by ordinary stores, into rows that this warp alone has read, when their
@@ -29,9 +29,7 @@ inline constexpr int kOneRows = 64;  // of a warp
 template <typename State, int kDstate>
 inline constexpr int kOneShared = kOneRows * kDstate * static_cast<int>(sizeof(State));  // bytes of a warp
 
-// Warps of a CTA at most, each of another head: where states are 32 KB, four would leave a third of shared memory.
-template <int kDstate>
-inline constexpr int kOneWarps = kDstate == 256 ? 2 : 4;
+inline constexpr int kOneWarps = 2;  // of a CTA at most, each of another head; measured: faster than one, or four
 
 // D[16, 8] += A[16, 16] B[16, 8]; of lane 4 g + t, with c = 2 t:
 //   a: (g, c ..), (g + 8, c ..), (g, c + 8 ..), (g + 8, c + 8 ..), two neighbours along K each;
@@ -120,7 +118,7 @@ __global__ void __maxnreg__(kN == 256 ? 255 : 160) ssd_replay_one_kernel(const _
   using Token = __nv_bfloat16;
   constexpr int kSteps = kN / 32;  // of products along dstate: of 32 neighbours, a lane has 8, for two of 16
   extern __shared__ float4 dynamic[];
-  __shared__ uint64 copies[kOneWarps<kN>];
+  __shared__ uint64 copies[kOneWarps];
   __shared__ int counted;
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int odd = g % 2, b = blockIdx.z, head = blockIdx.y * warps + warp, group = head / p.heads_per_group;

@@ -22,11 +22,11 @@ void launch(const SsdReplayParams& p, const SsdReplayArgs& a, Target target) {
 
 template <typename State, int kDstate, bool kStochastic>
 void launch_one(const SsdReplayParams& p, const SsdReplayArgs& a, Target target) {
-  const int warps = std::gcd(p.nheads, kOneWarps<kDstate>);
+  const int warps = std::gcd(p.nheads, kOneWarps);
   const dim3 grid((p.headdim + kOneRows - 1) / kOneRows, p.nheads / warps, a.batch);
   constexpr auto kernel = ssd_replay_one_kernel<State, kDstate, kStochastic>;
   constexpr int kShared = kOneShared<State, kDstate>;
-  allow_shared_memory<kernel>(kOneWarps<kDstate> * kShared, target.device);
+  allow_shared_memory<kernel>(kOneWarps * kShared, target.device);
   prefer_shared_memory<kernel>(100, target.device);
   launch_early(+kernel, grid, dim3(32 * warps), reinterpret_cast<cudaStream_t>(target.stream), p,
                "ssd_replay_one_kernel", warps * kShared);

@@ -103,8 +103,9 @@ using UpdateLayout = Layout<State, kDstate, kRows, kDstate / 8>;
 
 // T = 1, and rows of a head that lie one behind the other: a CTA has kWarps times kRowsOfWarp of them, or less. All
 // pieces of a lane are under way at once, to places in shared memory of its own: in registers they would leave room for
-// three quarters of the warps. Meanwhile the warps make what they have in common: two B and C, the last one dt and its
-// decay, and the first ones the rows of x and at last of y.
+// three quarters of the warps. (Where sequences are few, so are warps, and a piece comes sooner into registers.)
+// Meanwhile the warps make what they have in common: two B and C, the last one dt and its decay, and the first ones the
+// rows of x and at last of y.
 //
 // Measured: CTAs of 4 KB are fastest, perhaps for they ask for memory nearly in its order, unless arithmetic leaves no
 // time for what each warp has to find out for itself. Then rows have to share that, and a CTA is a head.
@@ -114,23 +115,22 @@ struct OneLayout {
   static constexpr int kRows = kRowsOfWarp / kGroups < 1 ? 1 : kRowsOfWarp / kGroups > 8 ? 8 : kRowsOfWarp / kGroups;
   using Type = UpdateLayout<State, kDstate, kRows>;
   static constexpr int kThreads = 32 * kWarps, kRowsOfBlock = kWarps * Type::kTile;
-  static constexpr int kMaker = kWarps > 2 ? 1 : 0;  // the warp that makes B; the next one makes C
+  static constexpr int kMaker = kWarps > 2 ? 1 : 0;              // the warp that makes B; the next one makes C
+  static constexpr bool kFew = kWarps == 4 && kRowsOfWarp == 4;  // what is chosen for few sequences
   static_assert(kRowsOfBlock <= kThreads);
 };
 
 // Warps of a multiprocessor for which there are registers.
-template <typename State, int kDstate, int kWarps>
-inline constexpr int kManyRowsWarps = sizeof(State) == 1 ? 20
-                                      : kDstate < 256    ? 32
-                                      : kWarps == 5      ? 10
+template <typename State, int kDstate, int kWarps, int kRowsOfWarp>
+inline constexpr int kUpdateWarps = kWarps == 2          ? 40
+                                    : kRowsOfWarp == 4   ? (kDstate == 256 ? 16 : 32)
+                                    : sizeof(State) == 1 ? 20
+                                    : kDstate < 256      ? 32
+                                    : kWarps == 5        ? 10
                                                          : 24;
-template <typename State, int kDstate, int kWarps, int kRowsOfWarp, bool kStochastic>
-inline constexpr int kUpdateWarps =
-    kWarps == 2 || (kRowsOfWarp == 4 && kDstate < 256) ? (kStochastic ? 32 : 40)
-                                                       : kManyRowsWarps<State, kDstate, kWarps>;
 
 template <typename State, int kDstate, int kWarps, int kRowsOfWarp, bool kStochastic>
-__global__ void __launch_bounds__(32 * kWarps, kUpdateWarps<State, kDstate, kWarps, kRowsOfWarp, kStochastic> / kWarps)
+__global__ void __launch_bounds__(32 * kWarps, kUpdateWarps<State, kDstate, kWarps, kRowsOfWarp> / kWarps)
     ssd_update_one_kernel(const __grid_constant__ SsdUpdateParams p) {
   using Form = OneLayout<State, kDstate, kWarps, kRowsOfWarp>;
   using L = typename Form::Type;
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(32 * kWarps, kUpdateWarps<State, kDstate, kWar
   constexpr int kMade = kDstate / 32 < kPerVector ? kPerVector : kDstate / 32;            // columns of B or C of a lane
   __shared__ alignas(16) float columns[2 * kDstate], rows[Form::kRowsOfBlock], steps[2];  // B, C; x, y; dt, decay
   __shared__ float scales[sizeof(State) == 1 ? Form::kRowsOfBlock : 1];
-  __shared__ uint4 pieces[kPieces][Form::kThreads];  // of states, a lane's own
+  __shared__ uint4 pieces[Form::kFew ? 1 : kPieces][Form::kThreads];  // of states, a lane's own
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % L::kLanes, column = part * L::kPerLoad;
   const int head = blockIdx.y, b = blockIdx.z, first = blockIdx.x * Form::kRowsOfBlock;
   const int local = warp * L::kTile + lane / L::kLanes, above = first + local;  // the lane's first row
@@ -180,9 +180,15 @@ __global__ void __launch_bounds__(32 * kWarps, kUpdateWarps<State, kDstate, kWar
     return piece / L::kLoads * L::kGroups * kDstate + piece % L::kLoads * L::kStep;
   };
   const auto exists = [&](int r) { return above + r * L::kGroups < p.headdim; };
+  uint4 few[Form::kFew ? kPieces : 1];
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
-    if (exists(i / L::kLoads)) copy_async<16>(&pieces[i][threadIdx.x], source + offset_of(i));
+    const bool there = exists(i / L::kLoads);
+    if constexpr (Form::kFew) {
+      few[i] = load_state_if(there, source + offset_of(i));
+    } else if (there) {
+      copy_async<16>(&pieces[i][threadIdx.x], source + offset_of(i));
+    }
   }
   float scale = 1.f;
   if (sizeof(State) == 1 && has_row) scale = *scale_of(p, slot, head, mine);
@@ -219,7 +225,7 @@ __global__ void __launch_bounds__(32 * kWarps, kUpdateWarps<State, kDstate, kWar
     }
   };
   if constexpr (kStochastic) make_random(0);
-  wait_for_copies();
+  if constexpr (!Form::kFew) wait_for_copies();
   __syncthreads();
   const float dt = steps[0], decay = steps[1];
   float B[L::kColumns], C[L::kColumns], sums[kRows];
@@ -237,7 +243,9 @@ __global__ void __launch_bounds__(32 * kWarps, kUpdateWarps<State, kDstate, kWar
     }
     uint4 raw[L::kLoads];
 #pragma unroll
-    for (int i = 0; i < L::kLoads; ++i) raw[i] = pieces[r * L::kLoads + i][threadIdx.x];
+    for (int i = 0; i < L::kLoads; ++i) {
+      raw[i] = Form::kFew ? few[r * L::kLoads + i] : pieces[r * L::kLoads + i][threadIdx.x];
+    }
     float S[L::kColumns];
     unpack_row<State, L>(raw, sizeof(State) == 1 ? scales[local + r * L::kGroups] : 1.f, S);
     sums[r] = advance(S, decay, dt * rows[local + r * L::kGroups], B, C);

@@ -45,6 +45,17 @@ __device__ __forceinline__ void store_state(void* pointer, const uint4& raw) {
                : "memory");
 }
 
+// Where there is something, by predicates; else the result is anything.
+__device__ __forceinline__ uint4 load_state_if(bool present, const void* pointer) {
+  uint4 raw;
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %6, 0;"
+      "@p ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;}"
+      : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+      : "l"(pointer), "l"(passing()), "r"(static_cast<int>(present)));
+  return raw;
+}
+
 // Streaming, which many small CTAs in the order of memory gain from, and takes no registers for a policy.
 __device__ __forceinline__ void store_state_if(bool present, void* pointer, const uint4& raw) {
   asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; @p st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};}" ::"l"(pointer),
