@@ -12,11 +12,11 @@
 // terms may cancel and random bits meet the rest, w_j B_j as the sum of three, all bits of a float32.
 //
 // No CTA needs another. Every warp reads ring[slot] first and is counted there afterwards, by an addition far above the
-// number, which the last warp of a CTA makes for all of them: additions by every warp cost 5% of the time.
-// The last one counted knows that all have read, and writes the new number, which nobody reads before the next launch.
-// A warp writes x and dt of its own rows, and the first one of a group B, to a place of the ring that holds no token
-// which this call reads. The state is written by ordinary stores, into rows that this warp alone has read, when their
-// copy has long arrived; shared memory is written by that copy alone, and every lane waits for it before the warp ends.
+// number, which the last warp of a CTA makes for all of them: additions by every warp cost 5% of the time. The last one
+// counted knows that all have read, and writes the new number, which nobody reads before the next launch. A warp writes
+// x and dt of its own rows, and the first one of a group B, to a place of the ring that holds no token which this call
+// reads. The state is written by ordinary stores, into rows that this warp alone has read, when their copy has long
+// arrived; a warp's part of shared memory is written by that copy alone, and every lane waits for it before it ends.
 #pragma once
 
 #include "common/hopper.cuh"

@@ -1,7 +1,5 @@
 #include "ssd_replay_sm90.cuh"
 
-#include <numeric>
-
 #include "common/api.h"
 #include "common/launch.cuh"
 #include "ssd_replay_one_sm90.cuh"
@@ -22,14 +20,14 @@ void launch(const SsdReplayParams& p, const SsdReplayArgs& a, Target target) {
 
 template <typename State, int kDstate, bool kStochastic>
 void launch_one(const SsdReplayParams& p, const SsdReplayArgs& a, Target target) {
-  const int warps = std::gcd(p.nheads, kOneWarps);
-  const dim3 grid((p.headdim + kOneRows - 1) / kOneRows, p.nheads / warps, a.batch);
+  if (a.warps > kOneWarps) throw std::runtime_error("ssd_replay: a block has at most two warps of 64 rows");
+  const dim3 grid((p.headdim + kOneRows - 1) / kOneRows, p.nheads / a.warps, a.batch);
   constexpr auto kernel = ssd_replay_one_kernel<State, kDstate, kStochastic>;
   constexpr int kShared = kOneShared<State, kDstate>;
   allow_shared_memory<kernel>(kOneWarps * kShared, target.device);
   prefer_shared_memory<kernel>(100, target.device);
-  launch_early(+kernel, grid, dim3(32 * warps), reinterpret_cast<cudaStream_t>(target.stream), p,
-               "ssd_replay_one_kernel", warps * kShared);
+  launch_early(+kernel, grid, dim3(32 * a.warps), reinterpret_cast<cudaStream_t>(target.stream), p,
+               "ssd_replay_one_kernel", a.warps * kShared);
 }
 
 template <typename State, int kDstate, int kRows, int kItem>

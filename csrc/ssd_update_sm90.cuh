@@ -103,7 +103,7 @@ using UpdateLayout = Layout<State, kDstate, kRows, kDstate / 8>;
 
 // T = 1, and rows of a head that lie one behind the other: a CTA has kWarps times kRowsOfWarp of them, or less. All
 // pieces of a lane are under way at once, to places in shared memory of its own: in registers they would leave room for
-// three quarters of the warps. (Where sequences are few, so are warps, and a piece comes sooner into registers.)
+// three quarters of the warps. (Where sequences are few, so are warps; one took longer by copies than by registers.)
 // Meanwhile the warps make what they have in common: two B and C, the last one dt and its decay, and the first ones the
 // rows of x and at last of y.
 //

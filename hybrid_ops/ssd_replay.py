@@ -400,7 +400,7 @@ def _explain(
     chosen, reason = _device.choose(impl, where, refusal)
     if chosen == "cuda":
         if _csrc_ssd_replay.takes_one(state, kept[0], tokens, (), ()):
-            return Choice(chosen, _csrc_ssd_replay.ONE._asdict(), reason)
+            return Choice(chosen, _csrc_ssd_replay.config_of_one(nheads)._asdict(), reason)
         sms = _device.num_sms_to_explain(device)
         problem = (headdim, dstate, state_dtype.itemsize, dtype.itemsize, nheads, ngroups, batch)
         return Choice(chosen, _csrc_ssd_replay.config(*problem, sms)._asdict(), reason)

@@ -437,7 +437,7 @@ def test_config_of_ssd_update():
 
 
 def test_config_of_ssd_replay():
-    from hybrid_ops._csrc.ssd_replay import Config, config
+    from hybrid_ops._csrc.ssd_replay import Config, config, config_of_one
 
     def of(batch, itemsize=4, x_itemsize=2, headdim=64, dstate=128, nheads=64, ngroups=8):
         return config(headdim, dstate, itemsize, x_itemsize, nheads, ngroups, batch, 132)
@@ -449,3 +449,5 @@ def test_config_of_ssd_replay():
     assert of(1, itemsize=2) == Config(rows=16, warps=2, heads=1)
     assert of(16, x_itemsize=4) == Config(rows=8, warps=4, heads=2)
     assert of(16, dstate=256) == Config(rows=4, warps=4, heads=2)
+    assert config_of_one(128) == config_of_one(6) == Config(rows=64, warps=2, heads=2)
+    assert config_of_one(9) == Config(rows=64, warps=1, heads=1)

@@ -18,7 +18,10 @@ class Config(NamedTuple):
     heads: int  # of a block, of one group
 
 
-ONE = Config(rows=64, warps=1, heads=1)  # of csrc/ssd_replay_one_sm90.cuh: rows of a warp
+def config_of_one(nheads: int) -> Config:
+    """Of csrc/ssd_replay_one_sm90.cuh: rows of a warp, two of which, each of another head, are counted at once."""
+    warps = math.gcd(nheads, 2)
+    return Config(rows=64, warps=warps, heads=warps)
 
 
 def takes_one(
@@ -124,7 +127,7 @@ def ssd_replay_update(
     """What fills y and moves cache and state on, given the operator's arguments; for those of one signature."""
     batch, steps = x.shape[0], x.shape[1] if x.dim() == 4 else 1
     if chosen is None and takes_one(state, cache_x, steps, (x, z, y), (B, C)):
-        chosen = ONE
+        chosen = config_of_one(state.shape[1])
     tokens = [None if t is None else t.stride() for t in (x, z)]
     tokens += [t.stride() for t in (y, dt, B, C)]
     launch = _launcher(
