@@ -31,7 +31,7 @@ void with_workspace(const Args& args, const py::tuple& tensors, int device, std:
 }
 
 NormForm norm_form(std::array<int, 3> dtypes, std::array<std::int64_t, 3> sizes, bool gated, bool norm_before_gate,
-                   float eps, std::array<int, 3> config) {
+                   float eps, std::array<int, 4> config) {
   return {
       .dtype = DType(dtypes[0]),
       .stream_dtype = DType(dtypes[1]),
@@ -45,6 +45,7 @@ NormForm norm_form(std::array<int, 3> dtypes, std::array<std::int64_t, 3> sizes,
       .vectors = config[0],
       .warps = config[1],
       .teams = config[2],
+      .streaming = config[3] != 0,
   };
 }
 
@@ -409,9 +410,7 @@ PYBIND11_MODULE(_cuda, m) {
       .def(
           py::init([](std::array<int, 3> dtypes, std::array<std::int64_t, 3> sizes, std::array<std::int64_t, 4> strides,
                       bool gated, bool norm_before_gate, float eps, std::array<int, 4> config) {
-            const auto [vectors, warps, teams, streaming] = config;
-            const NormForm form = norm_form(dtypes, sizes, gated, norm_before_gate, eps, {vectors, warps, teams});
-            return NormArgs{form, strides, streaming != 0};
+            return NormArgs{norm_form(dtypes, sizes, gated, norm_before_gate, eps, config), strides};
           }),
           py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("gated"), py::arg("norm_before_gate"),
           py::arg("eps"), py::arg("config"))
@@ -425,9 +424,10 @@ PYBIND11_MODULE(_cuda, m) {
   py::class_<NormBwdArgs>(m, "NormBwd", "The gradients of an RMSNorm of one signature, as Norm.")
       .def(
           py::init([](std::array<int, 3> dtypes, std::array<std::int64_t, 3> sizes, std::array<std::int64_t, 3> strides,
-                      bool gated, bool norm_before_gate, float eps, std::array<int, 3> config) {
-            const auto [vectors, warps, ctas] = config;
-            const NormForm form = norm_form(dtypes, sizes, gated, norm_before_gate, eps, {vectors, warps, 1});
+                      bool gated, bool norm_before_gate, float eps, std::array<int, 4> config) {
+            const auto [vectors, warps, ctas, streaming] = config;
+            const NormForm form =
+                norm_form(dtypes, sizes, gated, norm_before_gate, eps, {vectors, warps, 1, streaming});
             return NormBwdArgs{form, strides, ctas};
           }),
           py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("gated"), py::arg("norm_before_gate"),

@@ -24,6 +24,7 @@ struct NormBwdParams {
   int step;                 // CTAs of a group
   float inverse_size, eps;  // 1 / group_size
   bool weight_fp32;
+  bool streaming;  // dx and dthird: L2 could not keep them
 };
 
 // d/dz of z sigmoid(z), given that sigmoid; of 1 - sigmoid float32 has few digits where z is large.
@@ -128,9 +129,9 @@ __global__ void __launch_bounds__(kMaxNormBwdThreads<kGate, kVectors>, 1)
         third[i][c] *= kGate == Gate::first ? du : rstd;
       }
       if (!part.has(i)) continue;
-      store_vector(dx_at + i * kStep, pack<T>(x[i]));
+      store_vector(dx_at + i * kStep, pack<T>(x[i]), p.streaming);
       if (kGate != Gate::none || p.dthird != nullptr) {
-        store_vector(dthird_at + i * kStep, pack<Stream>(kGate == Gate::none ? x[i] : third[i]));
+        store_vector(dthird_at + i * kStep, pack<Stream>(kGate == Gate::none ? x[i] : third[i]), p.streaming);
       }
     }
     dx_at += p.step * p.hidden, dthird_at += p.step * p.hidden;

@@ -45,7 +45,7 @@ void norm_fwd(const NormArgs& a, const NormTensors& t, Target target) {
       .inverse_size = 1.f / static_cast<float>(form.group_size),
       .eps = form.eps,
       .weight_fp32 = form.weight_dtype == DType::float32,
-      .streaming = a.streaming,
+      .streaming = form.streaming,
   };
   const DeviceGuard guard(target.device);
   norm_dispatch(form, Launch{form, p, reinterpret_cast<cudaStream_t>(target.stream)});

@@ -295,7 +295,7 @@ def test_every_group_has_a_team(itemsize, gated):
             assert config.warps * config.teams <= csrc.MAX_WARPS
             if group_size > csrc.most_bwd_features(itemsize, gated):
                 continue
-            backward = csrc.bwd_config(rows, 8, group_size, itemsize, gated, 132)
+            backward = csrc.bwd_config(rows, 8, group_size, itemsize, gated, 132, written=0)
             check_team(backward.vectors, backward.warps, group_size)
             of_cta, of_sm = csrc._bwd_warps(backward.vectors, gated)
             assert backward.warps <= of_cta
@@ -316,14 +316,15 @@ def test_config():
     shapes = {512: (1, 2, 4, False), 1280: (1, 5, 2, False), 4096: (1, 16, 1, False)}
     assert {s: csrc.config(16, s, 2, written=2**17) for s in shapes} == shapes
     shapes = {
-        (8, 512): (2, 1, 196),
-        (8, 1024): (2, 2, 99),
-        (8, 1280): (1, 5, 66),
-        (1, 4096): (2, 8, 256),
-        (1, 2688): (3, 4, 391),
-        (1, 4480): (3, 6, 256),
+        (8, 512): (2, 1, 196, True),
+        (8, 1024): (2, 2, 99, True),
+        (8, 1280): (1, 5, 66, True),
+        (1, 4096): (2, 8, 256, True),
+        (1, 2688): (3, 4, 391, True),
+        (1, 4480): (3, 6, 256, True),
     }
-    assert {s: csrc.bwd_config(8192, *s, 2, s[0] > 1, 132) for s in shapes} == shapes
+    assert {s: csrc.bwd_config(8192, *s, 2, s[0] > 1, 132, written=2**27) for s in shapes} == shapes
+    assert not csrc.bwd_config(16, 8, 512, 2, True, 132, written=2**17).streaming
 
 
 def test_rows_in_memory():

@@ -156,12 +156,12 @@ struct NormForm {
   bool gated, norm_before_gate;
   float eps;
   int vectors, warps, teams;  // of a lane; of a team, which has a group of a row; of a CTA
+  bool streaming;             // L2 could not keep what is written
 };
 
 struct NormArgs {
   NormForm form;
   std::array<std::int64_t, 4> strides;  // of rows: x, z or residual, y, h
-  bool streaming;                       // L2 could not keep what is written
 };
 
 struct NormTensors {

@@ -21,6 +21,7 @@ class BwdConfig(NamedTuple):
     vectors: int
     warps: int  # of a CTA, which is one team
     ctas: int  # of a group of features
+    streaming: bool  # as above
 
 
 MAX_WARPS = 16  # of a CTA: kMaxNormWarps
@@ -33,14 +34,19 @@ _L2_BYTES = 50 * 2**20
 def config(rows: int, group_size: int, itemsize: int, written: int) -> Config:
     """A team for each group of each row, with the fewest idle lanes, and of those the fewest vectors of a lane.
 
-    itemsize: of the widest tensor. written: bytes. More of them than half of L2 are not there any more when the next
-    kernel reads them, so they may as well leave it first, which is 1 to 3% faster; fewer are.
+    itemsize: of the widest tensor. written: bytes.
     """
     group = group_size * itemsize // 16
     shapes = [(n, -(-group // (32 * n))) for n in range(1, _MOST_VECTORS + 1)]
     vectors, warps = min((s for s in shapes if s[1] <= MAX_WARPS), key=lambda s: (s[0] * s[1], s[0]))
     teams = max(1, min(MAX_WARPS // warps, -(-_CTA_VECTORS // group), rows))
-    return Config(vectors, warps, teams, streaming=written > _L2_BYTES // 2)
+    return Config(vectors, warps, teams, _is_streaming(written))
+
+
+def _is_streaming(written: int) -> bool:
+    """More bytes than half of L2 are not there any more when the next kernel reads them, so they may as well leave it
+    first, which is up to 3% faster; fewer are."""
+    return written > _L2_BYTES // 2
 
 
 def _most_bwd_vectors(itemsize: int, gated: bool) -> int:
@@ -55,7 +61,9 @@ def _bwd_warps(vectors: int, gated: bool) -> tuple[int, int]:
     return (12, (20, 16, 12)[vectors - 1]) if vectors <= 3 else (8, 8)
 
 
-def bwd_config(rows: int, groups: int, group_size: int, itemsize: int, gated: bool, num_sms: int) -> BwdConfig:
+def bwd_config(
+    rows: int, groups: int, group_size: int, itemsize: int, gated: bool, num_sms: int, written: int
+) -> BwdConfig:
     """The shape of a team with which a multiprocessor has most bytes under way; as many CTAs as there is room for.
 
     Of what was measured nothing else decided: with 24 KiB of a row's tensors under way at a time a kernel reached 0.85
@@ -71,7 +79,7 @@ def bwd_config(rows: int, groups: int, group_size: int, itemsize: int, gated: bo
     shapes = [(n, -(-group // (32 * n))) for n in range(1, _most_bwd_vectors(itemsize, gated) + 1)]
     vectors, warps = max((s for s in shapes if s[1] <= _bwd_warps(s[0], gated)[0]), key=under_way)
     ctas = max(1, _bwd_warps(vectors, gated)[1] // warps * num_sms // groups)
-    return BwdConfig(vectors, warps, ctas=max(1, -(-rows // max(1, -(-rows // ctas)))))
+    return BwdConfig(vectors, warps, max(1, -(-rows // max(1, -(-rows // ctas)))), _is_streaming(written))
 
 
 def most_features(itemsize: int) -> int:
@@ -147,6 +155,10 @@ def row_stride(tensor: Tensor) -> int | None:
     return found or 0
 
 
+def _num_bytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
 def _launch(
     kind: str,
     chosen: Config | BwdConfig,
@@ -191,9 +203,8 @@ def norm(
     second = residual if z is None else z
     index, stream = x.device.index, x.dtype if second is None else second.dtype
     if chosen is None:
-        written = sum(t.numel() * t.element_size() for t in (y, h) if t is not None)
         itemsize = max(x.element_size(), stream.itemsize)
-        chosen = config(x.numel() // x.shape[-1], group_size, itemsize, written)
+        chosen = config(x.numel() // x.shape[-1], group_size, itemsize, _num_bytes(y, h))
     launch = _launch(
         *("Norm", chosen, x, stream, weight, (x, second, y, h)),
         *(group_size, z is not None, norm_before_gate, eps),
@@ -222,9 +233,9 @@ def norm_bwd(
     """What fills the gradients, given the operator's arguments, of which dy, x, z and dh have rows; as `norm`."""
     index = x.device.index
     if chosen is None:
-        hidden = x.shape[-1]
-        itemsize, num_sms = max(dx.element_size(), x.element_size()), _device.num_sms(index)
-        chosen = bwd_config(x.numel() // hidden, hidden // group_size, group_size, itemsize, z is not None, num_sms)
+        hidden, itemsize = x.shape[-1], max(dx.element_size(), x.element_size())
+        problem = (x.numel() // hidden, hidden // group_size, group_size, itemsize, z is not None)
+        chosen = bwd_config(*problem, _device.num_sms(index), _num_bytes(dx, dz, dresidual))
     launch = _launch(
         *("NormBwd", chosen, dx, x.dtype, weight, (dy, x, dh if z is None else z)),
         *(group_size, z is not None, norm_before_gate, eps),
