@@ -229,7 +229,7 @@ PYBIND11_MODULE(_cuda, m) {
                        std::array<std::int64_t, 3> state_strides, std::array<std::int64_t, 3> scale_strides,
                        std::array<SsdUpdateArgs::TokenStrides, 6> token_strides,
                        std::array<std::int64_t, 10> small_strides, int null_slot, std::array<float, 2> dt_limit,
-                       bool dt_softplus, bool store_each, bool store_last, std::array<int, 2> config) {
+                       bool dt_softplus, bool store_each, bool store_last, std::array<int, 2> config, int num_sms) {
              const auto [batch, tokens, total, nslots, nheads, headdim, dstate, ngroups, read_width, write_width] =
                  sizes;
              const auto [A, dt_bias, D_head, D_p, read, read_column, write, write_column, accepted, bounds] =
@@ -274,11 +274,12 @@ PYBIND11_MODULE(_cuda, m) {
                  .store_last = store_last,
                  .warps = config[0],
                  .rows = config[1],
+                 .num_sms = num_sms,
              };
            }),
            py::arg("dtypes"), py::arg("sizes"), py::arg("state_strides"), py::arg("scale_strides"),
            py::arg("token_strides"), py::arg("small_strides"), py::arg("null_slot"), py::arg("dt_limit"),
-           py::arg("dt_softplus"), py::arg("store_each"), py::arg("store_last"), py::arg("config"))
+           py::arg("dt_softplus"), py::arg("store_each"), py::arg("store_last"), py::arg("config"), py::arg("num_sms"))
       .def(
           "__call__",
           [](const SsdUpdateArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {
@@ -354,7 +355,7 @@ PYBIND11_MODULE(_cuda, m) {
                        std::array<std::int64_t, 2> row_strides, std::array<std::int64_t, 3> conv_strides,
                        std::array<std::int64_t, 3> state_strides, std::array<std::int64_t, 7> small_strides,
                        int null_slot, std::array<float, 2> dt_limit, float eps, bool dt_softplus, bool norm_before_gate,
-                       std::array<int, 3> config) {
+                       std::array<int, 3> config, int num_sms) {
              const auto [batch, nslots, nheads, headdim, dstate, conv_dim, width, group_size, rows_per_group] = sizes;
              const auto [conv_bias, A, D_head, D_p, dt_bias, norm_weight, slots] = small_strides;
              return Mamba2StepArgs{
@@ -394,11 +395,12 @@ PYBIND11_MODULE(_cuda, m) {
                  .cluster = config[0],
                  .warps = config[1],
                  .stages = config[2],
+                 .num_sms = num_sms,
              };
            }),
            py::arg("dtypes"), py::arg("sizes"), py::arg("row_strides"), py::arg("conv_strides"),
            py::arg("state_strides"), py::arg("small_strides"), py::arg("null_slot"), py::arg("dt_limit"),
-           py::arg("eps"), py::arg("dt_softplus"), py::arg("norm_before_gate"), py::arg("config"))
+           py::arg("eps"), py::arg("dt_softplus"), py::arg("norm_before_gate"), py::arg("config"), py::arg("num_sms"))
       .def(
           "__call__",
           [](const Mamba2StepArgs& args, const py::tuple& tensors, int device, std::uintptr_t stream) {

@@ -6,11 +6,26 @@
 namespace hybrid_ops {
 namespace {
 
+// CTAs about to begin are 40% as far as those that run at a time: a third of these have begun since one did, when it
+// has its windows.
+int ctas_ahead(const Mamba2StepArgs& a) {
+  return a.num_sms * (2 * kMaxWarps / a.warps) * 2 / 5 / a.cluster * a.cluster;
+}
+
+// Whether the windows of a CTA's rows, and of a group's B and C, are pieces of memory that L2 can be asked for.
+bool windows_in_pieces(const Mamba2StepParams& p, const Mamba2StepArgs& a) {
+  return p.conv_column_stride == 1 && p.conv_channel_stride == p.width - 1 &&
+         reinterpret_cast<std::uintptr_t>(p.conv_state) % 16 == 0 && p.slot_bytes % 16 == 0 &&
+         p.rows * p.window_bytes % 16 == 0 && a.dstate * p.window_bytes % 16 == 0;
+}
+
 template <typename State, int kDstate, bool kStochastic, bool kUsual>
 void launch(Mamba2StepParams p, const Mamba2StepArgs& a, Target target) {
   using L = StepLayout<State, kDstate, kStochastic>;
   p.rows = p.group_size / a.cluster;
   p.stages = a.stages;
+  p.by_ctas = wide_divisor(p.nheads * p.headdim / p.rows);
+  p.ahead = windows_in_pieces(p, a) ? ctas_ahead(a) : 0;
   const int heads = (p.rows + p.headdim - 1) / p.headdim;
   // also for a cluster of one, without which its stores to itself are illegal instructions
   cudaLaunchAttribute cluster{.id = cudaLaunchAttributeClusterDimension};
@@ -59,6 +74,7 @@ void launch_dstate(const Mamba2StepParams& p, const Mamba2StepArgs& a, Target ta
 
 void mamba2_step(const Mamba2StepArgs& a, const Mamba2StepPointers& pointers, Target target) {
   const auto [zxbcdt, conv_state, state, conv_weight, conv_bias, A, D, dt_bias, norm_weight, slots, seed, y] = pointers;
+  const int itemsize = a.conv_state_dtype == DType::float32 ? 4 : 2;
   const Mamba2StepParams p{
       .zxbcdt = reinterpret_cast<const void*>(zxbcdt),
       .conv_state = reinterpret_cast<void*>(conv_state),
@@ -95,6 +111,8 @@ void mamba2_step(const Mamba2StepArgs& a, const Mamba2StepPointers& pointers, Ta
       .null_slot = a.null_slot,
       .group_size = static_cast<int>(a.group_size),
       .rows_per_group = static_cast<int>(a.rows_per_group),
+      .slot_bytes = a.conv_strides[0] * itemsize,
+      .window_bytes = (static_cast<int>(a.width) - 1) * itemsize,
       .by_headdim = divisor(a.headdim),
       .by_rows_per_group = divisor(a.rows_per_group),
       .dt_min = a.dt_min,

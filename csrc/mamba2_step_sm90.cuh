@@ -49,7 +49,11 @@ struct Mamba2StepParams {
   int nslots, nheads, headdim, conv_dim, width, null_slot;
   int group_size, rows, rows_per_group;  // of the norm; of a CTA; of B and C
   int stages;                            // tiles that a warp has under way
+  int ahead;                             // CTAs from one to that whose windows it asks L2 for; 0: asks for none
+  int64 slot_bytes;                      // of the windows, where it does
+  int window_bytes;                      // of a channel
   Divisor by_headdim, by_rows_per_group;
+  WideDivisor by_ctas;  // of a sequence
   float dt_min, dt_max, eps;
   DType dtype, conv_state_dtype, conv_weight_dtype, conv_bias_dtype, D_dtype, dt_bias_dtype, norm_weight_dtype;
   bool weight_aligned, dt_softplus, norm_before_gate;  // weight_aligned: four taps, in one aligned piece
@@ -111,8 +115,8 @@ __device__ __forceinline__ void store_window(const Mamba2StepParams& p, int64 fi
   for (int k = 0; k < kMaxWidth - 1; ++k) {
     const int column = k - (kMaxWidth - p.width);
     if (column >= 0) {
-      store_float(p.conv_state, p.conv_state_dtype, first + static_cast<int64>(column) * p.conv_column_stride,
-                  window[k + 1]);
+      store_float<true>(p.conv_state, p.conv_state_dtype, first + static_cast<int64>(column) * p.conv_column_stride,
+                        window[k + 1]);
     }
   }
 }
@@ -235,6 +239,17 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     A = p.A[static_cast<int64>(head) * p.A_stride];
   }
 
+  // Windows are small pieces of memory, and whoever waits for them has nothing else to do: so a CTA asks L2 for those
+  // of one that is about to begin. (To ask for its states too is faster for hundreds of sequences, but slower for 16.)
+  int other_slot = -1, other_first = 0;
+  if (threadIdx.x == 0 && p.ahead > 0) {
+    const int other = static_cast<int>(blockIdx.x) + p.ahead, sequences = p.by_ctas.of(other);
+    other_first = (other - sequences * static_cast<int>(gridDim.x)) * p.rows;
+    if (b + sequences < static_cast<int>(gridDim.y)) {
+      other_slot = p.slots == nullptr ? b + sequences : p.slots[static_cast<int64>(b + sequences) * p.slots_stride];
+    }
+  }
+
   wait_for_copies();
   __syncwarp();
   const int slot = __shfl_sync(~0u, p.slots == nullptr ? b : slots[warp], 0);         // in a uniform register
@@ -303,6 +318,15 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
   }
   __syncthreads();
   cluster_wait();  // the others have begun, and their barriers are ready
+  if (other_slot >= 0 && other_slot < p.nslots) {
+    const char* const windows = static_cast<const char*>(p.conv_state) + other_slot * p.slot_bytes;
+    const auto ask = [&](int channel, int channels) {
+      ask_for(windows + static_cast<int64>(channel) * p.window_bytes, channels * p.window_bytes);
+    };
+    const int B = d_inner + p.by_rows_per_group.of(other_first) * kDstate;
+    ask(other_first, p.rows);
+    if (cluster_rank() == 0) ask(B, kDstate), ask(B + (p.conv_dim - d_inner) / 2, kDstate);
+  }
 
   float B[L::kColumns], C[L::kColumns];
 #pragma unroll

@@ -9,10 +9,16 @@
 namespace hybrid_ops {
 namespace {
 
+// Half of the CTAs that run at a time: until one has its states, a third of them have begun since; what is asked for
+// earlier is in the way.
+constexpr int kPercentAhead = 45;
+
 template <typename State, int kDstate, int kWarps, int kRowsOfWarp, bool kStochastic>
-void launch_one(const SsdUpdateParams& p, cudaStream_t stream) {
+void launch_one(SsdUpdateParams p, int num_sms, cudaStream_t stream) {
   constexpr int kRows = OneLayout<State, kDstate, kWarps, kRowsOfWarp>::kRowsOfBlock;
+  constexpr int kCtas = kUpdateWarps<State, kDstate, kWarps, kRowsOfWarp> / kWarps;  // of a multiprocessor
   const dim3 grid((p.headdim + kRows - 1) / kRows, p.nheads, p.batch);
+  p.ahead = num_sms * kCtas * kPercentAhead / 100 / static_cast<int>(grid.x);
   launch_early(ssd_update_one_kernel<State, kDstate, kWarps, kRowsOfWarp, kStochastic>, grid, dim3(32 * kWarps), stream,
                p, "ssd_update_one_kernel");
 }
@@ -33,13 +39,13 @@ void launch(const SsdUpdateParams& p, const SsdUpdateArgs& a, cudaStream_t strea
     return launch_many<State, kDstate, kStochastic>(p, stream);
   }
   const std::array<int, 2> form{a.warps, a.rows};
-  if (form == std::array{4, 4}) return launch_one<State, kDstate, 4, 4, kStochastic>(p, stream);
+  if (form == std::array{4, 4}) return launch_one<State, kDstate, 4, 4, kStochastic>(p, a.num_sms, stream);
   if constexpr (sizeof(State) == 1 || kStochastic) {
-    if (form == std::array{4, 16}) return launch_one<State, kDstate, 4, 16, kStochastic>(p, stream);
-    if (form == std::array{5, 16}) return launch_one<State, kDstate, 5, 16, kStochastic>(p, stream);
+    if (form == std::array{4, 16}) return launch_one<State, kDstate, 4, 16, kStochastic>(p, a.num_sms, stream);
+    if (form == std::array{5, 16}) return launch_one<State, kDstate, 5, 16, kStochastic>(p, a.num_sms, stream);
   } else {
     constexpr int kRows = 2048 / (kDstate * sizeof(State));
-    if (form == std::array{2, kRows}) return launch_one<State, kDstate, 2, kRows, kStochastic>(p, stream);
+    if (form == std::array{2, kRows}) return launch_one<State, kDstate, 2, kRows, kStochastic>(p, a.num_sms, stream);
   }
   throw std::runtime_error("ssd_update: no CTA has " + std::to_string(a.warps) + " warps of " + std::to_string(a.rows) +
                            " rows of such states");
@@ -117,6 +123,7 @@ void ssd_update(const SsdUpdateArgs& a, const SsdUpdatePointers& pointers, Targe
       .headdim = static_cast<int>(a.headdim),
       .heads_per_group = static_cast<int>(a.nheads / a.ngroups),
       .by_heads_per_group = divisor(a.nheads / a.ngroups),
+      .by_nheads = wide_divisor(a.nheads),
       .read_width = static_cast<int>(a.read_width),
       .write_width = static_cast<int>(a.write_width),
       .null_slot = a.null_slot,

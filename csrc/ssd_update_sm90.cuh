@@ -38,6 +38,8 @@ struct SsdUpdateParams {
   int batch, tokens, total;  // T of each sequence; all tokens, with cu_seqlens
   int nslots, nheads, headdim, heads_per_group;
   Divisor by_heads_per_group;  // where those are more than one
+  WideDivisor by_nheads;
+  int ahead;  // heads from a CTA's to that whose states it asks L2 for
   int read_width, write_width, null_slot;
   float dt_min, dt_max;
   DType dtype, dt_dtype, D_dtype, z_dtype, dt_bias_dtype;  // dtype: of x, B, C, y
@@ -108,7 +110,9 @@ using UpdateLayout = Layout<State, kDstate, kRows, kDstate / 8>;
 // rows of x and at last of y.
 //
 // Measured: CTAs of 4 KB are fastest, perhaps for they ask for memory nearly in its order, unless arithmetic leaves no
-// time for what each warp has to find out for itself. Then rows have to share that, and a CTA is a head.
+// time for what each warp has to find out for itself. Then rows have to share that, and a CTA is a head. These would
+// wait for memory together and then compute together, at least as long as the first ones are there, while memory rests:
+// so a CTA asks L2 for the states of one that is about to begin.
 template <typename State, int kDstate, int kWarps, int kRowsOfWarp>
 struct OneLayout {
   static constexpr int kGroups = UpdateLayout<State, kDstate, 1>::kGroups;
@@ -117,6 +121,7 @@ struct OneLayout {
   static constexpr int kThreads = 32 * kWarps, kRowsOfBlock = kWarps * Type::kTile;
   static constexpr int kMaker = kWarps > 2 ? 1 : 0;              // the warp that makes B; the next one makes C
   static constexpr bool kFew = kWarps == 4 && kRowsOfWarp == 4;  // what is chosen for few sequences
+  static constexpr bool kAhead = kRowsOfWarp == 16;              // asks for others' states
   static_assert(kRowsOfBlock <= kThreads);
 };
 
@@ -170,6 +175,12 @@ __global__ void __launch_bounds__(32 * kWarps, kUpdateWarps<State, kDstate, kWar
     A = p.A[static_cast<int64>(head) * p.A_stride];
   }
   const int64 seed = kStochastic ? *p.seed : 0;
+  int other_slot = -1, other_head = 0;
+  if (Form::kAhead && threadIdx.x == 0) {
+    const int sequences = p.by_nheads.of(head + p.ahead);
+    other_head = head + p.ahead - sequences * p.nheads;
+    if (b + sequences >= p.batch || !find_slot(p, b + sequences, other_slot)) other_slot = -1;
+  }
   if (!present) {
     if (has_row) store_float(p.y, p.dtype, offset(p.y_strides, b, 0, head, mine), 0.f);
     return;
@@ -180,6 +191,8 @@ __global__ void __launch_bounds__(32 * kWarps, kUpdateWarps<State, kDstate, kWar
     return piece / L::kLoads * L::kGroups * kDstate + piece % L::kLoads * L::kStep;
   };
   const auto exists = [&](int r) { return above + r * L::kGroups < p.headdim; };
+  constexpr int kBits = kPieces < 2 ? kPieces : 2;          // pieces whose random bits are made together
+  constexpr int kTogether = kStochastic ? kBits : kPieces;  // pieces that are waited for together
   uint4 few[Form::kFew ? kPieces : 1];
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
@@ -189,6 +202,7 @@ __global__ void __launch_bounds__(32 * kWarps, kUpdateWarps<State, kDstate, kWar
     } else if (there) {
       copy_async<16>(&pieces[i][threadIdx.x], source + offset_of(i));
     }
+    if (!Form::kFew && i % kTogether == kTogether - 1) commit_copies();
   }
   float scale = 1.f;
   if (sizeof(State) == 1 && has_row) scale = *scale_of(p, slot, head, mine);
@@ -211,7 +225,6 @@ __global__ void __launch_bounds__(32 * kWarps, kUpdateWarps<State, kDstate, kWar
     if (lane == 0) steps[0] = dt, steps[1] = expf(dt * A);
   }
   // random bits of the first pieces as well, and those of the next after them
-  constexpr int kBits = kPieces < 2 ? kPieces : 2;
   uint4 random[kBits];
   const int64 number = (static_cast<int64>(place) * p.nheads + head) * p.headdim * kDstate + begin;
   const auto make_random = [&](int from) {
@@ -225,8 +238,12 @@ __global__ void __launch_bounds__(32 * kWarps, kUpdateWarps<State, kDstate, kWar
     }
   };
   if constexpr (kStochastic) make_random(0);
-  if constexpr (!Form::kFew) wait_for_copies();
+  if constexpr (!Form::kFew) wait_for_copies(kPieces / kTogether - 1);
   __syncthreads();
+  if (Form::kAhead && other_slot >= 0) {
+    ask_for(head_of<State>(p, other_slot, other_head) + first * kDstate,
+            min(Form::kRowsOfBlock, p.headdim - first) * kDstate * sizeof(State));
+  }
   const float dt = steps[0], decay = steps[1];
   float B[L::kColumns], C[L::kColumns], sums[kRows];
 #pragma unroll
@@ -239,7 +256,10 @@ __global__ void __launch_bounds__(32 * kWarps, kUpdateWarps<State, kDstate, kWar
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if constexpr (kStochastic) {
-      if (r > 0 && r * L::kLoads % kBits == 0) make_random(r * L::kLoads);
+      if (r > 0 && r * L::kLoads % kBits == 0) {
+        make_random(r * L::kLoads);
+        if constexpr (!Form::kFew) wait_for_copies((kPieces - r * L::kLoads) / kBits - 1);
+      }
     }
     uint4 raw[L::kLoads];
 #pragma unroll

@@ -91,6 +91,7 @@ struct SsdUpdateArgs {
   float dt_min, dt_max;
   bool dt_softplus, store_each, store_last;
   int warps, rows;  // of a CTA; of a warp: where there is one token each
+  int num_sms;
 };
 
 // The pointers of SsdUpdateParams, in its order.
@@ -144,6 +145,7 @@ struct Mamba2StepArgs {
   float dt_min, dt_max, eps;
   bool dt_softplus, norm_before_gate;
   int cluster, warps, stages;  // CTAs of a group of the norm; of a CTA; tiles that a warp has under way
+  int num_sms;
 };
 
 // The pointers of Mamba2StepParams, in its order.

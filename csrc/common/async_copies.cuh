@@ -41,21 +41,28 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 // Until all of this thread's have arrived.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Until at most `pending` of this thread's groups, 0 to 2, are under way.
-__device__ __forceinline__ void wait_for_copies(int pending) {
-  if (pending == 0) {
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
-  } else if (pending == 1) {
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-  } else {
-    asm volatile("cp.async.wait_group 2;" ::: "memory");
-  }
-}
-
-// Until at most kPending of them are under way.
+// Until at most kPending of this thread's groups are under way.
 template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// The same, of 0 to 3.
+__device__ __forceinline__ void wait_for_copies(int pending) {
+  if (pending == 0) {
+    wait_for_copies<0>();
+  } else if (pending == 1) {
+    wait_for_copies<1>();
+  } else if (pending == 2) {
+    wait_for_copies<2>();
+  } else {
+    wait_for_copies<3>();
+  }
+}
+
+// Asks L2 for a piece of memory; address and size are multiples of 16 bytes.
+__device__ __forceinline__ void ask_for(const void* global, unsigned bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
 
 }  // namespace hybrid_ops

@@ -157,10 +157,10 @@ def mamba2_step(
     extension = _device.cuda_extension()
     assert extension is not None  # `choose` has seen it
     (nslots, nheads, headdim, dstate), batch, index = state.shape, zxbcdt.shape[0], zxbcdt.device.index
-    rows = rows_per_group(zxbcdt, state)
+    rows, num_sms = rows_per_group(zxbcdt, state), _device.num_sms(index)
     if chosen is None:
         problem = (batch, nheads, headdim, dstate, state.element_size(), seed is not None, group_size, rows)
-        chosen = config(*problem, _device.num_sms(index))
+        chosen = config(*problem, num_sms)
     tensors = (zxbcdt, conv_state, state, conv_weight, conv_bias, D, dt_bias, norm_weight)
     launch = extension.Mamba2Step(
         dtypes=tuple(DTYPES[(zxbcdt if t is None else t).dtype] for t in tensors),
@@ -179,6 +179,7 @@ def mamba2_step(
         dt_softplus=dt_softplus,
         norm_before_gate=norm_before_gate,
         config=chosen,
+        num_sms=num_sms,
     )
 
     def run(*arguments: Any) -> None:

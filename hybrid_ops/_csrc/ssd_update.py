@@ -105,10 +105,9 @@ def ssd_state_update(
         return (0, 0) if tensor is None else (*tensor.stride(), 0)[:2]
 
     index = x.device.index
+    num_sms = _device.num_sms(index)
     if chosen is None:
-        stochastic = seed is not None
-        num_sms, itemsize = _device.num_sms(index), state.element_size()
-        chosen = config(headdim, dstate, batch * nheads, num_sms, itemsize, stochastic)
+        chosen = config(headdim, dstate, batch * nheads, num_sms, state.element_size(), seed is not None)
     launch = extension.SsdUpdate(
         dtypes=tuple(STATE_DTYPES[(x if t is None else t).dtype] for t in (state, x, dt, D, z, dt_bias)),
         sizes=(
@@ -134,6 +133,7 @@ def ssd_state_update(
         store_each=update_state and each,
         store_last=update_state and not each,
         config=chosen,
+        num_sms=num_sms,
     )
 
     def run(*arguments: Any) -> None:
