@@ -12,20 +12,17 @@ int ctas_ahead(const Mamba2StepArgs& a) {
   return a.num_sms * (2 * kMaxWarps / a.warps) * 2 / 5 / a.cluster * a.cluster;
 }
 
-// Whether the windows of a CTA's rows, and of a group's B and C, are pieces of memory that L2 can be asked for.
-bool windows_in_pieces(const Mamba2StepParams& p, const Mamba2StepArgs& a) {
-  return p.conv_column_stride == 1 && p.conv_channel_stride == p.width - 1 &&
-         reinterpret_cast<std::uintptr_t>(p.conv_state) % 16 == 0 && p.slot_bytes % 16 == 0 &&
-         p.rows * p.window_bytes % 16 == 0 && a.dstate * p.window_bytes % 16 == 0;
+// Whether CTAs begin that late, and windows of a CTA's rows, and of a group's B and C, are pieces that L2 can be asked
+// for.
+bool asks(const Mamba2StepParams& p, const Mamba2StepArgs& a) {
+  return a.batch * p.nheads * p.headdim / p.rows > p.ahead && p.conv_column_stride == 1 &&
+         p.conv_channel_stride == p.width - 1 && reinterpret_cast<std::uintptr_t>(p.conv_state) % 16 == 0 &&
+         p.slot_bytes % 16 == 0 && p.rows * p.window_bytes % 16 == 0 && a.dstate * p.window_bytes % 16 == 0;
 }
 
-template <typename State, int kDstate, bool kStochastic, bool kUsual>
-void launch(Mamba2StepParams p, const Mamba2StepArgs& a, Target target) {
+template <typename State, int kDstate, bool kStochastic, bool kUsual, bool kAsks>
+void launch(const Mamba2StepParams& p, const Mamba2StepArgs& a, Target target) {
   using L = StepLayout<State, kDstate, kStochastic>;
-  p.rows = p.group_size / a.cluster;
-  p.stages = a.stages;
-  p.by_ctas = wide_divisor(p.nheads * p.headdim / p.rows);
-  p.ahead = windows_in_pieces(p, a) ? ctas_ahead(a) : 0;
   const int heads = (p.rows + p.headdim - 1) / p.headdim;
   // also for a cluster of one, without which its stores to itself are illegal instructions
   cudaLaunchAttribute cluster{.id = cudaLaunchAttributeClusterDimension};
@@ -33,7 +30,7 @@ void launch(Mamba2StepParams p, const Mamba2StepArgs& a, Target target) {
   std::array attributes{cluster, early_launch()};
   const int shared = a.warps * a.stages * L::kTile * kDstate * static_cast<int>(sizeof(State)) +
                      (kMaxWidth * 2 * kDstate + 4 * p.rows + 2 * (heads + heads % 2)) * static_cast<int>(sizeof(float));
-  constexpr auto kernel = mamba2_step_kernel<State, kDstate, kStochastic, kUsual>;
+  constexpr auto kernel = mamba2_step_kernel<State, kDstate, kStochastic, kUsual, kAsks>;
   allow_shared_memory<kernel>(shared, target.device);
   const cudaLaunchConfig_t config{
       .gridDim = dim3(p.nheads * p.headdim / p.rows, static_cast<unsigned>(a.batch)),
@@ -48,8 +45,9 @@ void launch(Mamba2StepParams p, const Mamba2StepArgs& a, Target target) {
 
 template <typename State, int kDstate, bool kStochastic>
 void launch_dtypes(const Mamba2StepParams& p, const Mamba2StepArgs& a, Target target) {
-  if (is_usual(p)) return launch<State, kDstate, kStochastic, true>(p, a, target);
-  launch<State, kDstate, kStochastic, false>(p, a, target);
+  if (!is_usual(p)) return launch<State, kDstate, kStochastic, false, false>(p, a, target);
+  if (asks(p, a)) return launch<State, kDstate, kStochastic, true, true>(p, a, target);
+  launch<State, kDstate, kStochastic, true, false>(p, a, target);
 }
 
 template <typename State, int kDstate>
@@ -74,7 +72,7 @@ void launch_dstate(const Mamba2StepParams& p, const Mamba2StepArgs& a, Target ta
 
 void mamba2_step(const Mamba2StepArgs& a, const Mamba2StepPointers& pointers, Target target) {
   const auto [zxbcdt, conv_state, state, conv_weight, conv_bias, A, D, dt_bias, norm_weight, slots, seed, y] = pointers;
-  const int itemsize = a.conv_state_dtype == DType::float32 ? 4 : 2;
+  const int itemsize = a.conv_state_dtype == DType::float32 ? 4 : 2, rows = static_cast<int>(a.group_size / a.cluster);
   const Mamba2StepParams p{
       .zxbcdt = reinterpret_cast<const void*>(zxbcdt),
       .conv_state = reinterpret_cast<void*>(conv_state),
@@ -110,11 +108,15 @@ void mamba2_step(const Mamba2StepArgs& a, const Mamba2StepPointers& pointers, Ta
       .width = static_cast<int>(a.width),
       .null_slot = a.null_slot,
       .group_size = static_cast<int>(a.group_size),
+      .rows = rows,
       .rows_per_group = static_cast<int>(a.rows_per_group),
+      .stages = a.stages,
+      .ahead = ctas_ahead(a),
       .slot_bytes = a.conv_strides[0] * itemsize,
       .window_bytes = (static_cast<int>(a.width) - 1) * itemsize,
       .by_headdim = divisor(a.headdim),
       .by_rows_per_group = divisor(a.rows_per_group),
+      .by_ctas = wide_divisor(static_cast<unsigned>(a.nheads * a.headdim / rows)),
       .dt_min = a.dt_min,
       .dt_max = a.dt_max,
       .eps = a.eps,

@@ -49,7 +49,7 @@ struct Mamba2StepParams {
   int nslots, nheads, headdim, conv_dim, width, null_slot;
   int group_size, rows, rows_per_group;  // of the norm; of a CTA; of B and C
   int stages;                            // tiles that a warp has under way
-  int ahead;                             // CTAs from one to that whose windows it asks L2 for; 0: asks for none
+  int ahead;                             // CTAs from one to that whose windows it asks L2 for, if it asks
   int64 slot_bytes;                      // of the windows, where it does
   int window_bytes;                      // of a channel
   Divisor by_headdim, by_rows_per_group;
@@ -169,7 +169,10 @@ struct alignas(16) StepRow {
 
 // kUsual: the dtypes and the width below are those of `is_usual`, and cost no instructions: where sequences are few the
 // latency of a step is for a large part the time to issue them.
-template <typename State, int kDstate, bool kStochastic, bool kUsual>
+// kAsks: windows are small pieces of memory, and whoever waits for them has nothing else to do; so a CTA asks L2 for
+// those of one that is about to begin. (To ask for its states too is faster for hundreds of sequences, but slower for
+// 16.)
+template <typename State, int kDstate, bool kStochastic, bool kUsual, bool kAsks>
 __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     mamba2_step_kernel(const __grid_constant__ Mamba2StepParams given) {
   const Mamba2StepParams p = kUsual ? as_usual(given) : given;
@@ -239,10 +242,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     A = p.A[static_cast<int64>(head) * p.A_stride];
   }
 
-  // Windows are small pieces of memory, and whoever waits for them has nothing else to do: so a CTA asks L2 for those
-  // of one that is about to begin. (To ask for its states too is faster for hundreds of sequences, but slower for 16.)
   int other_slot = -1, other_first = 0;
-  if (threadIdx.x == 0 && p.ahead > 0) {
+  if (kAsks && threadIdx.x == 0) {
     const int other = static_cast<int>(blockIdx.x) + p.ahead, sequences = p.by_ctas.of(other);
     other_first = (other - sequences * static_cast<int>(gridDim.x)) * p.rows;
     if (b + sequences < static_cast<int>(gridDim.y)) {
@@ -318,7 +319,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
   }
   __syncthreads();
   cluster_wait();  // the others have begun, and their barriers are ready
-  if (other_slot >= 0 && other_slot < p.nslots) {
+  if (kAsks && other_slot >= 0 && other_slot < p.nslots) {
     const char* const windows = static_cast<const char*>(p.conv_state) + other_slot * p.slot_bytes;
     const auto ask = [&](int channel, int channels) {
       ask_for(windows + static_cast<int64>(channel) * p.window_bytes, channels * p.window_bytes);
