@@ -111,12 +111,8 @@ void mamba2_step(const Mamba2StepArgs& a, const Mamba2StepPointers& pointers, Ta
       .rows = rows,
       .rows_per_group = static_cast<int>(a.rows_per_group),
       .stages = a.stages,
-      .ahead = ctas_ahead(a),
-      .slot_bytes = a.conv_strides[0] * itemsize,
-      .window_bytes = (static_cast<int>(a.width) - 1) * itemsize,
       .by_headdim = divisor(a.headdim),
       .by_rows_per_group = divisor(a.rows_per_group),
-      .by_ctas = wide_divisor(static_cast<unsigned>(a.nheads * a.headdim / rows)),
       .dt_min = a.dt_min,
       .dt_max = a.dt_max,
       .eps = a.eps,
@@ -130,6 +126,10 @@ void mamba2_step(const Mamba2StepArgs& a, const Mamba2StepPointers& pointers, Ta
       .weight_aligned = a.width == kMaxWidth,
       .dt_softplus = a.dt_softplus,
       .norm_before_gate = a.norm_before_gate,
+      .ahead = ctas_ahead(a),
+      .window_bytes = (static_cast<int>(a.width) - 1) * itemsize,
+      .slot_bytes = a.conv_strides[0] * itemsize,
+      .by_ctas = wide_divisor(static_cast<unsigned>(a.nheads * a.headdim / rows)),
   };
   const DeviceGuard guard(target.device);
   switch (a.state_dtype) {

@@ -49,18 +49,18 @@ struct Mamba2StepParams {
   int nslots, nheads, headdim, conv_dim, width, null_slot;
   int group_size, rows, rows_per_group;  // of the norm; of a CTA; of B and C
   int stages;                            // tiles that a warp has under way
-  int ahead;                             // CTAs from one to that whose windows it asks L2 for, if it asks
-  int64 slot_bytes;                      // of the windows, where it does
-  int window_bytes;                      // of a channel
   Divisor by_headdim, by_rows_per_group;
-  WideDivisor by_ctas;  // of a sequence
   float dt_min, dt_max, eps;
   DType dtype, conv_state_dtype, conv_weight_dtype, conv_bias_dtype, D_dtype, dt_bias_dtype, norm_weight_dtype;
   bool weight_aligned, dt_softplus, norm_before_gate;  // weight_aligned: four taps, in one aligned piece
+  // where a CTA asks L2 for another one's windows, so many CTAs further
+  int ahead, window_bytes;  // of a channel
+  int64 slot_bytes;
+  WideDivisor by_ctas;  // of a sequence
 };
 
 inline constexpr int kMaxWidth = 4;
-inline constexpr int kMaxCluster = 8, kMaxWarps = 16;
+inline constexpr int kMaxCluster = 8, kMaxWarps = 16, kMaxStages = 3;
 
 // 16 elements of the state in a lane, 8 beside random bits or of long rows: what 64 registers have room for.
 template <typename State, int kDstate, bool kStochastic>
@@ -109,14 +109,15 @@ __device__ __forceinline__ WindowBits load_window(const Mamba2StepParams& p, int
   return bits;
 }
 
-// The window without its oldest column, to where it came from.
+// The window without its oldest column, to where it came from. kStreaming: the first to leave L2.
+template <bool kStreaming>
 __device__ __forceinline__ void store_window(const Mamba2StepParams& p, int64 first, const float (&window)[kMaxWidth]) {
 #pragma unroll
   for (int k = 0; k < kMaxWidth - 1; ++k) {
     const int column = k - (kMaxWidth - p.width);
     if (column >= 0) {
-      store_float<true>(p.conv_state, p.conv_state_dtype, first + static_cast<int64>(column) * p.conv_column_stride,
-                        window[k + 1]);
+      store_float<kStreaming>(p.conv_state, p.conv_state_dtype,
+                              first + static_cast<int64>(column) * p.conv_column_stride, window[k + 1]);
     }
   }
 }
@@ -170,8 +171,8 @@ struct alignas(16) StepRow {
 // kUsual: the dtypes and the width below are those of `is_usual`, and cost no instructions: where sequences are few the
 // latency of a step is for a large part the time to issue them.
 // kAsks: windows are small pieces of memory, and whoever waits for them has nothing else to do; so a CTA asks L2 for
-// those of one that is about to begin. (To ask for its states too is faster for hundreds of sequences, but slower for
-// 16.)
+// those of one that is about to begin, where there are so many, and its own leave L2 first. (To ask for its states too
+// is faster for hundreds of sequences, but slower for 16.)
 template <typename State, int kDstate, bool kStochastic, bool kUsual, bool kAsks>
 __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     mamba2_step_kernel(const __grid_constant__ Mamba2StepParams given) {
@@ -309,7 +310,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
       StepRow& row = rows[c - kShared];
       row.x = value;
       row.y = from_bits(feature.D, p.D_dtype) * value;
-      store_window(p, place_of(c), window);
+      store_window<kAsks>(p, place_of(c), window);
     }
     c += threads;
     if (c < channels) {
@@ -350,7 +351,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
   float squares = 0.f;
   int tile = warp, stage = 0;
   while (tile < tiles) {
-    wait_for_copies(p.stages - 1);
+    wait_for_copies<kMaxStages - 1>(p.stages - 1);
     const int row = tile * L::kTile, head = p.by_headdim.of(first + row) - first_head;
     const auto [dt, decay] = steps[head];
     float sums[kRows];
@@ -408,7 +409,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     if (row < p.rows) own = rows[row];
   }
   while (c < begin + share) {
-    store_window(p, place_of(c), window);
+    store_window<kAsks>(p, place_of(c), window);
     c += threads;
     if (c < begin + share) load_moved();
   }

@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(32 * kWarps, kUpdateWarps<State, kDstate, kWar
     }
   };
   if constexpr (kStochastic) make_random(0);
-  if constexpr (!Form::kFew) wait_for_copies(kPieces / kTogether - 1);
+  if constexpr (!Form::kFew) wait_for_copies<kPieces / kTogether - 1>();
   __syncthreads();
   if (Form::kAhead && other_slot >= 0) {
     ask_for(head_of<State>(p, other_slot, other_head) + first * kDstate,
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(32 * kWarps, kUpdateWarps<State, kDstate, kWar
     if constexpr (kStochastic) {
       if (r > 0 && r * L::kLoads % kBits == 0) {
         make_random(r * L::kLoads);
-        if constexpr (!Form::kFew) wait_for_copies((kPieces - r * L::kLoads) / kBits - 1);
+        if constexpr (!Form::kFew) wait_for_copies<kPieces / kBits>((kPieces - r * L::kLoads) / kBits - 1);
       }
     }
     uint4 raw[L::kLoads];

@@ -47,16 +47,15 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// The same, of 0 to 3.
+// Until at most `pending` of them are, kPending to kMost.
+template <int kMost, int kPending = 0>
 __device__ __forceinline__ void wait_for_copies(int pending) {
-  if (pending == 0) {
-    wait_for_copies<0>();
-  } else if (pending == 1) {
-    wait_for_copies<1>();
-  } else if (pending == 2) {
-    wait_for_copies<2>();
+  if constexpr (kPending == kMost) {
+    wait_for_copies<kMost>();
+  } else if (pending == kPending) {
+    wait_for_copies<kPending>();
   } else {
-    wait_for_copies<3>();
+    wait_for_copies<kMost, kPending + 1>(pending);
   }
 }
 
