@@ -47,6 +47,40 @@ def test_step_cuda_gpu(case):
     check_step(for_cuda(case), implementation("cuda"), "cuda")
 
 
+MANY = dict(
+    seed=0,
+    dtype=torch.bfloat16,
+    conv_state_dtype=torch.bfloat16,
+    small_dtype=torch.bfloat16,
+    batch=24,
+    ngroups=2,
+    heads_per_group=16,
+    headdim=64,
+    dstate=64,
+    width=4,
+    spare=0,
+    norm="group",
+    norm_before_gate=False,
+    regime="usual",
+    conv_bias=True,
+    D="head",
+    dt_bias=True,
+    dt_softplus=True,
+    dt_limit=(0.0, math.inf),
+    slots="padded",
+    strided=False,
+    pool="contiguous",
+    out=None,
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state_dtype", CPU_DTYPES)
+def test_many_sequences_gpu(state_dtype):
+    """So many that a CTA of the CUDA kernel asks L2 for another one's windows."""
+    check_step(MANY | dict(state_dtype=state_dtype), implementation("cuda"), "cuda")
+
+
 # --- what only the device sees ---
 
 SIZES = {"cpu": (4, 8, 16), "cuda": (8, 64, 128)}  # H, P, N; the interpreter is slow

@@ -66,6 +66,39 @@ def test_update_cuda_gpu(case):
     check_update(for_cuda(case), implementation("cuda"), "cuda")
 
 
+MANY = dict(
+    seed=0,
+    dtype=torch.bfloat16,
+    small_dtype=torch.float32,
+    form="single",
+    lengths=[1] * 300,
+    T=1,
+    ngroups=1,
+    heads_per_group=2,
+    headdim=64,
+    dstate=128,
+    regime="usual",
+    D="head",
+    z=True,
+    dt_bias=True,
+    dt_softplus=True,
+    dt_limit=(0.0, math.inf),
+    slots="both",
+    padded=True,
+    update_state=True,
+    strided=True,
+    pool="contiguous",
+    out=None,
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state_dtype", SCALED)
+def test_many_sequences_gpu(state_dtype):
+    """So many that a CTA of the CUDA kernel asks L2 for another one's states."""
+    check_update(MANY | dict(state_dtype=state_dtype), implementation("cuda"), "cuda")
+
+
 @pytest.mark.gpu
 @settings(max_examples=20)
 @given(case=cases(CPU_DTYPES))

@@ -163,17 +163,18 @@ def test_random_bits_are_uniform():
     assert (bits != reference.random_bits(43, np.arange(2**18), 0)).mean() > 0.99
 
 
-def check_stochastic(dtype, impl, dstate, device="cpu"):
+def check_stochastic(dtype, impl, dstate, device="cpu", batch=3, T=3, P=8):
     """The stored states are the unrounded ones (a float32 pool holds them), rounded with exactly the promised bits."""
     torch.manual_seed(0)
-    batch, T, H, P = 3, 3, 2, 8
+    H, nslots = 2, batch * T + 7
     seed = torch.tensor([0x0123_4567_89AB_CDEF], device=device)
-    narrow = (torch.randn(16, H, P, dstate) * 10.0 ** torch.randint(-7, 4, (16, H, P, dstate))).to(dtype).to(device)
+    shape = (nslots, H, P, dstate)
+    narrow = (torch.randn(shape) * 10.0 ** torch.randint(-7, 4, shape)).to(dtype).to(device)
     x, dt = torch.randn(batch, T, H, P, device=device), torch.rand(batch, T, H, device=device)
     A, B = -torch.rand(H, device=device), torch.randn(batch, T, 1, dstate, device=device)
-    table = torch.randperm(16)[: batch * T].int().view(batch, T)
-    table[1, 1] = -1
-    for write in (table, table[:, 2]):
+    table = torch.randperm(nslots)[: batch * T].int().view(batch, T)
+    table[1, T // 2] = -1
+    for write in (table, table[:, T - 1]):
         write = write.to(device)
         wide, stored = narrow.float(), narrow.clone()
         options = dict(read_slots=table[:, 0].to(device), write_slots=write, impl=impl)
@@ -210,6 +211,13 @@ def test_stochastic_interpreter(dstate):
 @pytest.mark.parametrize("dtype", NARROW)
 def test_stochastic_gpu(dtype, impl, dstate):
     check_stochastic(dtype, implementation(impl), dstate, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("headdim", "dstate"), [(64, 64), (64, 128), (64, 256), (80, 128)])
+def test_stochastic_many_sequences_gpu(headdim, dstate):
+    """So many that a CTA of the CUDA kernel asks L2 for another one's states."""
+    check_stochastic(torch.float16, implementation("cuda"), dstate, "cuda", batch=300, T=1, P=headdim)
 
 
 def check_scaled(dtype, impl, device="cpu"):
