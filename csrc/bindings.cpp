@@ -426,10 +426,10 @@ PYBIND11_MODULE(_cuda, m) {
   py::class_<NormBwdArgs>(m, "NormBwd", "The gradients of an RMSNorm of one signature, as Norm.")
       .def(
           py::init([](std::array<int, 3> dtypes, std::array<std::int64_t, 3> sizes, std::array<std::int64_t, 3> strides,
-                      bool gated, bool norm_before_gate, float eps, std::array<int, 4> config) {
-            const auto [vectors, warps, ctas, streaming] = config;
+                      bool gated, bool norm_before_gate, float eps, std::array<int, 5> config) {
+            const auto [vectors, warps, teams, ctas, streaming] = config;
             const NormForm form =
-                norm_form(dtypes, sizes, gated, norm_before_gate, eps, {vectors, warps, 1, streaming});
+                norm_form(dtypes, sizes, gated, norm_before_gate, eps, {vectors, warps, teams, streaming});
             return NormBwdArgs{form, strides, ctas};
           }),
           py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("gated"), py::arg("norm_before_gate"),

@@ -19,8 +19,9 @@ struct Launch {
 
   template <typename T, typename Stream, Gate kGate, int kVectors>
   void operator()() const {
-    launch_early(norm_bwd_kernel<T, Stream, kGate, kVectors>, norm_grid(form, params.step), dim3(32 * form.warps),
-                 stream, params, "norm_bwd_kernel");
+    launch_early(norm_bwd_kernel<T, Stream, kGate, kVectors>, norm_grid(form, params.ctas),
+                 dim3(32 * form.warps, form.teams), stream, params, "norm_bwd_kernel",
+                 form.teams * params.group_size * static_cast<int>(sizeof(float)));
     const auto blocks = static_cast<unsigned>((form.hidden + kSumFeatures - 1) / kSumFeatures);
     launch_early(norm_dweight_kernel<T>, dim3(blocks), dim3(kSumFeatures, kSumRows), stream, params,
                  "norm_dweight_kernel");
@@ -48,7 +49,8 @@ void norm_bwd(const NormBwdArgs& a, const NormBwdTensors& t, Target target) {
       .hidden = form.hidden,
       .rows = static_cast<int>(form.rows),
       .group_size = static_cast<int>(form.group_size),
-      .step = a.ctas,
+      .ctas = a.ctas,
+      .step = a.ctas * form.teams,
       .inverse_size = 1.f / static_cast<float>(form.group_size),
       .eps = form.eps,
       .weight_fp32 = form.weight_dtype == DType::float32,

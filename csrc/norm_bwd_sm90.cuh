@@ -2,8 +2,8 @@
 //
 // With n = u rstd, what the weight is multiplied with:  du = rstd (dn - n mean(dn n)),  dweight = sum over rows of dy
 // n. So a row is looked at twice, once for its two sums. It stays in registers between, where the next row comes
-// meanwhile: a CTA, which is one team, has every `step`-th row of a group and a part of dweight. A second kernel adds
-// the CTAs' parts in their order: the same bits every time.
+// meanwhile: a team has every `step`-th row of a group and a part of dweight. A CTA adds those of its teams, and a second
+// kernel those of the CTAs, both in their order: the same bits every time.
 #pragma once
 
 #include "common/norm.cuh"
@@ -18,10 +18,10 @@ struct NormBwdParams {
   void* dx;            // contiguous, as the next; T
   void* dthird;        // dz, or the residual's gradient where Stream is not T, or null; Stream
   void* dweight;       // as weight
-  float* partials;     // (step, hidden)
+  float* partials;     // (ctas, hidden)
   int64 dy_stride, x_stride, third_stride, hidden;
   int rows, group_size;
-  int step;                 // CTAs of a group
+  int ctas, step;           // of a group: CTAs, and teams
   float inverse_size, eps;  // 1 / group_size
   bool weight_fp32;
   bool streaming;  // dx and dthird: L2 could not keep them
@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(kMaxNormBwdThreads<kGate, kVectors>, 1)
     norm_bwd_kernel(const __grid_constant__ NormBwdParams p) {
   using Part = NormPart<T, Stream, kVectors>;
   constexpr int kCount = Part::kCount, kStep = Part::kStep;
-  __shared__ NormSums<2> shared[2];
+  extern __shared__ float4 dynamic[];
+  __shared__ NormSums<2> shared[kMaxNormWarps][2];
   let_next_kernel_start();
 
   const Part part(p.group_size);
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(kMaxNormBwdThreads<kGate, kVectors>, 1)
         sums[1] = fmaf(dy[i][c] * weight[i][c], x[i][c], sums[1]);
       }
     }
-    team_sums(sums, shared[turn]);
+    team_sums<2, true>(sums, shared[threadIdx.y][turn]);
     turn ^= 1;
     const float rstd = rsqrtf(fmaf(sums[0], p.inverse_size, p.eps));
     const float mean = sums[1] * rstd * p.inverse_size;  // of dn n
@@ -138,14 +139,26 @@ __global__ void __launch_bounds__(kMaxNormBwdThreads<kGate, kVectors>, 1)
     if constexpr (kGate == Gate::none) load_third(next);
   }
 
-  float* const partials = p.partials + part.cta * p.hidden + part.column;
+  float* const parts = reinterpret_cast<float*>(dynamic);  // [teams][group_size], of dweight
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     if (!part.has(i)) continue;
 #pragma unroll
     for (int c = 0; c < kCount; c += 4) {
-      store_vector(partials + i * kStep + c, pack<float>(reinterpret_cast<const float (&)[4]>(dweight[i][c])));
+      float* const place = parts + threadIdx.y * p.group_size + part.first + i * kStep + c;
+      *reinterpret_cast<float4*>(place) = reinterpret_cast<const float4&>(dweight[i][c]);
     }
+  }
+  __syncthreads();
+  const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
+  float* const partials = p.partials + part.cta * p.hidden + blockIdx.x * p.group_size;
+  for (int feature = 4 * thread; feature < p.group_size; feature += 4 * threads) {
+    float sum[4] = {};
+    for (unsigned team = 0; team < blockDim.y; ++team) {
+      const float4 of = *reinterpret_cast<const float4*>(parts + team * p.group_size + feature);
+      sum[0] += of.x, sum[1] += of.y, sum[2] += of.z, sum[3] += of.w;
+    }
+    store_vector(partials + feature, pack<float>(sum));
   }
 }
 
@@ -163,11 +176,11 @@ __global__ void __launch_bounds__(kSumFeatures* kSumRows) norm_dweight_kernel(co
   if (feature < p.hidden) {
     const float* part_at = p.partials + threadIdx.y * p.hidden + feature;
 #pragma unroll 1
-    for (int first = threadIdx.y; first < p.step; first += kSumAtOnce * kSumRows) {
+    for (int first = threadIdx.y; first < p.ctas; first += kSumAtOnce * kSumRows) {
       float parts[kSumAtOnce] = {};
 #pragma unroll
       for (int i = 0; i < kSumAtOnce; ++i, part_at += kSumRows * p.hidden) {
-        if (first + i * kSumRows < p.step) parts[i] = *part_at;
+        if (first + i * kSumRows < p.ctas) parts[i] = *part_at;
       }
 #pragma unroll
       for (const float part : parts) sum += part;

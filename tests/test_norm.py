@@ -298,9 +298,10 @@ def test_every_group_has_a_team(itemsize, gated):
             backward = csrc.bwd_config(rows, 8, group_size, itemsize, gated, 132, written=0)
             check_team(backward.vectors, backward.warps, group_size)
             of_cta, of_sm = csrc._bwd_warps(backward.vectors, gated)
-            assert backward.warps <= of_cta
-            assert -(-backward.ctas * 8 // 132) * backward.warps <= of_sm or backward.ctas == 1
-            assert backward.ctas == 1 or backward.ctas <= rows
+            assert backward.warps * backward.teams <= of_cta
+            ctas = -(-backward.ctas * 8 // 132)  # of a multiprocessor
+            assert (ctas <= csrc._BWD_CTAS and ctas * backward.warps * backward.teams <= of_sm) or backward.ctas == 1
+            assert backward.ctas == 1 or (backward.ctas - 1) * backward.teams < rows
 
 
 def test_config():
@@ -316,12 +317,12 @@ def test_config():
     shapes = {512: (1, 2, 4, False), 1280: (1, 5, 2, False), 4096: (1, 16, 1, False)}
     assert {s: csrc.config(16, s, 2, written=2**17) for s in shapes} == shapes
     shapes = {
-        (8, 512): (2, 1, 196, True),
-        (8, 1024): (2, 2, 99, True),
-        (8, 1280): (1, 5, 66, True),
-        (1, 4096): (2, 8, 256, True),
-        (1, 2688): (3, 4, 391, True),
-        (1, 4480): (3, 6, 256, True),
+        (8, 512): (2, 1, 6, 33, True),
+        (8, 1024): (2, 2, 3, 33, True),
+        (8, 1280): (1, 5, 2, 33, True),
+        (1, 4096): (2, 8, 1, 256, True),
+        (1, 2688): (3, 4, 3, 131, True),
+        (1, 4480): (3, 6, 2, 128, True),
     }
     assert {s: csrc.bwd_config(8192, *s, 2, s[0] > 1, 132, written=2**27) for s in shapes} == shapes
     assert not csrc.bwd_config(16, 8, 512, 2, True, 132, written=2**17).streaming

@@ -71,9 +71,9 @@ struct alignas(16) NormSums {
 };
 
 // Sums over the threads of each team, in the same order in all of them; `shared` is the team's, and not the one of the
-// call before. The barrier is the CTA's: those with a variable number would be taken for all 16, and of a
-// multiprocessor's 64 there would be enough for four CTAs.
-template <int kSums>
+// call before. The barrier is the CTA's, or with kApart, where teams do not come equally often, the team's own: those
+// with a variable number are taken for all 16, and of a multiprocessor's 64 there are enough for four CTAs.
+template <int kSums, bool kApart = false>
 __device__ __forceinline__ void team_sums(float (&sums)[kSums], NormSums<kSums>& shared) {
   static_assert(kSums == 1 || kSums == 2);
   constexpr int kLanes = 32 / kSums;  // that have one of the sums
@@ -91,7 +91,11 @@ __device__ __forceinline__ void team_sums(float (&sums)[kSums], NormSums<kSums>&
     return;
   }
   if (threadIdx.x % kLanes == 0) shared.of_warp[threadIdx.x / 32][threadIdx.x % 32 / kLanes] = sum;
-  __syncthreads();
+  if constexpr (kApart) {
+    sync_threads(1 + threadIdx.y, blockDim.x);
+  } else {
+    __syncthreads();
+  }
 #pragma unroll
   for (int warp = 0; warp < kMaxNormWarps; warp += 4 / kSums) {
     if (warp >= warps) break;

@@ -1,5 +1,6 @@
 """Launchers of csrc/norm_sm90.cu and csrc/norm_bwd_sm90.cu, and what those kernels do not take."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ class Config(NamedTuple):
 
 class BwdConfig(NamedTuple):
     vectors: int
-    warps: int  # of a CTA, which is one team
+    warps: int  # of a team
+    teams: int  # of a CTA
     ctas: int  # of a group of features
     streaming: bool  # as above
 
@@ -28,6 +30,7 @@ MAX_WARPS = 16  # of a CTA: kMaxNormWarps
 _MOST_VECTORS = 3  # of the forward
 _FEWEST = 128  # features of a group: with fewer most lanes would be idle
 _CTA_VECTORS = 256  # of a forward CTA: 4 KiB of each tensor; with fewer, starting CTAs takes longer than their work
+_BWD_CTAS = 4  # of a multiprocessor: for more there are no barriers
 _L2_BYTES = 50 * 2**20
 
 
@@ -64,11 +67,12 @@ def _bwd_warps(vectors: int, gated: bool) -> tuple[int, int]:
 def bwd_config(
     rows: int, groups: int, group_size: int, itemsize: int, gated: bool, num_sms: int, written: int
 ) -> BwdConfig:
-    """The shape of a team with which a multiprocessor has most bytes under way; as many CTAs as there is room for.
+    """The shape of a team with which a multiprocessor has most bytes under way; as many teams as there is room for, in
+    the fewest CTAs that leave none out.
 
     Of what was measured nothing else decided: with 24 KiB of a row's tensors under way at a time a kernel reached 0.85
     of a copy, with 30 0.89, with 36 0.92. Of equal shapes the one with the fewest idle lanes. All CTAs have the same
-    number of rows, to one.
+    number of rows, to one of each team.
     """
     group = group_size * itemsize // 16
 
@@ -78,8 +82,13 @@ def bwd_config(
 
     shapes = [(n, -(-group // (32 * n))) for n in range(1, _most_bwd_vectors(itemsize, gated) + 1)]
     vectors, warps = max((s for s in shapes if s[1] <= _bwd_warps(s[0], gated)[0]), key=under_way)
-    ctas = max(1, _bwd_warps(vectors, gated)[1] // warps * num_sms // groups)
-    return BwdConfig(vectors, warps, max(1, -(-rows // max(1, -(-rows // ctas)))), _is_streaming(written))
+    of_cta, of_sm = (most // warps for most in _bwd_warps(vectors, gated))
+    grids = [(min(of_cta, of_sm // n), max(1, n * num_sms // groups)) for n in range(1, min(of_sm, _BWD_CTAS) + 1)]
+    teams, ctas = max(grids, key=math.prod)
+    teams = max(1, min(teams, -(-rows // ctas)))
+    rows_of_team = max(1, -(-rows // (ctas * teams)))
+    ctas = -(-rows // (rows_of_team * teams))
+    return BwdConfig(vectors, warps, teams, max(1, ctas), _is_streaming(written))
 
 
 def most_features(itemsize: int) -> int:
