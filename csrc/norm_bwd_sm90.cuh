@@ -2,8 +2,8 @@
 //
 // With n = u rstd, what the weight is multiplied with:  du = rstd (dn - n mean(dn n)),  dweight = sum over rows of dy
 // n. So a row is looked at twice, once for its two sums. It stays in registers between, where the next row comes
-// meanwhile: a team has every `step`-th row of a group and a part of dweight. A CTA adds those of its teams, and a second
-// kernel those of the CTAs, both in their order: the same bits every time.
+// meanwhile: a team has every `step`-th row of a group and a part of dweight. A CTA adds those of its teams, and a
+// second kernel those of the CTAs, both in their order: the same bits every time.
 #pragma once
 
 #include "common/norm.cuh"
@@ -37,12 +37,16 @@ __device__ __forceinline__ float silu_grad(float z, float gate) {
 template <typename T, typename Stream, Gate kGate>
 inline constexpr int kMostNormBwdVectors =
     (kGate == Gate::none && kNormVector<T, Stream> == 8 ? 32 : 24) / kNormVector<T, Stream>;
-// Threads of a CTA at most: 12 warps leave 168 registers to each, 8 leave 255.
+// Warps of a CTA at most, and CTAs of so many for which a multiprocessor has registers, 96 to 255 of a thread.
 template <Gate kGate, int kVectors>
-inline constexpr int kMaxNormBwdThreads = 32 * (kVectors <= (kGate == Gate::none ? 3 : 2) ? 12 : 8);
+inline constexpr int kNormBwdWarps = kVectors == 1                               ? 10
+                                     : kVectors == (kGate == Gate::none ? 3 : 2) ? 12
+                                                                                 : 8;
+template <Gate kGate, int kVectors>
+inline constexpr int kNormBwdCtas = kVectors <= (kGate == Gate::none ? 2 : 1) ? 2 : 1;
 
 template <typename T, typename Stream, Gate kGate, int kVectors>
-__global__ void __launch_bounds__(kMaxNormBwdThreads<kGate, kVectors>, 1)
+__global__ void __launch_bounds__(32 * kNormBwdWarps<kGate, kVectors>, kNormBwdCtas<kGate, kVectors>)
     norm_bwd_kernel(const __grid_constant__ NormBwdParams p) {
   using Part = NormPart<T, Stream, kVectors>;
   constexpr int kCount = Part::kCount, kStep = Part::kStep;

@@ -58,10 +58,10 @@ def _most_bwd_vectors(itemsize: int, gated: bool) -> int:
 
 
 def _bwd_warps(vectors: int, gated: bool) -> tuple[int, int]:
-    """Of a CTA, at most (kMaxNormBwdThreads), and of a multiprocessor, for which there are registers."""
-    if gated:
-        return (12, (20, 12)[vectors - 1]) if vectors <= 2 else (8, 8)
-    return (12, (20, 16, 12)[vectors - 1]) if vectors <= 3 else (8, 8)
+    """Of a CTA at most, kNormBwdWarps, and of a multiprocessor, so many of kNormBwdCtas."""
+    most_of_cta = ((10, 2), (12, 1)) if gated else ((10, 2), (8, 2), (12, 1))
+    warps, ctas = most_of_cta[vectors - 1] if vectors <= len(most_of_cta) else (8, 1)
+    return warps, warps * ctas
 
 
 def bwd_config(
