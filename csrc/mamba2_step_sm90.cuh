@@ -53,8 +53,9 @@ struct Mamba2StepParams {
   float dt_min, dt_max, eps;
   DType dtype, conv_state_dtype, conv_weight_dtype, conv_bias_dtype, D_dtype, dt_bias_dtype, norm_weight_dtype;
   bool weight_aligned, dt_softplus, norm_before_gate;  // weight_aligned: four taps, in one aligned piece
-  // where a CTA asks L2 for another one's windows, so many CTAs further
+  // where a CTA asks L2 for another one's windows, and states, so many CTAs further
   int ahead, window_bytes;  // of a channel
+  bool asks_states;
   int64 slot_bytes;
   WideDivisor by_ctas;  // of a sequence
 };
@@ -171,8 +172,8 @@ struct alignas(16) StepRow {
 // kUsual: the dtypes and the width below are those of `is_usual`, and cost no instructions: where sequences are few the
 // latency of a step is for a large part the time to issue them.
 // kAsks: windows are small pieces of memory, and whoever waits for them has nothing else to do; so a CTA asks L2 for
-// those of one that is about to begin, where there are so many, and its own leave L2 first. (To ask for its states too
-// is faster for hundreds of sequences, but slower for 16.)
+// those of one that is about to begin, where there are so many, and its own leave L2 first. Where there are many more,
+// for its states, too: while the first CTAs wait for their own, those of others are in the way.
 template <typename State, int kDstate, bool kStochastic, bool kUsual, bool kAsks>
 __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     mamba2_step_kernel(const __grid_constant__ Mamba2StepParams given) {
@@ -328,6 +329,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     const int B = d_inner + p.by_rows_per_group.of(other_first) * kDstate;
     ask(other_first, p.rows);
     if (cluster_rank() == 0) ask(B, kDstate), ask(B + (p.conv_dim - d_inner) / 2, kDstate);
+    if (p.asks_states) {
+      ask_for(static_cast<const State*>(p.state) + other_slot * p.state_slot_stride + other_first * kDstate,
+              p.rows * kDstate * sizeof(State));
+    }
   }
 
   float B[L::kColumns], C[L::kColumns];
