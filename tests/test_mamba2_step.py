@@ -52,7 +52,6 @@ MANY = dict(
     dtype=torch.bfloat16,
     conv_state_dtype=torch.bfloat16,
     small_dtype=torch.bfloat16,
-    batch=24,
     ngroups=2,
     heads_per_group=16,
     headdim=64,
@@ -76,9 +75,10 @@ MANY = dict(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("state_dtype", CPU_DTYPES)
-def test_many_sequences_gpu(state_dtype):
-    """So many that a CTA of the CUDA kernel asks L2 for another one's windows."""
-    check_step(MANY | dict(state_dtype=state_dtype), implementation("cuda"), "cuda")
+@pytest.mark.parametrize("batch", [24, 240])
+def test_many_sequences_gpu(batch, state_dtype):
+    """So many that a CTA of the CUDA kernel asks L2 for another one's windows, and for its states."""
+    check_step(MANY | dict(batch=batch, state_dtype=state_dtype), implementation("cuda"), "cuda")
 
 
 # --- what only the device sees ---
