@@ -30,7 +30,7 @@ MAX_WARPS = 16  # of a CTA: kMaxNormWarps
 _MOST_VECTORS = 3  # of the forward
 _FEWEST = 128  # features of a group: with fewer most lanes would be idle
 _CTA_VECTORS = 256  # of a forward CTA: 4 KiB of each tensor; with fewer, starting CTAs takes longer than their work
-_BWD_CTAS = 4  # of a multiprocessor: for more there are no barriers
+_BWD_CTAS = 3  # of a multiprocessor: for more there are no barriers
 _L2_BYTES = 50 * 2**20
 
 
