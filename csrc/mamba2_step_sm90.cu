@@ -6,26 +6,27 @@
 namespace hybrid_ops {
 namespace {
 
+std::int64_t num_ctas(const Mamba2StepArgs& a) { return a.batch * a.nheads * a.headdim / a.group_size * a.cluster; }
+
+int ctas_at_once(const Mamba2StepArgs& a) { return a.num_sms * (2 * kMaxWarps / a.warps); }
+
 // How far ahead a CTA asks L2: 40% of those that run at a time. Measured: for windows 100% is as good, for states not.
-int ctas_ahead(const Mamba2StepArgs& a) {
-  return a.num_sms * (2 * kMaxWarps / a.warps) * 2 / 5 / a.cluster * a.cluster;
-}
+int ctas_ahead(const Mamba2StepArgs& a) { return ctas_at_once(a) * 2 / 5 / a.cluster * a.cluster; }
 
 // Whether CTAs begin that late, and the windows of a CTA's rows are a piece that L2 can be asked for. (Those of a
 // group's B and C are then: of 64 channels or more.)
 bool asks(const Mamba2StepParams& p, const Mamba2StepArgs& a) {
-  return a.batch * p.nheads * p.headdim / p.rows > p.ahead && p.conv_column_stride == 1 &&
-         p.conv_channel_stride == p.width - 1 && reinterpret_cast<std::uintptr_t>(p.conv_state) % 16 == 0 &&
-         p.slot_bytes % 16 == 0 && p.rows * p.window_bytes % 16 == 0;
+  return num_ctas(a) > p.ahead && p.conv_column_stride == 1 && p.conv_channel_stride == p.width - 1 &&
+         reinterpret_cast<std::uintptr_t>(p.conv_state) % 16 == 0 && p.slot_bytes % 16 == 0 &&
+         p.rows * p.window_bytes % 16 == 0;
 }
 
 // Whether asking for states pays: measured, of 31 rounds of CTAs 2%, of 8 nothing, and of 2 it costs 6%; with at most
 // 14 MB asked for at a time, of L2's 50. Rows must lie behind each other.
 bool asks_states(const Mamba2StepArgs& a, int rows) {
   constexpr std::int64_t kMostBytes = 16 << 20;
-  const int at_once = a.num_sms * (2 * kMaxWarps / a.warps), itemsize = a.state_dtype == DType::float32 ? 4 : 2;
-  return a.batch * a.nheads * a.headdim / rows > 12 * at_once &&
-         ctas_ahead(a) * rows * a.dstate * itemsize <= kMostBytes && a.state_strides[2] == a.dstate &&
+  const std::int64_t bytes = rows * a.dstate * (a.state_dtype == DType::float32 ? 4 : 2);  // of a CTA
+  return num_ctas(a) > 12 * ctas_at_once(a) && ctas_ahead(a) * bytes <= kMostBytes && a.state_strides[2] == a.dstate &&
          a.state_strides[1] == a.headdim * a.dstate;
 }
 

@@ -300,7 +300,9 @@ def test_every_group_has_a_team(itemsize, gated):
             of_cta, of_sm = csrc._bwd_warps(backward.vectors, gated)
             assert backward.warps * backward.teams <= of_cta
             ctas = -(-backward.ctas * 8 // 132)  # of a multiprocessor
-            assert (ctas <= csrc._BWD_CTAS and ctas * backward.warps * backward.teams <= of_sm) or backward.ctas == 1
+            assert (
+                ctas <= csrc._MOST_BWD_CTAS and ctas * backward.warps * backward.teams <= of_sm
+            ) or backward.ctas == 1
             assert backward.ctas == 1 or (backward.ctas - 1) * backward.teams < rows
 
 

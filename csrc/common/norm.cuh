@@ -72,7 +72,8 @@ struct alignas(16) NormSums {
 
 // Sums over the threads of each team, in the same order in all of them; `shared` is the team's, and not the one of the
 // call before. The barrier is the CTA's, or with kApart, where teams do not come equally often, the team's own: those
-// with a variable number are taken for all 16, of which a multiprocessor has enough for three CTAs, as measured.
+// with a variable number are taken for all 16, of a multiprocessor's 64. (Four such CTAs did not run at a time; three
+// do.)
 template <int kSums, bool kApart = false>
 __device__ __forceinline__ void team_sums(float (&sums)[kSums], NormSums<kSums>& shared) {
   static_assert(kSums == 1 || kSums == 2);

@@ -30,7 +30,7 @@ MAX_WARPS = 16  # of a CTA: kMaxNormWarps
 _MOST_VECTORS = 3  # of the forward
 _FEWEST = 128  # features of a group: with fewer most lanes would be idle
 _CTA_VECTORS = 256  # of a forward CTA: 4 KiB of each tensor; with fewer, starting CTAs takes longer than their work
-_BWD_CTAS = 3  # of a multiprocessor: for more there are no barriers
+_MOST_BWD_CTAS = 3  # of a multiprocessor: four did not run at a time, perhaps for their barriers
 _L2_BYTES = 50 * 2**20
 
 
@@ -83,7 +83,7 @@ def bwd_config(
     shapes = [(n, -(-group // (32 * n))) for n in range(1, _most_bwd_vectors(itemsize, gated) + 1)]
     vectors, warps = max((s for s in shapes if s[1] <= _bwd_warps(s[0], gated)[0]), key=under_way)
     of_cta, of_sm = (most // warps for most in _bwd_warps(vectors, gated))
-    grids = [(min(of_cta, of_sm // n), max(1, n * num_sms // groups)) for n in range(1, min(of_sm, _BWD_CTAS) + 1)]
+    grids = [(min(of_cta, of_sm // n), max(1, n * num_sms // groups)) for n in range(1, min(of_sm, _MOST_BWD_CTAS) + 1)]
     teams, ctas = max(grids, key=math.prod)
     teams = max(1, min(teams, -(-rows // ctas)))
     rows_of_team = max(1, -(-rows // (ctas * teams)))
