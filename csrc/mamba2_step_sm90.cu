@@ -16,9 +16,9 @@ int ctas_ahead(const Mamba2StepArgs& a) { return ctas_at_once(a) * 2 / 5 / a.clu
 // Whether CTAs begin that late, and the windows of a CTA's rows are a piece that L2 can be asked for. (Those of a
 // group's B and C are then: of 64 channels or more.)
 bool asks(const Mamba2StepParams& p, const Mamba2StepArgs& a) {
-  return num_ctas(a) > p.ahead && p.conv_column_stride == 1 && p.conv_channel_stride == p.width - 1 &&
-         reinterpret_cast<std::uintptr_t>(p.conv_state) % 16 == 0 && p.slot_bytes % 16 == 0 &&
-         p.rows * p.window_bytes % 16 == 0;
+  constexpr int kWindowBytes = kColumns * sizeof(__nv_bfloat16);  // of a channel
+  return num_ctas(a) > p.ahead && reinterpret_cast<std::uintptr_t>(p.conv_state) % 16 == 0 &&
+         p.conv_slot_stride * sizeof(__nv_bfloat16) % 16 == 0 && p.rows * kWindowBytes % 16 == 0;
 }
 
 // Whether asking for states pays: measured, of 31 rounds of CTAs 2%, of 8 nothing, and of 2 it costs 6%; with at most
@@ -32,14 +32,12 @@ bool asks_states(const Mamba2StepArgs& a, int rows) {
 
 template <typename State, int kDstate, bool kStochastic, bool kUsual, bool kAsks>
 void launch(const Mamba2StepParams& p, const Mamba2StepArgs& a, Target target) {
-  using L = StepLayout<State, kDstate, kStochastic>;
   const int heads = (p.rows + p.headdim - 1) / p.headdim;
   // also for a cluster of one, without which its stores to itself are illegal instructions
   cudaLaunchAttribute cluster{.id = cudaLaunchAttributeClusterDimension};
   cluster.val.clusterDim = {static_cast<unsigned>(a.cluster), 1, 1};
   std::array attributes{cluster, early_launch()};
-  const int shared = a.warps * a.stages * L::kTile * kDstate * static_cast<int>(sizeof(State)) +
-                     (kMaxWidth * 2 * kDstate + 4 * p.rows + 2 * (heads + heads % 2)) * static_cast<int>(sizeof(float));
+  const int shared = StepMemory<kUsual, kDstate>::words(p.rows, heads, 32 * a.warps) * static_cast<int>(sizeof(float));
   constexpr auto kernel = mamba2_step_kernel<State, kDstate, kStochastic, kUsual, kAsks>;
   allow_shared_memory<kernel>(shared, target.device);
   const cudaLaunchConfig_t config{
@@ -55,7 +53,7 @@ void launch(const Mamba2StepParams& p, const Mamba2StepArgs& a, Target target) {
 
 template <typename State, int kDstate, bool kStochastic>
 void launch_dtypes(const Mamba2StepParams& p, const Mamba2StepArgs& a, Target target) {
-  if (!is_usual(p)) return launch<State, kDstate, kStochastic, false, false>(p, a, target);
+  if (!is_usual(p, kDstate)) return launch<State, kDstate, kStochastic, false, false>(p, a, target);
   if (asks(p, a)) return launch<State, kDstate, kStochastic, true, true>(p, a, target);
   launch<State, kDstate, kStochastic, true, false>(p, a, target);
 }
@@ -82,7 +80,7 @@ void launch_dstate(const Mamba2StepParams& p, const Mamba2StepArgs& a, Target ta
 
 void mamba2_step(const Mamba2StepArgs& a, const Mamba2StepPointers& pointers, Target target) {
   const auto [zxbcdt, conv_state, state, conv_weight, conv_bias, A, D, dt_bias, norm_weight, slots, seed, y] = pointers;
-  const int itemsize = a.conv_state_dtype == DType::float32 ? 4 : 2, rows = static_cast<int>(a.group_size / a.cluster);
+  const int rows = static_cast<int>(a.group_size / a.cluster);
   const Mamba2StepParams p{
       .zxbcdt = reinterpret_cast<const void*>(zxbcdt),
       .conv_state = reinterpret_cast<void*>(conv_state),
@@ -120,7 +118,6 @@ void mamba2_step(const Mamba2StepArgs& a, const Mamba2StepPointers& pointers, Ta
       .group_size = static_cast<int>(a.group_size),
       .rows = rows,
       .rows_per_group = static_cast<int>(a.rows_per_group),
-      .stages = a.stages,
       .by_headdim = divisor(a.headdim),
       .by_rows_per_group = divisor(a.rows_per_group),
       .dt_min = a.dt_min,
@@ -133,13 +130,10 @@ void mamba2_step(const Mamba2StepArgs& a, const Mamba2StepPointers& pointers, Ta
       .D_dtype = a.D_dtype,
       .dt_bias_dtype = a.dt_bias_dtype,
       .norm_weight_dtype = a.norm_weight_dtype,
-      .weight_aligned = a.width == kMaxWidth,
       .dt_softplus = a.dt_softplus,
       .norm_before_gate = a.norm_before_gate,
       .ahead = ctas_ahead(a),
-      .window_bytes = (static_cast<int>(a.width) - 1) * itemsize,
       .asks_states = asks_states(a, rows),
-      .slot_bytes = a.conv_strides[0] * itemsize,
       .by_ctas = wide_divisor(static_cast<unsigned>(a.nheads * a.headdim / rows)),
   };
   const DeviceGuard guard(target.device);

@@ -1,10 +1,14 @@
 // The next token of each sequence through a Mamba-2 mixer, from in_proj's output to out_proj's input, in one launch.
 //
 // A cluster takes one group of the norm of one sequence: whole groups of B and C, of which a CTA has consecutive rows
-// (features of heads) of one. The state is the traffic: a CTA asks for its first tiles, p.stages for each warp, as soon
-// as it knows the slot, and does everything else while they are on their way: the convolution, one channel a thread, of
-// its rows and of its group's B and C (which its neighbours compute too: a few KB from L2, against a barrier), and the
-// step sizes.
+// (features of heads) of one. The state is the traffic, and what binds is how early and how evenly it is asked for:
+//  * As soon as a CTA knows the slot it asks for its windows, then for the first two tiles of each warp, 128 KB on a
+//    multiprocessor, and does everything else while they are on their way: the convolution, four channels a thread, of
+//    its rows and of its group's B and C (which its neighbours compute too: a few KB from L2, against a barrier).
+//  * Tiles are loaded into registers, which measured faster than any copy to shared memory. The compiler counts what is
+//    loaded into registers by one counter: who waits for one load waits for all before it. So whatever is needed before
+//    the states comes as a copy (the slot, windows), or is waited for before they are asked for.
+//  * Few warps with much to do each: with twice as many, instructions took longer than memory.
 //
 // All that crosses the cluster is a sum of squares from each warp, stored into every CTA with a count of bytes: no
 // fence waits for the states that were written meanwhile. It also says that its sender has read the windows of B and C,
@@ -17,180 +21,86 @@
 //  * That wait is for all of the kernel before and its writes, whether it let this one begin or ended. If it was itself
 //    launched early, it has waited for the one before it in turn, and so on: such a kernel must wait before it ends. In
 //    this one every thread of every CTA does, null slots too, which keeps the chain whole for the next.
-//  * It does not let the next kernel begin: that could only gain where the next one is launched early as well, which
-//    the products around a step are not, and it would hold the multiprocessors' room while this one runs.
+//  * It lets the next kernel begin behind that wait: once all its CTAs have begun, those of the next one take the
+//  places
+//    of those that end. Before the wait, launches of few CTAs would pile up.
 // In a CUDA graph the launch becomes a programmatic edge, if the node before is a kernel, and an ordinary one else.
 #pragma once
 
 #include "common/async_copies.cuh"
-#include "common/conv1d.cuh"
-#include "common/division.cuh"
 #include "common/hopper.cuh"
 #include "common/state_rows.cuh"
+#include "common/step_channels.cuh"
 
 namespace hybrid_ops {
 
-struct Mamba2StepParams {
-  const void* zxbcdt;       // (batch, d_inner + conv_dim + nheads), unit stride in a row
-  void* conv_state;         // (nslots, conv_dim, width - 1), conv_dim = d_inner + 2 ngroups dstate
-  void* state;              // (nslots, nheads, headdim, dstate), rows of neighbours aligned to 16 bytes
-  const void* conv_weight;  // (conv_dim, width), contiguous
-  const void* conv_bias;    // (conv_dim,) or null
-  const float* A;           // (nheads,)
-  const void* D;            // (nheads, headdim) or null
-  const void* dt_bias;      // (nheads,) or null
-  const void* norm_weight;  // (d_inner,)
-  const int* slots;         // (batch,) or null: slot b
-  const int64* seed;        // of stochastic rounding
-  void* y;                  // (batch, d_inner), unit stride in a row
-  int64 zxbcdt_stride, y_stride, conv_slot_stride, state_slot_stride;
-  int conv_channel_stride, conv_column_stride, state_head_stride, state_p_stride;
-  int conv_bias_stride, A_stride, D_head_stride, D_p_stride, dt_bias_stride, norm_weight_stride, slots_stride;
-  int nslots, nheads, headdim, conv_dim, width, null_slot;
-  int group_size, rows, rows_per_group;  // of the norm; of a CTA; of B and C
-  int stages;                            // tiles that a warp has under way
-  Divisor by_headdim, by_rows_per_group;
-  float dt_min, dt_max, eps;
-  DType dtype, conv_state_dtype, conv_weight_dtype, conv_bias_dtype, D_dtype, dt_bias_dtype, norm_weight_dtype;
-  bool weight_aligned, dt_softplus, norm_before_gate;  // weight_aligned: four taps, in one aligned piece
-  // where a CTA asks L2 for another one's windows, and states, so many CTAs further
-  int ahead, window_bytes;  // of a channel
-  bool asks_states;
-  int64 slot_bytes;
-  WideDivisor by_ctas;  // of a sequence
+inline constexpr int kMaxCluster = 8, kMaxWarps = 8;
+
+// A tile is what a warp takes at once: eight rows, or four of the longest.
+template <typename State, int kDstate>
+using StepLayout = Layout<State, kDstate, (kDstate == 256 ? 4 : 8) / Layout<State, kDstate, 1>::kGroups>;
+
+// Shared memory of a CTA, in order, for `rows` features of `heads` heads; all arrays begin at multiples of 16 bytes.
+template <bool kUsual, int kDstate>
+struct StepMemory {
+  static constexpr int kShared = 2 * kDstate;  // channels of B and C, one behind the other
+  float *BC, *x, *y, *gate, *weight;           // of rows; y: first the skip, then what is normalised
+  unsigned *moved, *windows;                   // of B and C, moved on; of each thread, on their way
+  float2* steps;                               // dt and decay of each head
+
+  static __host__ __device__ constexpr int words(int rows, int heads, int threads) {
+    return kShared + 4 * rows + Windows<kUsual>::kWords * (kShared / kChannels + threads) + 2 * heads;
+  }
+
+  __device__ __forceinline__ StepMemory(void* memory, int rows, int threads)
+      : BC(static_cast<float*>(memory)),
+        x(BC + kShared),
+        y(x + rows),
+        gate(y + rows),
+        weight(gate + rows),
+        moved(reinterpret_cast<unsigned*>(weight + rows)),
+        windows(moved + Windows<kUsual>::kWords * (kShared / kChannels)),
+        steps(reinterpret_cast<float2*>(windows + Windows<kUsual>::kWords * threads)) {}
 };
 
-inline constexpr int kMaxWidth = 4;
-inline constexpr int kMaxCluster = 8, kMaxWarps = 16, kMaxStages = 3;
+// Until what these bits are of has been loaded: an instruction that needs them, and does nothing.
+__device__ __forceinline__ void wait_for_loads(unsigned bits) {
+  asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, %0, 0x7fc1a53d;\n@p nanosleep.u32 0;\n}" ::"r"(bits) : "memory");
+}
 
-// 16 elements of the state in a lane, 8 beside random bits or of long rows: what 64 registers have room for.
-template <typename State, int kDstate, bool kStochastic>
-using StepLayout =
-    Layout<State, kDstate,
-           (kStochastic || kDstate * sizeof(State) == 1024 ? 8 : 16) / Layout<State, kDstate, 1>::kColumns>;
-
-// Of a channel: what does not depend on the slot, as bits. Taps lie at the end, so that the last is the new token's.
-struct ChannelBits {
-  Element x, bias;
-  Bits<kMaxWidth> weight;
-};
-
-__device__ __forceinline__ ChannelBits load_channel(const Mamba2StepParams& p, int64 token, int channel) {
-  ChannelBits bits;
-  bits.x = load_bits(p.zxbcdt, p.dtype, token + channel);
-  bits.bias = load_bits(p.conv_bias, p.conv_bias_dtype, static_cast<int64>(channel) * p.conv_bias_stride,
-                        p.conv_bias != nullptr);
-  if (p.weight_aligned) {
-    load_runs<kMaxWidth, kMaxWidth, 0>(p.conv_weight, p.conv_weight_dtype, static_cast<int64>(channel) * kMaxWidth, 0,
-                                       1, true, bits.weight);
+// From shared memory, aligned to all of them, or to four.
+template <int kCount>
+__device__ __forceinline__ void load_floats(const float* place, float (&values)[kCount]) {
+  if constexpr (kCount == 2) {
+    const float2 two = *reinterpret_cast<const float2*>(place);
+    values[0] = two.x, values[1] = two.y;
   } else {
 #pragma unroll
-    for (int k = 0; k < kMaxWidth; ++k) {
-      const int tap = k - (kMaxWidth - p.width);
-      bits.weight.words[k] =
-          load_bits(p.conv_weight, p.conv_weight_dtype, static_cast<int64>(channel) * p.width + tap, tap >= 0).bits();
-    }
-  }
-  return bits;
-}
-
-// The columns that a channel's token sees, as bits; zeros before them.
-struct WindowBits {
-  Element columns[kMaxWidth - 1];
-};
-
-__device__ __forceinline__ WindowBits load_window(const Mamba2StepParams& p, int64 first) {
-  WindowBits bits;
-#pragma unroll
-  for (int k = 0; k < kMaxWidth - 1; ++k) {
-    const int column = k - (kMaxWidth - p.width);
-    bits.columns[k] = load_bits(p.conv_state, p.conv_state_dtype,
-                                first + static_cast<int64>(column) * p.conv_column_stride, column >= 0);
-  }
-  return bits;
-}
-
-// The window without its oldest column, to where it came from. kStreaming: the first to leave L2.
-template <bool kStreaming>
-__device__ __forceinline__ void store_window(const Mamba2StepParams& p, int64 first, const float (&window)[kMaxWidth]) {
-#pragma unroll
-  for (int k = 0; k < kMaxWidth - 1; ++k) {
-    const int column = k - (kMaxWidth - p.width);
-    if (column >= 0) {
-      store_float<kStreaming>(p.conv_state, p.conv_state_dtype,
-                              first + static_cast<int64>(column) * p.conv_column_stride, window[k + 1]);
+    for (int i = 0; i < kCount; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(place + i);
+      values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
     }
   }
 }
 
-// The convolution and its activation; `window` gets the columns and the token.
-__device__ __forceinline__ float convolve(const Mamba2StepParams& p, const ChannelBits& bits, const WindowBits& before,
-                                          float (&window)[kMaxWidth]) {
-#pragma unroll
-  for (int k = 0; k < kMaxWidth - 1; ++k) window[k] = from_bits(before.columns[k], p.conv_state_dtype);
-  window[kMaxWidth - 1] = from_bits(bits.x, p.dtype);
-  float taps[kMaxWidth];
-  runs_to_float(bits.weight, p.conv_weight_dtype, p.weight_aligned, taps);
-  return silu(window_sum<float, kMaxWidth>(
-      from_bits(bits.bias, p.conv_bias_dtype), [&](int k) { return taps[k]; }, [&](int k) { return window[k]; }));
-}
-
-// Of a row: z and the weights of the skip and of the norm, as bits.
-struct FeatureBits {
-  Element z, D, weight;
-};
-
-__device__ __forceinline__ FeatureBits load_feature(const Mamba2StepParams& p, int64 token, int feature) {
-  const int head = p.by_headdim.of(feature);
-  return {load_bits(p.zxbcdt, p.dtype, token + feature),
-          load_bits(p.D, p.D_dtype,
-                    static_cast<int64>(head) * p.D_head_stride +
-                        static_cast<int64>(feature - head * p.headdim) * p.D_p_stride,
-                    p.D != nullptr),
-          load_bits(p.norm_weight, p.norm_weight_dtype, static_cast<int64>(feature) * p.norm_weight_stride)};
-}
-
-// Tensors of bfloat16 and a convolution of width 4, which is what the models have.
-__host__ __device__ __forceinline__ bool is_usual(const Mamba2StepParams& p) {
-  return p.dtype == DType::bfloat16 && p.conv_state_dtype == DType::bfloat16 &&
-         p.conv_weight_dtype == DType::bfloat16 && p.conv_bias_dtype == DType::bfloat16 &&
-         p.norm_weight_dtype == DType::bfloat16 && p.width == kMaxWidth;
-}
-
-__device__ __forceinline__ Mamba2StepParams as_usual(Mamba2StepParams p) {
-  p.dtype = p.conv_state_dtype = p.conv_weight_dtype = p.conv_bias_dtype = p.norm_weight_dtype = DType::bfloat16;
-  p.width = kMaxWidth;
-  p.weight_aligned = true;
-  return p;
-}
-
-// Of a row of the CTA, in shared memory. y: first the skip, then what is normalised.
-struct alignas(16) StepRow {
-  float x, y, gate, weight;
-};
-
-// kUsual: the dtypes and the width below are those of `is_usual`, and cost no instructions: where sequences are few the
-// latency of a step is for a large part the time to issue them.
+// kUsual: what `is_usual` says is known at compile time and costs no instructions: where sequences are few the latency
+// of a step is for a large part the time to issue them.
 // kAsks: windows are small pieces of memory, and whoever waits for them has nothing else to do; so a CTA asks L2 for
 // those of one that is about to begin, where there are so many, and its own leave L2 first. Where there are many more,
 // for its states, too: while the first CTAs wait for their own, those of others are in the way.
 template <typename State, int kDstate, bool kStochastic, bool kUsual, bool kAsks>
 __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     mamba2_step_kernel(const __grid_constant__ Mamba2StepParams given) {
-  const Mamba2StepParams p = kUsual ? as_usual(given) : given;
-  using L = StepLayout<State, kDstate, kStochastic>;
-  constexpr int kRows = L::kTile / L::kGroups;
-  constexpr int kShared = 2 * kDstate;  // channels of B and C, one behind the other
+  const Mamba2StepParams p = kUsual ? as_usual(given, kDstate) : given;
+  using L = StepLayout<State, kDstate>;
+  constexpr int kRows = L::kTile / L::kGroups;  // of a lane, one behind the other
+  constexpr int kShared = StepMemory<kUsual, kDstate>::kShared;
   extern __shared__ float4 dynamic[];
   __shared__ float partials[kMaxCluster * kMaxWarps];
   __shared__ unsigned long long arrived;
-  constexpr int kPieces = 32 * kRows * L::kLoads;  // of a tile, each of 16 bytes
+  __shared__ int slots[kMaxWarps];
   const int threads = blockDim.x, warps = threads / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  // shared memory: B and C; their windows, moved on; rows; dt and decay of each head; tiles of states on their way
-  float* const BC = reinterpret_cast<float*>(dynamic);
-  float* const moved = BC + kShared;  // [kMaxWidth - 1][kShared]
-  StepRow* const rows = reinterpret_cast<StepRow*>(moved + (kMaxWidth - 1) * kShared);
-  float2* const steps = reinterpret_cast<float2*>(rows + p.rows);
+  const StepMemory<kUsual, kDstate> shared(dynamic, p.rows, threads);
 
   const uint32 barrier = shared_address(&arrived);
   if (threadIdx.x == 0) {
@@ -198,12 +108,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     fence_barrier_init();
   }
   cluster_arrive();
-  __shared__ int slots[kMaxWarps];
   const int b = blockIdx.y;  // the sequence
   wait_for_kernel_before();  // the first access to global memory comes behind it
-
-  // The slot comes as a copy, which is waited for alone: loads into registers share their counters, and the first of
-  // them would be waited for together with the last.
+  let_next_kernel_start();
   if (p.slots != nullptr && lane == 0) {
     copy_async<4>(&slots[warp], p.slots + static_cast<int64>(b) * p.slots_stride);
   }
@@ -213,37 +120,32 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
   const int heads = p.by_headdim.of(first + p.rows - 1) - first_head + 1;
   const int d_inner = p.nheads * p.headdim, group = p.by_rows_per_group.of(first);
   const int expected = static_cast<int>(cluster_size()) * warps;  // sums of squares
-  uint4* const stages = reinterpret_cast<uint4*>(steps) + (heads + 1) / 2 + warp * p.stages * kPieces + lane;
-  const int channels = kShared + p.rows;  // of the CTA: B, C, then its rows
+  const int channels = kShared + p.rows;                          // of the CTA: B, C, then its rows
   const auto channel_of = [&](int c) {
     const int BC = d_inner + group * kDstate + c + (c < kDstate ? 0 : (p.conv_dim - d_inner) / 2 - kDstate);
     return c < kShared ? BC : first + c - kShared;
   };
-  const int part = lane % L::kLanes, column = part * L::kPerLoad;
-  const int tiles = p.rows / L::kTile;
 
-  const int64 seed = kStochastic ? *p.seed : 0;
-  const auto piece_of = [&](int stage, int r, int i) { return stages + stage * kPieces + 32 * (r * L::kLoads + i); };
   // what does not need the slot, all of it under way at once
   const int64 token = static_cast<int64>(b) * p.zxbcdt_stride;
-  int c = threadIdx.x;
-  ChannelBits bits;
-  FeatureBits feature;
+  int c = kChannels * threadIdx.x;
+  ChannelBits<kUsual> bits{};
+  FeatureBits<kUsual> feature{};
   const auto load = [&] {
-    bits = load_channel(p, token + d_inner, channel_of(c));
-    if (c >= kShared) feature = load_feature(p, token, first + c - kShared);
+    bits.load(p, token + d_inner, channel_of(c));
+    if (c >= kShared) feature.load(p, token, first + c - kShared);
   };
   if (c < channels) load();
   const int my_head = threads - 1 - threadIdx.x;  // of the CTA: the last threads have least to do
-  Element dt_bits, dt_bias;
-  float A;
+  Element dt_bits{}, dt_bias{};
+  float A = 0.f;
   if (my_head < heads) {
     const int head = first_head + my_head;
     dt_bits = load_bits(p.zxbcdt, p.dtype, token + d_inner + p.conv_dim + head);
     dt_bias = load_bits(p.dt_bias, p.dt_bias_dtype, static_cast<int64>(head) * p.dt_bias_stride, p.dt_bias != nullptr);
     A = p.A[static_cast<int64>(head) * p.A_stride];
   }
-
+  const int64 seed = kStochastic ? *p.seed : 0;
   int other_slot = -1, other_first = 0;
   if (kAsks && threadIdx.x == 0) {
     const int other = static_cast<int>(blockIdx.x) + p.ahead, sequences = p.by_ctas.of(other);
@@ -263,68 +165,100 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     cluster_wait();
     return;
   }
-  const auto rows_of = [&](int tile) {  // the lane's part of the tile's first rows
-    const int row = first + tile * L::kTile, head = p.by_headdim.of(row);
-    return static_cast<State*>(p.state) + slot * p.state_slot_stride + static_cast<int64>(head) * p.state_head_stride +
-           static_cast<int64>(row - head * p.headdim + lane / L::kLanes) * p.state_p_stride + column;
-  };
-  const auto copy_tile = [&](int tile, int stage) {
-    if (tile < tiles) {
-      const State* source = rows_of(tile);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r, source += static_cast<int64>(L::kGroups) * p.state_p_stride) {
-#pragma unroll
-        for (int i = 0; i < L::kLoads; ++i) copy_async<16>(piece_of(stage, r, i), source + i * L::kStep);
-      }
-    }
-    commit_copies();
-  };
 
   // the windows first: they are small, and more waits for them
-  const int64 windows = slot * p.conv_slot_stride;
-  const auto place_of = [&](int c) { return windows + static_cast<int64>(channel_of(c)) * p.conv_channel_stride; };
-  WindowBits before;
-  if (c < channels) before = load_window(p, place_of(c));
-#pragma unroll 1
-  for (int s = 0; s < p.stages; ++s) copy_tile(warp + s * warps, s);
-  if (threadIdx.x == 0) arrive_expecting(barrier, expected * sizeof(float));
+  const auto window_of = [&](int c) {
+    return slot * p.conv_slot_stride + static_cast<int64>(channel_of(c)) * p.conv_channel_stride;
+  };
+  unsigned* const own_windows = shared.windows + 2 * threadIdx.x;
+  const auto fetch = [&] {
+    Windows<kUsual>::fetch(p, window_of(c), own_windows, threads);
+    commit_copies();
+    wait_for_loads(bits.any() ^ feature.any());
+  };
+  if (c < channels) fetch();
+  wait_for_loads(dt_bits.bits() ^ dt_bias.bits() ^ __float_as_uint(A) ^ static_cast<unsigned>(seed ^ other_slot));
 
+  // a lane has consecutive rows of a tile, of each the columns from `column` on, and at last y of row `mine`
+  const int part = lane % L::kLanes, column = part * L::kPerLoad, above = lane / L::kLanes * kRows;
+  const int mine = above + part / L::kLanesPerSum;
+  const int tiles = p.rows / L::kTile;
+  State* const states = static_cast<State*>(p.state) + slot * p.state_slot_stride + column;
+  const auto rows_of = [&](int tile) {
+    const int row = first + tile * L::kTile + above;
+    if constexpr (kUsual) return states + static_cast<int64>(row) * kDstate;
+    const int head = p.by_headdim.of(row);
+    return states + static_cast<int64>(head) * p.state_head_stride +
+           static_cast<int64>(row - head * p.headdim) * p.state_p_stride;
+  };
+  using Tile = uint4[kRows][L::kLoads];
+  const auto load_tile = [&](Tile& raw, int tile) {
+    if (tile >= tiles) return;
+    const State* source = rows_of(tile);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < L::kLoads; ++i) {
+        raw[r][i] = load_state(source + static_cast<int64>(r) * p.state_p_stride + i * L::kStep);
+      }
+    }
+  };
+  const auto store_tile = [&](const Tile& raw, int tile) {
+    State* target = rows_of(tile);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < L::kLoads; ++i) {
+        store_state(target + static_cast<int64>(r) * p.state_p_stride + i * L::kStep, raw[r][i]);
+      }
+    }
+  };
+  Tile even, odd;  // tiles of the warp
+  const auto load_first = [&] {
+    load_tile(even, warp);
+    load_tile(odd, warp + warps);
+  };
+  if constexpr (kUsual) load_first();
+
+  if (threadIdx.x == 0) arrive_expecting(barrier, expected * sizeof(float));
   if (my_head < heads) {
     const float dt =
         step_size(from_bits(dt_bits, p.dtype) + from_bits(dt_bias, p.dt_bias_dtype), p.dt_softplus, p.dt_min, p.dt_max);
-    steps[my_head] = make_float2(dt, expf(dt * A));
+    shared.steps[my_head] = make_float2(dt, expf(dt * A));
   }
   // windows of B and C are stored once the other CTAs have read them, those of rows at once
-  float window[kMaxWidth];
+  wait_for_copies<0>();
   while (c < channels) {
-    if (c >= kShared) {
-      StepRow& row = rows[c - kShared];
-      row.gate = silu(from_bits(feature.z, p.dtype));
-      row.weight = from_bits(feature.weight, p.norm_weight_dtype);
-    }
-    const float value = convolve(p, bits, before, window);
+    Windows<kUsual> windows;
+    windows.take(own_windows, threads);
+    const float4 v = convolve(p, bits, windows);
+    const Windows<kUsual> moved = windows.moved_on(p, bits.x);
     if (c < kShared) {
-      BC[c] = value;
-#pragma unroll
-      for (int k = 1; k < kMaxWidth; ++k) moved[(k - 1) * kShared + c] = window[k];
+      *reinterpret_cast<float4*>(shared.BC + c) = v;
+      moved.put(shared.moved + c / kChannels * 2, kShared / kChannels);
     } else {
-      StepRow& row = rows[c - kShared];
-      row.x = value;
-      row.y = from_bits(feature.D, p.D_dtype) * value;
-      store_window<kAsks>(p, place_of(c), window);
+      const int row = c - kShared;
+      *reinterpret_cast<float4*>(shared.x + row) = v;
+      *reinterpret_cast<float4*>(shared.y + row) = feature.skip(p, v);
+      *reinterpret_cast<float4*>(shared.gate + row) = feature.gate(p);
+      *reinterpret_cast<float4*>(shared.weight + row) = feature.weight.all(p.norm_weight_dtype);
+      moved.template store<kAsks>(p, window_of(c));
     }
-    c += threads;
+    c += kChannels * threads;
     if (c < channels) {
       load();
-      before = load_window(p, place_of(c));
+      fetch();
+      wait_for_copies<0>();
     }
   }
+  if constexpr (!kUsual) load_first();  // channels that are not packed leave no registers for them before
   __syncthreads();
   cluster_wait();  // the others have begun, and their barriers are ready
   if (kAsks && other_slot >= 0 && other_slot < p.nslots) {
-    const char* const windows = static_cast<const char*>(p.conv_state) + other_slot * p.slot_bytes;
     const auto ask = [&](int channel, int channels) {
-      ask_for(windows + static_cast<int64>(channel) * p.window_bytes, channels * p.window_bytes);
+      ask_for(static_cast<const __nv_bfloat16*>(p.conv_state) + other_slot * p.conv_slot_stride +
+                  static_cast<int64>(channel) * kColumns,
+              channels * kColumns * sizeof(__nv_bfloat16));
     };
     const int B = d_inner + p.by_rows_per_group.of(other_first) * kDstate;
     ask(other_first, p.rows);
@@ -339,84 +273,94 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
 #pragma unroll
   for (int i = 0; i < L::kColumns; ++i) {
     const int n = column + i / L::kPerLoad * L::kStep + i % L::kPerLoad;
-    B[i] = BC[n], C[i] = BC[kDstate + n];
+    B[i] = shared.BC[n], C[i] = shared.BC[kDstate + n];
   }
-  float S[kRows][L::kColumns];
-  const auto store_rows = [&](int tile) {
-    const int row = first + tile * L::kTile;
-    State* target = rows_of(tile) - column;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r, target += static_cast<int64>(L::kGroups) * p.state_p_stride) {
-      store_columns<State, L, kStochastic>(
-          target, column, S[r],
-          static_cast<int64>(slot) * p.nheads * p.headdim + row + lane / L::kLanes + r * L::kGroups, seed, 0);
-    }
-  };
-  const int mine = part / L::kLanesPerSum * L::kGroups + lane / L::kLanes;  // row of a tile whose y is this lane's
   float squares = 0.f;
-  int tile = warp, stage = 0;
-  while (tile < tiles) {
-    wait_for_copies<kMaxStages - 1>(p.stages - 1);
+  // a tile's states through the token, as they are to be stored; its rows of y, not normalised, to shared memory
+  const auto advance_tile = [&](Tile& raw, int tile) {
     const int row = tile * L::kTile, head = p.by_headdim.of(first + row) - first_head;
-    const auto [dt, decay] = steps[head];
-    float sums[kRows];
+    const auto [dt, decay] = shared.steps[head];
+    float x[kRows], sums[kRows];
+    load_floats(shared.x + row + above, x);
+    const int64 number = (static_cast<int64>(slot) * p.nheads * p.headdim + first + row + above) * kDstate + column;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      uint4 raw[L::kLoads];
+      float S[L::kColumns];
+      unpack_row<State, L>(raw[r], 1.f, S);
+      sums[r] = advance(S, decay, dt * x[r], B, C);
 #pragma unroll
-      for (int i = 0; i < L::kLoads; ++i) raw[i] = *piece_of(stage, r, i);
-      unpack_row<State, L>(raw, 1.f, S[r]);
-      sums[r] = advance(S[r], decay, dt * rows[row + lane / L::kLanes + r * L::kGroups].x, B, C);
+      for (int i = 0; i < L::kLoads; ++i) {
+        const float* const v = S + i * L::kPerLoad;
+        if constexpr (kStochastic) {
+          raw[r][i] = round_stochastic<State>(v, philox(seed, (number + r * kDstate + i * L::kStep) / 8, 0));
+        } else {
+          raw[r][i] = pack_nearest<State>(v);
+        }
+      }
     }
-    if (tile + warps < tiles) copy_tile(tile + p.stages * warps, stage);
-    stage = stage + 1 == p.stages ? 0 : stage + 1;
     const float sum = sum_rows<L::kLanes>(sums, part);  // in each of the row's lanes
-    const StepRow own = rows[row + mine];
-    const float u = (own.y + sum) * (p.norm_before_gate ? 1.f : own.gate);
+    const float u = (shared.y[row + mine] + sum) * (p.norm_before_gate ? 1.f : shared.gate[row + mine]);
     squares = fmaf(u, u, squares);
-    __syncwarp();                                             // all of them have read it
-    if (part % L::kLanesPerSum == 0) rows[row + mine].y = u;  // who stores y later
-    if (tile + warps >= tiles) break;  // the last tile's states are stored when nobody waits for this warp
-    store_rows(tile);
-    tile += warps;
-  }
-#pragma unroll
-  for (int offset = 16; offset >= L::kLanesPerSum; offset /= 2) squares += __shfl_xor_sync(~0u, squares, offset);
-  const uint32 place = shared_address(partials + cluster_rank() * warps + warp);
-  if (lane < cluster_size()) store_counted(address_in_cta(place, lane), squares, address_in_cta(barrier, lane));
-  if (tile < tiles) store_rows(tile);
-  // what comes after the wait is ready before it: a row of y, and of B's and C's channels, which the CTAs of the
-  // group share, a window
-  const bool has_y = part % L::kLanesPerSum == 0;
-  int row = warp * L::kTile + mine;
-  StepRow own;
-  if (has_y && row < p.rows) own = rows[row];
-  const int share = p.by_rows_per_group.of(kShared * p.rows);
-  const int begin = p.by_rows_per_group.of((first - group * p.rows_per_group) * kShared);
-  c = begin + threadIdx.x;
-  const auto load_moved = [&] {
-#pragma unroll
-    for (int k = 1; k < kMaxWidth; ++k) window[k] = moved[(k - 1) * kShared + c];
+    __syncwarp();                                               // all of them have read it
+    if (part % L::kLanesPerSum == 0) shared.y[row + mine] = u;  // who stores y later
   };
-  if (c < begin + share) load_moved();
-  wait(barrier, 0);
+  const auto send_squares = [&] {
+#pragma unroll
+    for (int offset = 16; offset >= L::kLanesPerSum; offset /= 2) squares += __shfl_xor_sync(~0u, squares, offset);
+    const uint32 place = shared_address(partials + cluster_rank() * warps + warp);
+    if (lane < cluster_size()) store_counted(address_in_cta(place, lane), squares, address_in_cta(barrier, lane));
+  };
+  // whether there is no other tile; the last one is stored when nobody waits for this warp
+  int tile = warp;
+  const auto take = [&](Tile& raw) {
+    advance_tile(raw, tile);
+    const bool last = tile + warps >= tiles;
+    if (last) send_squares();
+    store_tile(raw, tile);
+    load_tile(raw, tile + 2 * warps);
+    tile += warps;
+    return last;
+  };
+  if (tile >= tiles) {
+    send_squares();
+  } else {
+    while (!take(even) && !take(odd)) {
+    }
+  }
 
+  // y of the rows that the warp has, two to a lane
+  __syncwarp();
+  wait(barrier, 0);
   float total = 0.f;
 #pragma unroll
   for (int i = 0; i < kMaxCluster * kMaxWarps; i += 32) {
     if (i + lane < expected) total += partials[i + lane];
   }
   const float scale = rsqrtf(warp_sum(total) / static_cast<float>(p.group_size) + p.eps);
-  while (has_y && row < p.rows) {
-    const float v = own.y * scale * own.weight;
-    store_float(p.y, p.dtype, static_cast<int64>(b) * p.y_stride + first + row, p.norm_before_gate ? v * own.gate : v);
-    row += warps * L::kTile;
-    if (row < p.rows) own = rows[row];
+  constexpr int kPairs = L::kTile / 2;
+  for (int row = (warp + lane / kPairs * warps) * L::kTile + lane % kPairs * 2; row < p.rows; row += 64 * warps) {
+    float v[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      v[i] = shared.y[row + i] * scale * shared.weight[row + i];
+      if (p.norm_before_gate) v[i] *= shared.gate[row + i];
+    }
+    const int64 place = static_cast<int64>(b) * p.y_stride + first + row;
+    if constexpr (kUsual) {
+      *reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p.y) + place) = __floats2bfloat162_rn(v[0], v[1]);
+    } else {
+      store_float(p.y, p.dtype, place, v[0]);
+      store_float(p.y, p.dtype, place + 1, v[1]);
+    }
   }
-  while (c < begin + share) {
-    store_window<kAsks>(p, place_of(c), window);
-    c += threads;
-    if (c < begin + share) load_moved();
+  // of B's and C's channels, which the CTAs of the group share, a part of the windows
+  constexpr int kFours = kShared / kChannels;
+  const int begin = p.by_rows_per_group.of((first - group * p.rows_per_group) * kFours);
+  const int end = begin + p.by_rows_per_group.of(kFours * p.rows);
+  for (int four = begin + threadIdx.x; four < end; four += threads) {
+    Windows<kUsual> windows;
+    windows.take(shared.moved + 2 * four, kFours);
+    windows.template store<kAsks>(p, window_of(kChannels * four));
   }
 }
 

@@ -371,48 +371,34 @@ def test_what_the_cuda_kernel_takes():
     assert "16 bytes" in refusal(state=torch.empty(3, 64, 64, 130, device="meta")[..., :128])
 
 
-@pytest.mark.parametrize("stochastic", [False, True])
-@pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("dstate", [64, 128, 256])
 @pytest.mark.parametrize("heads", [(64, 64, 8), (128, 64, 8), (128, 80, 8), (64, 64, 1), (8, 64, 1)])
-def test_configurations(heads, dstate, itemsize, stochastic):
+def test_configurations(heads, dstate):
     """Every warp has whole tiles of one head, and a block no more than half of a multiprocessor."""
     nheads, headdim, ngroups = heads
     rows_per_group = nheads * headdim // ngroups
     for group_size in {rows_per_group, nheads * headdim}:
         for batch in (1, 4, 8, 16, 64):
-            sizes = (batch, nheads, headdim, dstate, itemsize, stochastic, group_size, rows_per_group, 132)
-            cluster, warps, stages = csrc.config(*sizes)
-            rows, tile = group_size // cluster, csrc.tile(dstate, itemsize, stochastic)
+            cluster, warps = csrc.config(batch, nheads, headdim, dstate, group_size, rows_per_group, 132)
+            rows, tile = group_size // cluster, csrc.tile(dstate)
             assert rows * cluster == group_size
             assert rows % tile == rows_per_group % rows == headdim % tile == 0
             assert 1 <= cluster <= 8
-            assert 1 <= warps <= 16
-            assert 1 <= stages <= min(3, -(-rows // tile // warps))
-            shared = 4 * (8 * dstate + 4 * rows + 2 * -(-rows // headdim)) + warps * stages * tile * dstate * itemsize
-            at_once = 2 if batch * nheads * headdim // rows > 132 else 1  # CTAs on a multiprocessor
-            assert at_once * (shared + 2048) <= 227 * 1024
+            assert 1 <= warps <= 8
+            shared = 4 * (8 * dstate + 4 * rows + 12 * 32 * warps + 2 * -(-rows // headdim))  # the larger of two kinds
+            assert 2 * (shared + 2048) <= 227 * 1024  # two CTAs on a multiprocessor
 
 
 def test_config_of_nemotron():
     def of(batch, nheads, headdim=64):
         group_size = nheads * headdim // 8
-        return tuple(csrc.config(batch, nheads, headdim, 128, 4, False, group_size, group_size, 132))
+        return tuple(csrc.config(batch, nheads, headdim, 128, group_size, group_size, 132))
 
-    nano3 = {
-        1: (8, 16, 1),
-        2: (4, 16, 2),
-        4: (4, 16, 1),
-        8: (2, 16, 3),
-        12: (4, 16, 1),
-        16: (2, 16, 2),
-        32: (4, 16, 1),
-        64: (4, 16, 1),
-    }
+    nano3 = {1: (8, 8), 2: (4, 8), 4: (4, 8), 8: (2, 8), 12: (4, 8), 16: (2, 8), 32: (4, 8), 64: (4, 8)}
     assert {batch: of(batch, 64) for batch in nano3} == nano3
-    large = {1: (8, 16, 2), 2: (8, 16, 1), 4: (8, 16, 1), 8: (8, 16, 1), 16: (8, 16, 1), 64: (8, 16, 1)}
+    large = {1: (8, 8), 2: (8, 8), 4: (8, 8), 8: (2, 8), 12: (8, 8), 16: (2, 8), 64: (8, 8)}
     assert {batch: of(batch, 128) for batch in large} == large
-    assert [of(batch, 128, 80) for batch in (1, 8, 64)] == [(8, 14, 2), (8, 14, 1), (8, 14, 1)]
+    assert [of(batch, 128, 80) for batch in (1, 8, 64)] == [(8, 7), (8, 7), (8, 7)]
 
 
 def test_docs():

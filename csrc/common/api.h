@@ -144,7 +144,7 @@ struct Mamba2StepArgs {
   int null_slot;
   float dt_min, dt_max, eps;
   bool dt_softplus, norm_before_gate;
-  int cluster, warps, stages;  // CTAs of a group of the norm; of a CTA; tiles that a warp has under way
+  int cluster, warps;  // CTAs of a group of the norm; of a CTA
   int num_sms;
 };
 

@@ -29,6 +29,9 @@ __device__ __forceinline__ float sigmoid(float x) {
   }
 }
 
+// To a few units in the last place of float32, and no branch; 0 below -87.
+__device__ __forceinline__ float silu_close(float x) { return __fdividef(x, 1.f + expf(-x)); }
+
 // To float32's precision.
 __device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
 

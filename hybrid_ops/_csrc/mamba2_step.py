@@ -10,8 +10,8 @@ from .. import _checks, _device
 from . import DTYPES
 from .ssd_update import DSTATES
 
-MAX_WARPS = 16  # two CTAs of 64 registers a thread share a multiprocessor
-FEW = 64  # CTAs, which leave half of a GPU's multiprocessors idle
+MAX_WARPS = 8  # two CTAs of 128 registers a thread share a multiprocessor
+CHANNELS = 4  # that a thread convolves
 FILLED = 0.9  # of the multiprocessors' places for CTAs: nearly even
 MAX_ROWS = 2048  # of a CTA: its features are in shared memory
 
@@ -19,36 +19,24 @@ MAX_ROWS = 2048  # of a CTA: its features are in shared memory
 class Config(NamedTuple):
     cluster: int  # CTAs that share a group of the norm, each with consecutive features
     warps: int  # of a CTA
-    stages: int  # tiles that a warp has under way
 
 
-def tile(dstate: int, itemsize: int, stochastic: bool) -> int:
-    """Features that a warp takes at once, 16 (or 8) elements of the state in each lane: StepLayout of the kernel."""
-    elements = 8 if stochastic or dstate * itemsize == 1024 else 16
-    return 32 * elements // dstate
+def tile(dstate: int) -> int:
+    """Features that a warp takes at once: StepLayout of the kernel."""
+    return 4 if dstate == 256 else 8
 
 
 def config(
-    batch: int,
-    nheads: int,
-    headdim: int,
-    dstate: int,
-    itemsize: int,
-    stochastic: bool,
-    group_size: int,
-    rows_per_group: int,
-    num_sms: int,
+    batch: int, nheads: int, headdim: int, dstate: int, group_size: int, rows_per_group: int, num_sms: int
 ) -> Config | None:
     """The largest cluster, of 8 at most, whose CTAs have whole tiles, of heads of one group of B and C; None: no such.
 
     With more than one sequence, of CTAs of 128 features where there are such: each convolves B and C anew. But of two,
-    with at most 256 features each, where these give every multiprocessor one CTA, or two: all are there at once then,
-    and a warp has several tiles to ask for ahead. A CTA has a warp for each tile and a thread for each channel that it
-    convolves, where there are as many. Two tiles of a warp are under way where CTAs are few, more of the CTAs of two;
-    more CTAs have enough under way with one.
+    with at most 512 features each, where these give every multiprocessor one CTA, or two: all are there at once then.
+    A CTA has a warp for each tile and a thread for every four channels that it convolves, where there are as many.
     """
-    rows_of_tile = tile(dstate, itemsize, stochastic)
-    if group_size % rows_per_group or headdim % max(4, rows_of_tile):  # with 4, no more heads than threads
+    rows_of_tile = tile(dstate)
+    if group_size % rows_per_group or headdim % rows_of_tile:
         return None
 
     def fits(cluster: int) -> bool:
@@ -60,19 +48,13 @@ def config(
     if not clusters:
         return None
     cluster = next((c for c in clusters if batch == 1 or group_size // c >= 128), clusters[0])
-
-    def ctas(cluster: int) -> int:
-        return batch * nheads * headdim * cluster // group_size
-
-    places = next((n for n in (1, 2) if FILLED < ctas(2) / (n * num_sms) <= 1), 0)
-    even = places > 0 and 2 in clusters and group_size // 2 <= 256
-    if even:
+    halves = 2 * batch * nheads * headdim // group_size  # CTAs of clusters of two
+    if any(FILLED < halves / (n * num_sms) <= 1 for n in (1, 2)) and 2 in clusters and group_size // 2 <= 512:
         cluster = 2
     rows = group_size // cluster
-    tiles, channels = rows // rows_of_tile, 2 * dstate + rows
-    warps = max(-(-tiles // -(-tiles // MAX_WARPS)), min(-(-channels // 32), MAX_WARPS))
-    most = 4 - places if even else 2 if ctas(cluster) <= FEW else 1
-    return Config(cluster, warps, stages=min(most, -(-tiles // warps)))
+    tiles, threads = rows // rows_of_tile, (2 * dstate + rows) // CHANNELS
+    warps = max(-(-tiles // -(-tiles // MAX_WARPS)), min(-(-threads // 32), MAX_WARPS))
+    return Config(cluster, warps)
 
 
 def rows_per_group(zxbcdt: Tensor, state: Tensor) -> int:
@@ -114,12 +96,10 @@ def refusal(
         return "the CUDA kernel needs neighbours in rows of zxbcdt and y"
     if state.data_ptr() % 16 or conv_weight.data_ptr() % 16:
         return "the CUDA kernel needs state and conv_weight to begin at multiples of 16 bytes"
-    # either rounding: what one takes, the other does
-    problem = (1, nheads, headdim, dstate, state.element_size(), False, group_size, rows_per_group(zxbcdt, state), 1)
-    if config(*problem) is None:
+    if config(1, nheads, headdim, dstate, group_size, rows_per_group(zxbcdt, state), 1) is None:
         return (
             "the CUDA kernel needs norm groups of whole groups of B and C, in up to 8 equal parts of whole heads of "
-            f"{max(4, tile(dstate, state.element_size(), False))} n features; not {group_size} of headdim {headdim}"
+            f"{tile(dstate)} n features; not {group_size} of headdim {headdim}"
         )
     strides = (*conv_state.stride()[1:], *state.stride()[1:], *(s for t in others if t is not None for s in t.stride()))
     if max(zxbcdt.shape[0], y.shape[1]) > 65535 or max(*strides, *conv_state.shape, *zxbcdt.shape) >= 2**31:
@@ -159,8 +139,7 @@ def mamba2_step(
     (nslots, nheads, headdim, dstate), batch, index = state.shape, zxbcdt.shape[0], zxbcdt.device.index
     rows, num_sms = rows_per_group(zxbcdt, state), _device.num_sms(index)
     if chosen is None:
-        problem = (batch, nheads, headdim, dstate, state.element_size(), seed is not None, group_size, rows)
-        chosen = config(*problem, num_sms)
+        chosen = config(batch, nheads, headdim, dstate, group_size, rows, num_sms)
     tensors = (zxbcdt, conv_state, state, conv_weight, conv_bias, D, dt_bias, norm_weight)
     launch = extension.Mamba2Step(
         dtypes=tuple(DTYPES[(zxbcdt if t is None else t).dtype] for t in tensors),
