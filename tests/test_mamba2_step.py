@@ -81,6 +81,16 @@ def test_many_sequences_gpu(batch, state_dtype):
     check_step(MANY | dict(batch=batch, state_dtype=state_dtype), implementation("cuda"), "cuda")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("state_dtype", CPU_DTYPES)
+@pytest.mark.parametrize(("headdim", "dstate"), [(64, 64), (64, 128), (80, 128), (64, 256)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_usual_gpu(batch, headdim, dstate, state_dtype):
+    """Tensors as models have them, for which the CUDA kernel has code of its own."""
+    sizes = dict(batch=batch, headdim=headdim, dstate=dstate, heads_per_group=8, state_dtype=state_dtype)
+    check_step(MANY | sizes, implementation("cuda"), "cuda")
+
+
 # --- what only the device sees ---
 
 SIZES = {"cpu": (4, 8, 16), "cuda": (8, 64, 128)}  # H, P, N; the interpreter is slow
@@ -141,9 +151,12 @@ def test_bad_slots_gpu(impl):
     check_bad_slots(implementation(impl), "cuda")
 
 
-def check_random_bits(impl, device):
+def check_random_bits(impl, device, usual=False):
     """The bits of `ssd_state_update`: from the same float32 states, the oracle's rounding of them."""
-    t = step_inputs(3, 5, device, torch.float16)
+    t = step_inputs(3, 5, device, torch.float16, torch.bfloat16 if usual else torch.float32)
+    if usual:
+        t = t | {name: t[name].bfloat16() for name in ("conv_weight", "norm_weight")}
+        t["conv_bias"] = t["conv_weight"][:, 0].contiguous()
     exact = t | dict(conv_state=t["conv_state"].clone(), state=t["state"].float())
     slots = int32(4, -1, 2).to(device)
     hybrid_ops.mamba2_step(**exact, slots=slots, impl=impl)
@@ -166,9 +179,10 @@ def test_random_bits_interpreter():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("usual", [False, True])
 @pytest.mark.parametrize("impl", GPU_IMPLS)
-def test_random_bits_gpu(impl):
-    check_random_bits(implementation(impl), "cuda")
+def test_random_bits_gpu(impl, usual):
+    check_random_bits(implementation(impl), "cuda", usual)
 
 
 @pytest.mark.gpu

@@ -235,8 +235,9 @@ struct Windows {
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
         unsigned low, high;
-        const unsigned from = half(2 * w, low) != 0 ? 0x32 : 0x10;
-        moved.columns.words[w] = __byte_perm(low, high, from | (half(2 * w + 1, high) != 0 ? 0x7600 : 0x5400));
+        const unsigned of_low = half(2 * w, low) != 0 ? 0x0032 : 0x0010;
+        const unsigned of_high = half(2 * w + 1, high) != 0 ? 0x7600 : 0x5400;
+        moved.columns.words[w] = __byte_perm(low, high, of_high | of_low);
       }
     } else {
 #pragma unroll
