@@ -6,31 +6,7 @@
 namespace hybrid_ops {
 namespace {
 
-std::int64_t num_ctas(const Mamba2StepArgs& a) { return a.batch * a.nheads * a.headdim / a.group_size * a.cluster; }
-
-int ctas_at_once(const Mamba2StepArgs& a) { return a.num_sms * (2 * kMaxWarps / a.warps); }
-
-// How far ahead a CTA asks L2: 40% of those that run at a time. Measured: for windows 100% is as good, for states not.
-int ctas_ahead(const Mamba2StepArgs& a) { return ctas_at_once(a) * 2 / 5 / a.cluster * a.cluster; }
-
-// Whether CTAs begin that late, and the windows of a CTA's rows are a piece that L2 can be asked for. (Those of a
-// group's B and C are then: of 64 channels or more.)
-bool asks(const Mamba2StepParams& p, const Mamba2StepArgs& a) {
-  constexpr int kWindowBytes = kColumns * sizeof(__nv_bfloat16);  // of a channel
-  return num_ctas(a) > p.ahead && reinterpret_cast<std::uintptr_t>(p.conv_state) % 16 == 0 &&
-         p.conv_slot_stride * sizeof(__nv_bfloat16) % 16 == 0 && p.rows * kWindowBytes % 16 == 0;
-}
-
-// Whether asking for states pays: measured, of 31 rounds of CTAs 2%, of 8 nothing, and of 2 it costs 6%; with at most
-// 14 MB asked for at a time, of L2's 50. Rows must lie behind each other.
-bool asks_states(const Mamba2StepArgs& a, int rows) {
-  constexpr std::int64_t kMostBytes = 16 << 20;
-  const std::int64_t bytes = rows * a.dstate * (a.state_dtype == DType::float32 ? 4 : 2);  // of a CTA
-  return num_ctas(a) > 12 * ctas_at_once(a) && ctas_ahead(a) * bytes <= kMostBytes && a.state_strides[2] == a.dstate &&
-         a.state_strides[1] == a.headdim * a.dstate;
-}
-
-template <typename State, int kDstate, bool kStochastic, bool kUsual, bool kAsks>
+template <typename State, int kDstate, bool kStochastic, bool kUsual>
 void launch(const Mamba2StepParams& p, const Mamba2StepArgs& a, Target target) {
   const int heads = (p.rows + p.headdim - 1) / p.headdim;
   // also for a cluster of one, without which its stores to itself are illegal instructions
@@ -38,7 +14,7 @@ void launch(const Mamba2StepParams& p, const Mamba2StepArgs& a, Target target) {
   cluster.val.clusterDim = {static_cast<unsigned>(a.cluster), 1, 1};
   std::array attributes{cluster, early_launch()};
   const int shared = StepMemory<kUsual, kDstate>::words(p.rows, heads, 32 * a.warps) * static_cast<int>(sizeof(float));
-  constexpr auto kernel = mamba2_step_kernel<State, kDstate, kStochastic, kUsual, kAsks>;
+  constexpr auto kernel = mamba2_step_kernel<State, kDstate, kStochastic, kUsual>;
   allow_shared_memory<kernel>(shared, target.device);
   const cudaLaunchConfig_t config{
       .gridDim = dim3(p.nheads * p.headdim / p.rows, static_cast<unsigned>(a.batch)),
@@ -53,9 +29,8 @@ void launch(const Mamba2StepParams& p, const Mamba2StepArgs& a, Target target) {
 
 template <typename State, int kDstate, bool kStochastic>
 void launch_dtypes(const Mamba2StepParams& p, const Mamba2StepArgs& a, Target target) {
-  if (!is_usual(p, kDstate)) return launch<State, kDstate, kStochastic, false, false>(p, a, target);
-  if (asks(p, a)) return launch<State, kDstate, kStochastic, true, true>(p, a, target);
-  launch<State, kDstate, kStochastic, true, false>(p, a, target);
+  if (is_usual(p, kDstate)) return launch<State, kDstate, kStochastic, true>(p, a, target);
+  launch<State, kDstate, kStochastic, false>(p, a, target);
 }
 
 template <typename State, int kDstate>
@@ -132,9 +107,6 @@ void mamba2_step(const Mamba2StepArgs& a, const Mamba2StepPointers& pointers, Ta
       .norm_weight_dtype = a.norm_weight_dtype,
       .dt_softplus = a.dt_softplus,
       .norm_before_gate = a.norm_before_gate,
-      .ahead = ctas_ahead(a),
-      .asks_states = asks_states(a, rows),
-      .by_ctas = wide_divisor(static_cast<unsigned>(a.nheads * a.headdim / rows)),
   };
   const DeviceGuard guard(target.device);
   switch (a.state_dtype) {

@@ -84,12 +84,9 @@ __device__ __forceinline__ void load_floats(const float* place, float (&values)[
 }
 
 // kUsual: what `is_usual` says is known at compile time and costs no instructions: where sequences are few the latency
-// of a step is for a large part the time to issue them.
-// kAsks: windows are small pieces of memory, and whoever waits for them has nothing else to do; so a CTA asks L2 for
-// those of one that is about to begin, where there are so many, and its own leave L2 first. Where there are many more,
-// for its states, too: while the first CTAs wait for their own, those of others are in the way.
-template <typename State, int kDstate, bool kStochastic, bool kUsual, bool kAsks>
-__global__ void __launch_bounds__(32 * kMaxWarps, 2)
+// of a step is for a large part the time to issue them. Without it there are registers for one CTA on a multiprocessor.
+template <typename State, int kDstate, bool kStochastic, bool kUsual>
+__global__ void __launch_bounds__(32 * kMaxWarps, kUsual ? 2 : 1)
     mamba2_step_kernel(const __grid_constant__ Mamba2StepParams given) {
   const Mamba2StepParams p = kUsual ? as_usual(given, kDstate) : given;
   using L = StepLayout<State, kDstate>;
@@ -146,14 +143,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     A = p.A[static_cast<int64>(head) * p.A_stride];
   }
   const int64 seed = kStochastic ? *p.seed : 0;
-  int other_slot = -1, other_first = 0;
-  if (kAsks && threadIdx.x == 0) {
-    const int other = static_cast<int>(blockIdx.x) + p.ahead, sequences = p.by_ctas.of(other);
-    other_first = (other - sequences * static_cast<int>(gridDim.x)) * p.rows;
-    if (b + sequences < static_cast<int>(gridDim.y)) {
-      other_slot = p.slots == nullptr ? b + sequences : p.slots[static_cast<int64>(b + sequences) * p.slots_stride];
-    }
-  }
 
   wait_for_copies();
   __syncwarp();
@@ -177,7 +166,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     wait_for_loads(bits.any() ^ feature.any());
   };
   if (c < channels) fetch();
-  wait_for_loads(dt_bits.bits() ^ dt_bias.bits() ^ __float_as_uint(A) ^ static_cast<unsigned>(seed ^ other_slot));
+  wait_for_loads(dt_bits.bits() ^ dt_bias.bits() ^ __float_as_uint(A) ^ static_cast<unsigned>(seed));
 
   // a lane has consecutive rows of a tile, of each the columns from `column` on, and at last y of row `mine`
   const int part = lane % L::kLanes, column = part * L::kPerLoad, above = lane / L::kLanes * kRows;
@@ -214,11 +203,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     }
   };
   Tile even, odd;  // tiles of the warp
-  const auto load_first = [&] {
-    load_tile(even, warp);
-    load_tile(odd, warp + warps);
-  };
-  if constexpr (kUsual) load_first();
+  load_tile(even, warp);
+  load_tile(odd, warp + warps);
 
   if (threadIdx.x == 0) arrive_expecting(barrier, expected * sizeof(float));
   if (my_head < heads) {
@@ -242,7 +228,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
       *reinterpret_cast<float4*>(shared.y + row) = feature.skip(p, v);
       *reinterpret_cast<float4*>(shared.gate + row) = feature.gate(p);
       *reinterpret_cast<float4*>(shared.weight + row) = feature.weight.all(p.norm_weight_dtype);
-      moved.template store<kAsks>(p, window_of(c));
+      moved.store(p, window_of(c));
     }
     c += kChannels * threads;
     if (c < channels) {
@@ -251,23 +237,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
       wait_for_copies<0>();
     }
   }
-  if constexpr (!kUsual) load_first();  // channels that are not packed leave no registers for them before
   __syncthreads();
   cluster_wait();  // the others have begun, and their barriers are ready
-  if (kAsks && other_slot >= 0 && other_slot < p.nslots) {
-    const auto ask = [&](int channel, int channels) {
-      ask_for(static_cast<const __nv_bfloat16*>(p.conv_state) + other_slot * p.conv_slot_stride +
-                  static_cast<int64>(channel) * kColumns,
-              channels * kColumns * sizeof(__nv_bfloat16));
-    };
-    const int B = d_inner + p.by_rows_per_group.of(other_first) * kDstate;
-    ask(other_first, p.rows);
-    if (cluster_rank() == 0) ask(B, kDstate), ask(B + (p.conv_dim - d_inner) / 2, kDstate);
-    if (p.asks_states) {
-      ask_for(static_cast<const State*>(p.state) + other_slot * p.state_slot_stride + other_first * kDstate,
-              p.rows * kDstate * sizeof(State));
-    }
-  }
 
   float B[L::kColumns], C[L::kColumns];
 #pragma unroll
@@ -360,7 +331,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
   for (int four = begin + threadIdx.x; four < end; four += threads) {
     Windows<kUsual> windows;
     windows.take(shared.moved + 2 * four, kFours);
-    windows.template store<kAsks>(p, window_of(kChannels * four));
+    windows.store(p, window_of(kChannels * four));
   }
 }
 

@@ -80,10 +80,10 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::ssd_replay_one_kernel<__half, 256, false>",
     ],
     "mamba2_step_sm90.cuh": [
-        "hybrid_ops::mamba2_step_kernel<float, 128, false, true, true>",
-        "hybrid_ops::mamba2_step_kernel<float, 256, false, false, false>",
-        "hybrid_ops::mamba2_step_kernel<__nv_bfloat16, 64, false, true, false>",
-        "hybrid_ops::mamba2_step_kernel<__half, 256, true, true, true>",
+        "hybrid_ops::mamba2_step_kernel<float, 128, false, true>",
+        "hybrid_ops::mamba2_step_kernel<float, 256, false, false>",
+        "hybrid_ops::mamba2_step_kernel<__nv_bfloat16, 64, false, true>",
+        "hybrid_ops::mamba2_step_kernel<__half, 256, true, true>",
     ],
     "norm_sm90.cuh": [
         "hybrid_ops::norm_kernel<__nv_bfloat16, __nv_bfloat16, hybrid_ops::Gate::first, 3>",

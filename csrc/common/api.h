@@ -145,7 +145,6 @@ struct Mamba2StepArgs {
   float dt_min, dt_max, eps;
   bool dt_softplus, norm_before_gate;
   int cluster, warps;  // CTAs of a group of the norm; of a CTA
-  int num_sms;
 };
 
 // The pointers of Mamba2StepParams, in its order.

@@ -158,7 +158,6 @@ def mamba2_step(
         dt_softplus=dt_softplus,
         norm_before_gate=norm_before_gate,
         config=chosen,
-        num_sms=num_sms,
     )
 
     def run(*arguments: Any) -> None:
