@@ -355,7 +355,7 @@ PYBIND11_MODULE(_cuda, m) {
                        std::array<std::int64_t, 2> row_strides, std::array<std::int64_t, 3> conv_strides,
                        std::array<std::int64_t, 3> state_strides, std::array<std::int64_t, 7> small_strides,
                        int null_slot, std::array<float, 2> dt_limit, float eps, bool dt_softplus, bool norm_before_gate,
-                       std::array<int, 2> config) {
+                       std::array<int, 3> config) {
              const auto [batch, nslots, nheads, headdim, dstate, conv_dim, width, group_size, rows_per_group] = sizes;
              const auto [conv_bias, A, D_head, D_p, dt_bias, norm_weight, slots] = small_strides;
              return Mamba2StepArgs{
@@ -394,6 +394,7 @@ PYBIND11_MODULE(_cuda, m) {
                  .norm_before_gate = norm_before_gate,
                  .cluster = config[0],
                  .warps = config[1],
+                 .windows_first = config[2] != 0,
              };
            }),
            py::arg("dtypes"), py::arg("sizes"), py::arg("row_strides"), py::arg("conv_strides"),

@@ -83,10 +83,14 @@ __device__ __forceinline__ void load_floats(const float* place, float (&values)[
   }
 }
 
+// CTAs on a multiprocessor, for which there are registers.
+template <typename State, int kDstate, bool kUsual>
+inline constexpr int kStepCtas = kUsual || kDstate > 64 || sizeof(State) == 4 ? 2 : 1;
+
 // kUsual: what `is_usual` says is known at compile time and costs no instructions: where sequences are few the latency
-// of a step is for a large part the time to issue them. Without it there are registers for one CTA on a multiprocessor.
+// of a step is for a large part the time to issue them.
 template <typename State, int kDstate, bool kStochastic, bool kUsual>
-__global__ void __launch_bounds__(32 * kMaxWarps, kUsual ? 2 : 1)
+__global__ void __launch_bounds__(32 * kMaxWarps, kStepCtas<State, kDstate, kUsual>)
     mamba2_step_kernel(const __grid_constant__ Mamba2StepParams given) {
   const Mamba2StepParams p = kUsual ? as_usual(given, kDstate) : given;
   using L = StepLayout<State, kDstate>;
@@ -96,6 +100,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kUsual ? 2 : 1)
   __shared__ float partials[kMaxCluster * kMaxWarps];
   __shared__ unsigned long long arrived;
   __shared__ int slots[kMaxWarps];
+  __shared__ int64 seed;
   const int threads = blockDim.x, warps = threads / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const StepMemory<kUsual, kDstate> shared(dynamic, p.rows, threads);
 
@@ -111,6 +116,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kUsual ? 2 : 1)
   if (p.slots != nullptr && lane == 0) {
     copy_async<4>(&slots[warp], p.slots + static_cast<int64>(b) * p.slots_stride);
   }
+  if (kStochastic && threadIdx.x == 0) copy_async<8>(&seed, p.seed);
 
   const int first = blockIdx.x * p.rows;  // feature of the CTA
   const int first_head = p.by_headdim.of(first);
@@ -142,7 +148,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kUsual ? 2 : 1)
     dt_bias = load_bits(p.dt_bias, p.dt_bias_dtype, static_cast<int64>(head) * p.dt_bias_stride, p.dt_bias != nullptr);
     A = p.A[static_cast<int64>(head) * p.A_stride];
   }
-  const int64 seed = kStochastic ? *p.seed : 0;
 
   wait_for_copies();
   __syncwarp();
@@ -166,7 +171,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kUsual ? 2 : 1)
     wait_for_loads(bits.any() ^ feature.any());
   };
   if (c < channels) fetch();
-  wait_for_loads(dt_bits.bits() ^ dt_bias.bits() ^ __float_as_uint(A) ^ static_cast<unsigned>(seed));
+  wait_for_loads(dt_bits.bits() ^ dt_bias.bits() ^ __float_as_uint(A));
 
   // a lane has consecutive rows of a tile, of each the columns from `column` on, and at last y of row `mine`
   const int part = lane % L::kLanes, column = part * L::kPerLoad, above = lane / L::kLanes * kRows;
@@ -203,8 +208,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kUsual ? 2 : 1)
     }
   };
   Tile even, odd;  // tiles of the warp
-  load_tile(even, warp);
-  load_tile(odd, warp + warps);
+  const auto load_first = [&] {
+    load_tile(even, warp);
+    load_tile(odd, warp + warps);
+  };
+  if (p.windows_first) wait_for_copies<0>();
+  if constexpr (kUsual) load_first();
 
   if (threadIdx.x == 0) arrive_expecting(barrier, expected * sizeof(float));
   if (my_head < heads) {
@@ -237,6 +246,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kUsual ? 2 : 1)
       wait_for_copies<0>();
     }
   }
+  if constexpr (!kUsual) load_first();  // for which there are no registers before
   __syncthreads();
   cluster_wait();  // the others have begun, and their barriers are ready
 

@@ -77,7 +77,7 @@ MANY = dict(
 @pytest.mark.parametrize("state_dtype", CPU_DTYPES)
 @pytest.mark.parametrize("batch", [24, 240])
 def test_many_sequences_gpu(batch, state_dtype):
-    """So many that a CTA of the CUDA kernel asks L2 for another one's windows, and for its states."""
+    """So many that not all CTAs of the CUDA kernel begin at once."""
     check_step(MANY | dict(batch=batch, state_dtype=state_dtype), implementation("cuda"), "cuda")
 
 
@@ -393,7 +393,7 @@ def test_configurations(heads, dstate):
     rows_per_group = nheads * headdim // ngroups
     for group_size in {rows_per_group, nheads * headdim}:
         for batch in (1, 4, 8, 16, 64):
-            cluster, warps = csrc.config(batch, nheads, headdim, dstate, group_size, rows_per_group, 132)
+            cluster, warps, _ = csrc.config(batch, nheads, headdim, dstate, group_size, rows_per_group, 132)
             rows, tile = group_size // cluster, csrc.tile(dstate)
             assert rows * cluster == group_size
             assert rows % tile == rows_per_group % rows == headdim % tile == 0
@@ -408,11 +408,25 @@ def test_config_of_nemotron():
         group_size = nheads * headdim // 8
         return tuple(csrc.config(batch, nheads, headdim, 128, group_size, group_size, 132))
 
-    nano3 = {1: (8, 8), 2: (4, 8), 4: (4, 8), 8: (2, 8), 12: (4, 8), 16: (2, 8), 32: (4, 8), 64: (4, 8)}
+    nano3 = {
+        1: (8, 8, False),
+        4: (4, 8, False),
+        8: (2, 8, False),
+        12: (4, 8, True),
+        16: (2, 8, False),
+        64: (4, 8, True),
+    }
     assert {batch: of(batch, 64) for batch in nano3} == nano3
-    large = {1: (8, 8), 2: (8, 8), 4: (8, 8), 8: (2, 8), 12: (8, 8), 16: (2, 8), 64: (8, 8)}
+    large = {
+        1: (8, 8, False),
+        4: (8, 8, False),
+        8: (2, 8, False),
+        12: (8, 8, True),
+        16: (2, 8, False),
+        64: (8, 8, True),
+    }
     assert {batch: of(batch, 128) for batch in large} == large
-    assert [of(batch, 128, 80) for batch in (1, 8, 64)] == [(8, 7), (8, 7), (8, 7)]
+    assert [of(batch, 128, 80) for batch in (1, 8, 64)] == [(8, 7, False), (8, 7, True), (8, 7, True)]
 
 
 def test_docs():

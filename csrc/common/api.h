@@ -145,6 +145,7 @@ struct Mamba2StepArgs {
   float dt_min, dt_max, eps;
   bool dt_softplus, norm_before_gate;
   int cluster, warps;  // CTAs of a group of the norm; of a CTA
+  bool windows_first;  // before states
 };
 
 // The pointers of Mamba2StepParams, in its order.

@@ -31,6 +31,7 @@ struct Mamba2StepParams {
   float dt_min, dt_max, eps;
   DType dtype, conv_state_dtype, conv_weight_dtype, conv_bias_dtype, D_dtype, dt_bias_dtype, norm_weight_dtype;
   bool dt_softplus, norm_before_gate;
+  bool windows_first;  // a CTA asks for states when its windows have come
 };
 
 inline constexpr int kMaxWidth = 4, kColumns = kMaxWidth - 1, kChannels = 4;
