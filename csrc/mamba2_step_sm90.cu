@@ -107,7 +107,7 @@ void mamba2_step(const Mamba2StepArgs& a, const Mamba2StepPointers& pointers, Ta
       .norm_weight_dtype = a.norm_weight_dtype,
       .dt_softplus = a.dt_softplus,
       .norm_before_gate = a.norm_before_gate,
-      .windows_first = a.windows_first,
+      .streaming = a.streaming,
   };
   const DeviceGuard guard(target.device);
   switch (a.state_dtype) {

@@ -63,8 +63,8 @@ struct StepMemory {
         steps(reinterpret_cast<float2*>(windows + Windows<kUsual>::kWords * threads)) {}
 };
 
-// Until what these bits are of has been loaded: an instruction that needs them, and does nothing.
-__device__ __forceinline__ void wait_for_loads(unsigned bits) {
+// An instruction that needs these bits, and does nothing: what they are of has been loaded by here.
+__device__ __forceinline__ void need(unsigned bits) {
   asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, %0, 0x7fc1a53d;\n@p nanosleep.u32 0;\n}" ::"r"(bits) : "memory");
 }
 
@@ -110,14 +110,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kStepCtas<State, kDstate, kUsu
     fence_barrier_init();
   }
   cluster_arrive();
-  const int b = blockIdx.y;  // the sequence
-  wait_for_kernel_before();  // the first access to global memory comes behind it
-  let_next_kernel_start();
-  if (p.slots != nullptr && lane == 0) {
-    copy_async<4>(&slots[warp], p.slots + static_cast<int64>(b) * p.slots_stride);
-  }
-  if (kStochastic && threadIdx.x == 0) copy_async<8>(&seed, p.seed);
-
+  const int b = blockIdx.y;               // the sequence
   const int first = blockIdx.x * p.rows;  // feature of the CTA
   const int first_head = p.by_headdim.of(first);
   const int heads = p.by_headdim.of(first + p.rows - 1) - first_head + 1;
@@ -129,9 +122,17 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kStepCtas<State, kDstate, kUsu
     return c < kShared ? BC : first + c - kShared;
   };
 
-  // what does not need the slot, all of it under way at once
   const int64 token = static_cast<int64>(b) * p.zxbcdt_stride;
   int c = kChannels * threadIdx.x;
+  const int my_head = threads - 1 - threadIdx.x;  // of the CTA: the last threads have least to do
+
+  wait_for_kernel_before();  // the first access to global memory comes behind it
+  let_next_kernel_start();
+  if (p.slots != nullptr && lane == 0) {
+    copy_async<4>(&slots[warp], p.slots + static_cast<int64>(b) * p.slots_stride);
+  }
+  if (kStochastic && threadIdx.x == 0) copy_async<8>(&seed, p.seed);
+  // what does not need the slot, all of it under way at once
   ChannelBits<kUsual> bits{};
   FeatureBits<kUsual> feature{};
   const auto load = [&] {
@@ -139,7 +140,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kStepCtas<State, kDstate, kUsu
     if (c >= kShared) feature.load(p, token, first + c - kShared);
   };
   if (c < channels) load();
-  const int my_head = threads - 1 - threadIdx.x;  // of the CTA: the last threads have least to do
   Element dt_bits{}, dt_bias{};
   float A = 0.f;
   if (my_head < heads) {
@@ -168,10 +168,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kStepCtas<State, kDstate, kUsu
   const auto fetch = [&] {
     Windows<kUsual>::fetch(p, window_of(c), own_windows, threads);
     commit_copies();
-    wait_for_loads(bits.any() ^ feature.any());
+    need(bits.any() ^ feature.any());
   };
   if (c < channels) fetch();
-  wait_for_loads(dt_bits.bits() ^ dt_bias.bits() ^ __float_as_uint(A));
+  need(dt_bits.bits() ^ dt_bias.bits() ^ __float_as_uint(A));
 
   // a lane has consecutive rows of a tile, of each the columns from `column` on, and at last y of row `mine`
   const int part = lane % L::kLanes, column = part * L::kPerLoad, above = lane / L::kLanes * kRows;
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kStepCtas<State, kDstate, kUsu
     load_tile(even, warp);
     load_tile(odd, warp + warps);
   };
-  if (p.windows_first) wait_for_copies<0>();
+  wait_for_copies<0>();
   if constexpr (kUsual) load_first();
 
   if (threadIdx.x == 0) arrive_expecting(barrier, expected * sizeof(float));
@@ -222,7 +222,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kStepCtas<State, kDstate, kUsu
     shared.steps[my_head] = make_float2(dt, expf(dt * A));
   }
   // windows of B and C are stored once the other CTAs have read them, those of rows at once
-  wait_for_copies<0>();
   while (c < channels) {
     Windows<kUsual> windows;
     windows.take(own_windows, threads);
@@ -257,11 +256,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kStepCtas<State, kDstate, kUsu
     B[i] = shared.BC[n], C[i] = shared.BC[kDstate + n];
   }
   float squares = 0.f;
-  // a tile's states through the token, as they are to be stored; its rows of y, not normalised, to shared memory
-  const auto advance_tile = [&](Tile& raw, int tile) {
+  // a tile's states through the token, as they are to be stored, and the lane's part of their products with C
+  const auto advance_tile = [&](Tile& raw, int tile, float (&sums)[kRows]) {
     const int row = tile * L::kTile, head = p.by_headdim.of(first + row) - first_head;
     const auto [dt, decay] = shared.steps[head];
-    float x[kRows], sums[kRows];
+    float x[kRows];
     load_floats(shared.x + row + above, x);
     const int64 number = (static_cast<int64>(slot) * p.nheads * p.headdim + first + row + above) * kDstate + column;
 #pragma unroll
@@ -279,11 +278,15 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kStepCtas<State, kDstate, kUsu
         }
       }
     }
+  };
+  // rows of y, not normalised, to shared memory
+  const auto finish_rows = [&](const float (&sums)[kRows], int tile) {
+    const int row = tile * L::kTile + mine;
     const float sum = sum_rows<L::kLanes>(sums, part);  // in each of the row's lanes
-    const float u = (shared.y[row + mine] + sum) * (p.norm_before_gate ? 1.f : shared.gate[row + mine]);
+    const float u = (shared.y[row] + sum) * (p.norm_before_gate ? 1.f : shared.gate[row]);
     squares = fmaf(u, u, squares);
-    __syncwarp();                                               // all of them have read it
-    if (part % L::kLanesPerSum == 0) shared.y[row + mine] = u;  // who stores y later
+    __syncwarp();                                        // all of them have read it
+    if (part % L::kLanesPerSum == 0) shared.y[row] = u;  // who stores y later
   };
   const auto send_squares = [&] {
 #pragma unroll
@@ -291,14 +294,21 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kStepCtas<State, kDstate, kUsu
     const uint32 place = shared_address(partials + cluster_rank() * warps + warp);
     if (lane < cluster_size()) store_counted(address_in_cta(place, lane), squares, address_in_cta(barrier, lane));
   };
-  // whether there is no other tile; the last one is stored when nobody waits for this warp
+  // returns whether it was the last; that one is stored when nobody waits for this warp
   int tile = warp;
   const auto take = [&](Tile& raw) {
-    advance_tile(raw, tile);
     const bool last = tile + warps >= tiles;
-    if (last) send_squares();
-    store_tile(raw, tile);
-    load_tile(raw, tile + 2 * warps);
+    float sums[kRows];
+    advance_tile(raw, tile, sums);
+    if (!last) {
+      store_tile(raw, tile);
+      load_tile(raw, tile + 2 * warps);
+    }
+    finish_rows(sums, tile);
+    if (last) {
+      send_squares();
+      store_tile(raw, tile);
+    }
     tile += warps;
     return last;
   };
@@ -309,39 +319,47 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kStepCtas<State, kDstate, kUsu
     }
   }
 
-  // y of the rows that the warp has, two to a lane
+  // what comes after the wait is ready before it: of the warp's rows of y, two to a lane, and of B's and C's channels,
+  // which the CTAs of the group share, a part of the windows
   __syncwarp();
+  constexpr int kPairs = L::kTile / 2, kFours = kShared / kChannels;
+  int row = (warp + lane / kPairs * warps) * L::kTile + lane % kPairs * 2;
+  float y[2], weight[2];
+  const auto load_rows = [&] { load_floats(shared.y + row, y), load_floats(shared.weight + row, weight); };
+  if (row < p.rows) load_rows();
+  int four = p.by_rows_per_group.of((first - group * p.rows_per_group) * kFours);
+  const int end = four + p.by_rows_per_group.of(kFours * p.rows);
+  four += threadIdx.x;
+  Windows<kUsual> windows;
+  if (four < end) windows.take(shared.moved + 2 * four, kFours);
   wait(barrier, 0);
+
   float total = 0.f;
 #pragma unroll
   for (int i = 0; i < kMaxCluster * kMaxWarps; i += 32) {
     if (i + lane < expected) total += partials[i + lane];
   }
-  const float scale = rsqrtf(warp_sum(total) / static_cast<float>(p.group_size) + p.eps);
-  constexpr int kPairs = L::kTile / 2;
-  for (int row = (warp + lane / kPairs * warps) * L::kTile + lane % kPairs * 2; row < p.rows; row += 64 * warps) {
-    float v[2];
+  const float scale = rsqrtf(__fdividef(warp_sum(total), static_cast<float>(p.group_size)) + p.eps);
+  while (row < p.rows) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      v[i] = shared.y[row + i] * scale * shared.weight[row + i];
-      if (p.norm_before_gate) v[i] *= shared.gate[row + i];
+      y[i] *= scale * weight[i];
+      if (p.norm_before_gate) y[i] *= shared.gate[row + i];
     }
     const int64 place = static_cast<int64>(b) * p.y_stride + first + row;
     if constexpr (kUsual) {
-      *reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p.y) + place) = __floats2bfloat162_rn(v[0], v[1]);
+      *reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p.y) + place) = __floats2bfloat162_rn(y[0], y[1]);
     } else {
-      store_float(p.y, p.dtype, place, v[0]);
-      store_float(p.y, p.dtype, place + 1, v[1]);
+      store_float(p.y, p.dtype, place, y[0]);
+      store_float(p.y, p.dtype, place + 1, y[1]);
     }
+    row += 64 * warps;
+    if (row < p.rows) load_rows();
   }
-  // of B's and C's channels, which the CTAs of the group share, a part of the windows
-  constexpr int kFours = kShared / kChannels;
-  const int begin = p.by_rows_per_group.of((first - group * p.rows_per_group) * kFours);
-  const int end = begin + p.by_rows_per_group.of(kFours * p.rows);
-  for (int four = begin + threadIdx.x; four < end; four += threads) {
-    Windows<kUsual> windows;
-    windows.take(shared.moved + 2 * four, kFours);
+  while (four < end) {
     windows.store(p, window_of(kChannels * four));
+    four += threads;
+    if (four < end) windows.take(shared.moved + 2 * four, kFours);
   }
 }
 

@@ -145,7 +145,7 @@ struct Mamba2StepArgs {
   float dt_min, dt_max, eps;
   bool dt_softplus, norm_before_gate;
   int cluster, warps;  // CTAs of a group of the norm; of a CTA
-  bool windows_first;  // before states
+  bool streaming;      // windows are stored as what leaves L2 first
 };
 
 // The pointers of Mamba2StepParams, in its order.

@@ -31,7 +31,7 @@ struct Mamba2StepParams {
   float dt_min, dt_max, eps;
   DType dtype, conv_state_dtype, conv_weight_dtype, conv_bias_dtype, D_dtype, dt_bias_dtype, norm_weight_dtype;
   bool dt_softplus, norm_before_gate;
-  bool windows_first;  // a CTA asks for states when its windows have come
+  bool streaming;  // windows are stored as what leaves L2 first
 };
 
 inline constexpr int kMaxWidth = 4, kColumns = kMaxWidth - 1, kChannels = 4;
@@ -246,19 +246,19 @@ struct Windows {
     return moved;
   }
 
-  // To where they came from, as what leaves L2 first.
+  // To where they came from.
   __device__ __forceinline__ void store(const Mamba2StepParams& p, int64 first) const {
     if constexpr (kUsual) {
 #pragma unroll
       for (int w = 0; w < kWords; w += 2) {
-        hybrid_ops::store<true>(reinterpret_cast<uint2*>(static_cast<unsigned short*>(p.conv_state) + first + 2 * w),
-                                make_uint2(columns.words[w], columns.words[w + 1]));
+        store_vector(static_cast<unsigned short*>(p.conv_state) + first + 2 * w,
+                     make_uint2(columns.words[w], columns.words[w + 1]), p.streaming);
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
         if (i % kColumns < kMaxWidth - p.width) continue;
-        store_float<true>(p.conv_state, p.conv_state_dtype, offset(p, first, i), __uint_as_float(columns.words[i]));
+        store_float(p.conv_state, p.conv_state_dtype, offset(p, first, i), __uint_as_float(columns.words[i]));
       }
     }
   }
