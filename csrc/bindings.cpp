@@ -394,7 +394,7 @@ PYBIND11_MODULE(_cuda, m) {
                  .norm_before_gate = norm_before_gate,
                  .cluster = config[0],
                  .warps = config[1],
-                 .streaming = config[2] != 0,
+                 .crowded = config[2] != 0,
              };
            }),
            py::arg("dtypes"), py::arg("sizes"), py::arg("row_strides"), py::arg("conv_strides"),

@@ -107,7 +107,7 @@ void mamba2_step(const Mamba2StepArgs& a, const Mamba2StepPointers& pointers, Ta
       .norm_weight_dtype = a.norm_weight_dtype,
       .dt_softplus = a.dt_softplus,
       .norm_before_gate = a.norm_before_gate,
-      .streaming = a.streaming,
+      .crowded = a.crowded,
   };
   const DeviceGuard guard(target.device);
   switch (a.state_dtype) {

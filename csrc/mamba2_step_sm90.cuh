@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kStepCtas<State, kDstate, kUsu
     load_tile(even, warp);
     load_tile(odd, warp + warps);
   };
-  wait_for_copies<0>();
+  if (p.crowded) wait_for_copies<0>();
   if constexpr (kUsual) load_first();
 
   if (threadIdx.x == 0) arrive_expecting(barrier, expected * sizeof(float));
@@ -221,6 +221,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kStepCtas<State, kDstate, kUsu
         step_size(from_bits(dt_bits, p.dtype) + from_bits(dt_bias, p.dt_bias_dtype), p.dt_softplus, p.dt_min, p.dt_max);
     shared.steps[my_head] = make_float2(dt, expf(dt * A));
   }
+  wait_for_copies<0>();
   // windows of B and C are stored once the other CTAs have read them, those of rows at once
   while (c < channels) {
     Windows<kUsual> windows;

@@ -145,7 +145,7 @@ struct Mamba2StepArgs {
   float dt_min, dt_max, eps;
   bool dt_softplus, norm_before_gate;
   int cluster, warps;  // CTAs of a group of the norm; of a CTA
-  bool streaming;      // windows are stored as what leaves L2 first
+  bool crowded;        // not all CTAs begin at once
 };
 
 // The pointers of Mamba2StepParams, in its order.

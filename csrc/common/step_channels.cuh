@@ -31,7 +31,9 @@ struct Mamba2StepParams {
   float dt_min, dt_max, eps;
   DType dtype, conv_state_dtype, conv_weight_dtype, conv_bias_dtype, D_dtype, dt_bias_dtype, norm_weight_dtype;
   bool dt_softplus, norm_before_gate;
-  bool streaming;  // windows are stored as what leaves L2 first
+  // Not all CTAs begin at once: they ask for states when their windows have come, lest those of others hold them up,
+  // and store windows as what leaves L2 first.
+  bool crowded;
 };
 
 inline constexpr int kMaxWidth = 4, kColumns = kMaxWidth - 1, kChannels = 4;
@@ -252,7 +254,7 @@ struct Windows {
 #pragma unroll
       for (int w = 0; w < kWords; w += 2) {
         store_vector(static_cast<unsigned short*>(p.conv_state) + first + 2 * w,
-                     make_uint2(columns.words[w], columns.words[w + 1]), p.streaming);
+                     make_uint2(columns.words[w], columns.words[w + 1]), p.crowded);
       }
     } else {
 #pragma unroll

@@ -19,7 +19,7 @@ MAX_ROWS = 2048  # of a CTA: its features are in shared memory
 class Config(NamedTuple):
     cluster: int  # CTAs that share a group of the norm, each with consecutive features
     warps: int  # of a CTA
-    streaming: bool  # windows are stored as what leaves L2 first
+    crowded: bool  # not all CTAs begin at once
 
 
 def tile(dstate: int) -> int:
@@ -35,7 +35,6 @@ def config(
     With more than one sequence, of CTAs of 128 features where there are such: each convolves B and C anew. But of two,
     with at most 512 features each, where these give every multiprocessor one CTA, or two: all are there at once then.
     A CTA has a warp for each tile and a thread for every four channels that it convolves, where there are as many.
-    Streaming, where not all begin at once: measured, 1% faster there, and half a microsecond slower for one sequence.
     """
     rows_of_tile = tile(dstate)
     if group_size % rows_per_group or headdim % rows_of_tile:
@@ -56,7 +55,7 @@ def config(
     rows = group_size // cluster
     tiles, threads = rows // rows_of_tile, (2 * dstate + rows) // CHANNELS
     warps = max(-(-tiles // -(-tiles // MAX_WARPS)), min(-(-threads // 32), MAX_WARPS))
-    return Config(cluster, warps, streaming=batch * nheads * headdim // rows > 2 * num_sms)
+    return Config(cluster, warps, crowded=batch * nheads * headdim // rows > 2 * num_sms)
 
 
 def rows_per_group(zxbcdt: Tensor, state: Tensor) -> int:
