@@ -238,7 +238,6 @@ def _choose(
     dstate: int = 128,
     width: int = 4,
     group_size: int | None = None,
-    rounding: str = "nearest",
     **_: Any,
 ) -> Choice:
     d_inner = nheads * headdim
@@ -253,7 +252,7 @@ def _choose(
     refusal = refusal or _csrc_mamba2_step.refusal(*tensors, *(None,) * 6, meta(batch, d_inner), group_size)
     chosen, reason = _device.choose(impl, torch.device(device), refusal)
     if chosen == "cuda":
-        sizes = (state_dtype.itemsize, rounding == "stochastic", group_size, d_inner // ngroups)
+        sizes = (group_size, d_inner // ngroups)
         config = _csrc_mamba2_step.config(batch, nheads, headdim, dstate, *sizes, _device.num_sms_to_explain(device))
         assert config is not None  # or it would have refused
         return Choice(chosen, config._asdict(), reason)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 
 import hybrid_ops
+from hybrid_ops import _device
 from hybrid_ops._csrc import mamba2_step as csrc
 from hybrid_ops.reference import ssd_update as update_reference
 from hybrid_ops.triton_kernels import mamba2_step as kernels
@@ -354,10 +355,13 @@ def test_torch_compile(backend, compile_once):
     compile_once(compiled_step, backend, inputs, grads=(False,))
 
 
-def test_explain():
+def test_explain(monkeypatch):
     assert hybrid_ops.explain("mamba2_step", device="cpu").impl == "torch"
     with pytest.raises(RuntimeError, match="norm groups of whole groups of B and C"):
         hybrid_ops.explain("mamba2_step", impl="cuda", group_size=64)
+    monkeypatch.setattr(_device, "choose", lambda impl, device, refusal: ("cuda", "as told"))
+    explained = hybrid_ops.explain("mamba2_step", device="cpu", batch=64)
+    assert explained.config == dict(cluster=8, warps=8, crowded=True)
 
 
 def test_what_the_cuda_kernel_takes():
