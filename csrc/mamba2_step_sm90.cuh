@@ -5,8 +5,8 @@
 //  * As soon as a CTA knows the slot it asks for its windows, then for the first two tiles of each warp, 128 KB on a
 //    multiprocessor, and does everything else while they are on their way: the convolution, four channels a thread, of
 //    its rows and of its group's B and C (which its neighbours compute too: a few KB from L2, against a barrier).
-//  * Tiles are loaded into registers, which measured faster than any copy to shared memory. The compiler counts what is
-//    loaded into registers by one counter: who waits for one load waits for all before it. So whatever is needed before
+//  * Tiles are loaded into registers, which measured faster than any copy to shared memory. ptxas has one counter for
+//    all that is being loaded into registers: who waits for one load waits for all before it. So what is needed before
 //    the states comes as a copy (the slot, windows), or is waited for before they are asked for.
 //  * Few warps with much to do each: with twice as many, instructions took longer than memory.
 //
@@ -21,9 +21,8 @@
 //  * That wait is for all of the kernel before and its writes, whether it let this one begin or ended. If it was itself
 //    launched early, it has waited for the one before it in turn, and so on: such a kernel must wait before it ends. In
 //    this one every thread of every CTA does, null slots too, which keeps the chain whole for the next.
-//  * It lets the next kernel begin behind that wait: once all its CTAs have begun, those of the next one take the
-//  places
-//    of those that end. Before the wait, launches of few CTAs would pile up.
+//  * It lets the next kernel begin behind that wait: once all its CTAs have begun, those of the next one take places
+//    that they leave. Before the wait, launches of few CTAs would pile up.
 // In a CUDA graph the launch becomes a programmatic edge, if the node before is a kernel, and an ordinary one else.
 #pragma once
 
