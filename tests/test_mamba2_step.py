@@ -381,6 +381,7 @@ def test_what_the_cuda_kernel_takes():
     for bad in (64, 256):
         assert "norm groups of whole groups of B and C" in refusal(bad)
     assert "norm groups" in refusal(48 * 8, P=12, N=64)  # tiles of 8
+    assert "norm groups" in refusal(4 * 8, P=4, N=256)  # heads of 8
     assert "dstate 64, 128, 256, not 16" in refusal(N=16)
     assert "widths 2 to 4" in refusal(width=5)
     assert "widths 2 to 4" in refusal(columns=5)
@@ -390,7 +391,7 @@ def test_what_the_cuda_kernel_takes():
 
 
 @pytest.mark.parametrize("dstate", [64, 128, 256])
-@pytest.mark.parametrize("heads", [(64, 64, 8), (128, 64, 8), (128, 80, 8), (64, 64, 1), (8, 64, 1)])
+@pytest.mark.parametrize("heads", [(64, 64, 8), (128, 64, 8), (128, 80, 8), (64, 64, 1), (8, 64, 1), (256, 8, 1)])
 def test_configurations(heads, dstate):
     """Every warp has whole tiles of one head, and a block no more than half of a multiprocessor."""
     nheads, headdim, ngroups = heads
@@ -401,6 +402,7 @@ def test_configurations(heads, dstate):
             rows, tile = group_size // cluster, csrc.tile(dstate)
             assert rows * cluster == group_size
             assert rows % tile == rows_per_group % rows == headdim % tile == 0
+            assert -(-rows // headdim) <= 32 * warps  # a thread for each head's step
             assert 1 <= cluster <= 8
             assert 1 <= warps <= 8
             shared = 4 * (8 * dstate + 4 * rows + 12 * 32 * warps + 2 * -(-rows // headdim))  # the larger of two kinds

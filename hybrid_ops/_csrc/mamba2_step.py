@@ -14,6 +14,7 @@ MAX_WARPS = 8  # two CTAs of 128 registers a thread share a multiprocessor
 CHANNELS = 4  # that a thread convolves
 FILLED = 0.9  # of the multiprocessors' places for CTAs: nearly even
 MAX_ROWS = 2048  # of a CTA: its features are in shared memory
+HEADDIM = 8  # or a multiple: whole tiles, and no more heads than threads
 
 
 class Config(NamedTuple):
@@ -37,7 +38,7 @@ def config(
     A CTA has a warp for each tile and a thread for every four channels that it convolves, where there are as many.
     """
     rows_of_tile = tile(dstate)
-    if group_size % rows_per_group or headdim % rows_of_tile:
+    if group_size % rows_per_group or headdim % HEADDIM:
         return None
 
     def fits(cluster: int) -> bool:
@@ -100,7 +101,7 @@ def refusal(
     if config(1, nheads, headdim, dstate, group_size, rows_per_group(zxbcdt, state), 1) is None:
         return (
             "the CUDA kernel needs norm groups of whole groups of B and C, in up to 8 equal parts of whole heads of "
-            f"{tile(dstate)} n features; not {group_size} of headdim {headdim}"
+            f"{HEADDIM} n features; not {group_size} of headdim {headdim}"
         )
     strides = (*conv_state.stride()[1:], *state.stride()[1:], *(s for t in others if t is not None for s in t.stride()))
     if max(zxbcdt.shape[0], y.shape[1]) > 65535 or max(*strides, *conv_state.shape, *zxbcdt.shape) >= 2**31:
