@@ -49,24 +49,12 @@ __device__ __forceinline__ float load_float(const void* data, DType dtype, int64
   return from_bits(load_bits(data, dtype, i), dtype);
 }
 
-// kStreaming: the first to leave L2.
-template <bool kStreaming, typename T>
-__device__ __forceinline__ void store(T* place, T value) {
-  if constexpr (kStreaming) {
-    __stcs(place, value);
-  } else {
-    *place = value;
-  }
-}
-
-template <bool kStreaming = false>
 __device__ __forceinline__ void store_float(void* data, DType dtype, int64 i, float value) {
   if (dtype == DType::float32) {
-    store<kStreaming>(static_cast<float*>(data) + i, value);
+    static_cast<float*>(data)[i] = value;
   } else {
-    store<kStreaming>(static_cast<unsigned short*>(data) + i, dtype == DType::bfloat16
-                                                                  ? __bfloat16_as_ushort(__float2bfloat16_rn(value))
-                                                                  : __half_as_ushort(__float2half_rn(value)));
+    static_cast<unsigned short*>(data)[i] = dtype == DType::bfloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value))
+                                                                     : __half_as_ushort(__float2half_rn(value));
   }
 }
 
