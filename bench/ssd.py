@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ SCAN_INPUTS = ("x", "dt", "A", "B", "C", "D", "dt_bias")
 def cases(on_gpu: bool) -> Iterator[Case]:
     if not on_gpu:
         yield ssd("tiny", 256, 2)
+        yield ssd_norm("tiny", 256, 2)
         yield ssd_update("tiny", 4, torch.float32)
         yield ssd_replay("tiny", 4, torch.float32, 2, 1)
         return
@@ -46,6 +48,8 @@ def cases(on_gpu: bool) -> Iterator[Case]:
     yield ssd("nano3", 2048, 8)
     yield ssd("nano2", 8192, 1)
     yield ssd("h56b", 8192, 1)
+    for model, seqlen, batch in (("super", 8192, 1), ("super", 2048, 4), ("nano3", 8192, 1), ("nano2", 8192, 1)):
+        yield ssd_norm(model, seqlen, batch)
     for batch in (1, 16, 64, 256):
         yield ssd_update("super", batch, torch.float32)
     for dtype in (torch.bfloat16, torch.float16):
@@ -110,6 +114,44 @@ def ssd(model: str, seqlen: int, batch: int, tp: int = 1) -> Case:
         tokens=1,
         problem={"headdim": mixer.headdim, "dstate": mixer.dstate},
         peers={**peers.ssd(CHUNK), **peers.own_torch(call, model)},
+    )
+
+
+def ssd_norm(model: str, seqlen: int, batch: int) -> Case:
+    """With the gate and the norm that follow in every Mamba-2 mixer here, beside the two operators."""
+    mixer = mixer_of(model)
+    inner, group_size = mixer.inner, mixer.inner // mixer.ngroups
+
+    def make(device: torch.device, generator: torch.Generator) -> Tensors:
+        """z as a slice of in_proj's output."""
+        z = randn(generator, batch, seqlen, inner + mixer.conv_dim + mixer.nheads)[..., :inner]
+        norm_weight = 1 + randn(generator, inner) * 0.1
+        t = inputs(mixer, generator, batch, seqlen)
+        return t | {"z": z.unflatten(-1, (mixer.nheads, mixer.headdim)), "norm_weight": norm_weight}
+
+    def call(t: Tensors, impl: str) -> Tensors:
+        return {"y": hybrid_ops.ssd_chunk_scan(**t, dt_softplus=True, chunk_size=CHUNK, impl=impl)}
+
+    def apart(t: Tensors, impl: str = "auto", dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        scan = {name: t[name] for name in SCAN_INPUTS}
+        y = hybrid_ops.ssd_chunk_scan(**scan, dt_softplus=True, chunk_size=CHUNK, impl=impl).to(dtype).to(t["x"].dtype)
+        z, weight = t["z"].flatten(2), t["norm_weight"]
+        return hybrid_ops.gated_rms_norm(y.flatten(2), z, weight, group_size=group_size, impl=impl).view(t["x"].shape)
+
+    def wide(t: Tensors) -> Tensors:
+        return float32(t, *SCAN_INPUTS, "z", "norm_weight")
+
+    tokens, groups = batch * seqlen, mixer.ngroups * mixer.dstate
+    return replace(
+        ssd(model, seqlen, batch),
+        name=prefill(model, seqlen, batch, "normed"),
+        make=make,
+        call=call,
+        expected=lambda t: {"y": apart(wide(t), "torch", torch.float32)},
+        baseline=lambda t: {"y": apart(wide(t), "torch")},
+        bytes=2 * (tokens * (3 * inner + 2 * groups + mixer.nheads) + inner),
+        problem={"headdim": mixer.headdim, "dstate": mixer.dstate, "nheads": mixer.nheads, "norm": True},
+        peers={"two ops": apart},
     )
 
 

@@ -142,7 +142,8 @@ PYBIND11_MODULE(_cuda, m) {
       .def(py::init([](std::array<int, 6> dtypes, std::array<std::int64_t, 10> sizes,
                        std::array<std::array<std::int64_t, 3>, 7> strides, std::int64_t dt_bias_stride,
                        std::array<std::int64_t, 2> D_strides, bool dt_softplus, float dt_min, float dt_max,
-                       int null_slot, bool plain_z, int segments, int heads, int turns, int num_sms) {
+                       int null_slot, bool plain_z, int segments, int heads, int turns, int num_sms, bool normed,
+                       float norm_eps) {
              const auto [batch, seqlen, nheads, headdim, ngroups, dstate, nseq, num_slots, num_intervals, interval] =
                  sizes;
              std::random_device random;
@@ -182,12 +183,15 @@ PYBIND11_MODULE(_cuda, m) {
                  .turns = turns,
                  .ticket = static_cast<std::uint64_t>(random()) << 32 | random(),
                  .num_sms = num_sms,
+                 .normed = normed,
+                 .norm_eps = norm_eps,
              };
            }),
            "The groups hold what SsdArgs in api.h names, in its order; strides: x, B, C, z, y, dt, states.",
            py::arg("dtypes"), py::arg("sizes"), py::arg("strides"), py::arg("dt_bias_stride"), py::arg("D_strides"),
            py::arg("dt_softplus"), py::arg("dt_min"), py::arg("dt_max"), py::arg("null_slot"), py::arg("plain_z"),
-           py::arg("segments"), py::arg("heads"), py::arg("turns"), py::arg("num_sms"))
+           py::arg("segments"), py::arg("heads"), py::arg("turns"), py::arg("num_sms"), py::arg("normed"),
+           py::arg("norm_eps"))
       .def("__call__", &with_workspace<SsdTensors, ssd_fwd, SsdArgs>,
            "Fill y and the states; tensors in the order of SsdTensors in api.h, None where absent.", py::arg("tensors"),
            py::arg("device"), py::arg("stream"));

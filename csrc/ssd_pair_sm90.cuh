@@ -27,6 +27,7 @@ struct PairConfig : InputSizes<2, 2, 1, kGated> {
   using Sizes::kHeads, Sizes::kTileBytes, Sizes::kGroupBytes;
   static constexpr bool kSplit = false, kPaired = false;
   static constexpr int kTurns = 1;
+  static constexpr bool kNormed = false;
   static constexpr int kThreads = 128 * (1 + kHeads + 1);
 
   // of 512 for a thread of each warpgroup together; all with which ptxas spills nothing

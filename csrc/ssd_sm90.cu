@@ -24,15 +24,25 @@ bool is_paired(const SsdArgs& a) {
 // CTAs that share a sequence are a group; so many run at once.
 std::int64_t count_groups(const SsdArgs& a) {
   const std::int64_t at_once = a.num_sms / (a.segments * a.turns);
-  return std::min(a.nseq * a.nheads / a.heads, is_paired(a) ? at_once / 2 * 2 : at_once);
+  const std::int64_t together = a.normed ? a.nheads / a.ngroups : is_paired(a) ? 2 : 1;
+  return std::min(a.nseq * a.nheads / a.heads, at_once / together * together);
 }
 
-// Bytes of the pieces, behind which the flags lie, and of these: see ssd_segments.cuh.
-std::array<std::int64_t, 2> workspace_parts(const SsdArgs& a) {
-  if (a.segments == 1) return {0, 0};
-  const std::int64_t walkers = (a.headdim > 64 ? 2 : 1) * (a.dstate > kStates ? 2 : 1);
-  const std::int64_t each = 2 * count_groups(a) * walkers;
-  return {each * (a.segments + 1) * kPieceFloats * 4, each * a.segments * a.segments * 4 * 8};
+// Bytes in the order in which they lie: pieces and flags, see ssd_segments.cuh; sums of squares, see ssd_norm.cuh.
+struct WorkspaceParts {
+  std::int64_t pieces = 0, flags = 0, squares = 0;
+};
+
+WorkspaceParts workspace_parts(const SsdArgs& a) {
+  WorkspaceParts parts;
+  if (a.segments > 1) {
+    const std::int64_t walkers = (a.headdim > 64 ? 2 : 1) * (a.dstate > kStates ? 2 : 1);
+    const std::int64_t each = 2 * count_groups(a) * walkers;
+    parts.pieces = each * (a.segments + 1) * kPieceFloats * 4;
+    parts.flags = each * a.segments * a.segments * 4 * 8;
+  }
+  if (a.normed) parts.squares = (a.batch * a.seqlen / kChunk + 2 * a.nseq + 1) * a.nheads * kChunk * 4;
+  return parts;
 }
 
 template <auto kKernel, typename Config>
@@ -40,7 +50,8 @@ void launch(const SsdParams& p, const SsdArgs& a, Target target) {
   allow_shared_memory<kKernel>(Config::kSharedBytes, target.device);
   cudaLaunchAttribute together{};
   const bool clustered = p.paired || a.turns > 1;
-  if (Config::kSplit) {  // CTAs that share a sequence wait for each other
+  const bool cooperative = Config::kSplit || Config::kNormed;
+  if (cooperative) {  // CTAs that share a sequence, or a group, wait for each other
     together.id = cudaLaunchAttributeCooperative;
     together.val.cooperative = 1;
   } else {
@@ -54,7 +65,7 @@ void launch(const SsdParams& p, const SsdArgs& a, Target target) {
       .dynamicSmemBytes = Config::kSharedBytes,
       .stream = reinterpret_cast<cudaStream_t>(target.stream),
       .attrs = attributes.data(),
-      .numAttrs = Config::kSplit || clustered ? 2u : 1u,
+      .numAttrs = cooperative || clustered ? 2u : 1u,
   };
   check(cudaLaunchKernelEx(&config, kKernel, p), "ssd_kernel");
 }
@@ -62,6 +73,16 @@ void launch(const SsdParams& p, const SsdArgs& a, Target target) {
 template <typename Config>
 void launch_single(const SsdParams& p, const SsdArgs& a, Target target) {
   launch<ssd_kernel<Config>, Config>(p, a, target);
+}
+
+// y normed, where models need it.
+void launch_normed(const SsdParams& p, const SsdArgs& a, Target target) {
+  if (a.heads != 1 || a.turns != 1 || a.headdim > 80 || (a.headdim > 64 && a.segments > 1) || a.dstate > kStates ||
+      count_groups(a) == 0)
+    throw std::runtime_error("ssd: no such norm");
+  if (a.headdim > 64) return launch_single<SsdConfig<80, 1, true, Sharing::none, true>>(p, a, target);
+  if (a.segments > 1) return launch_single<SsdConfig<64, 1, true, Sharing::segments, true>>(p, a, target);
+  launch_single<SsdConfig<64, 1, true, Sharing::none, true>>(p, a, target);
 }
 
 template <typename Config>
@@ -88,8 +109,8 @@ void launch_gated(const SsdParams& p, bool gated, const SsdArgs& a, Target targe
 }  // namespace
 
 std::int64_t workspace_bytes(const SsdArgs& a) {
-  const auto [pieces, flags] = workspace_parts(a);
-  return pieces + flags;
+  const auto [pieces, flags, squares] = workspace_parts(a);
+  return pieces + flags + squares;
 }
 
 void ssd_fwd(const SsdArgs& a, const SsdTensors& t, Target target) {
@@ -127,9 +148,14 @@ void ssd_fwd(const SsdArgs& a, const SsdTensors& t, Target target) {
   p.interval_base = reinterpret_cast<const int*>(t.interval_base);
   p.segments = a.segments;
   p.paired = is_paired(a);
+  const auto [pieces, flags, squares] = workspace_parts(a);
   p.pieces = reinterpret_cast<float*>(t.workspace);
-  p.flags = reinterpret_cast<uint64*>(t.workspace + workspace_parts(a)[0]);
+  p.flags = reinterpret_cast<uint64*>(t.workspace + pieces);
   p.ticket = a.ticket;
+  p.squares = reinterpret_cast<float*>(t.workspace + pieces + flags);
+  p.norm_weight = reinterpret_cast<const bf16*>(t.norm_weight);
+  p.norm_eps = a.norm_eps;
+  p.inverse_group = 1.f / static_cast<float>(a.nheads / a.ngroups * a.headdim);
   p.dt_min = a.dt_min;
   p.dt_max = a.dt_max;
   p.seqlen = static_cast<int>(a.seqlen);
@@ -152,6 +178,11 @@ void ssd_fwd(const SsdArgs& a, const SsdTensors& t, Target target) {
     throw std::runtime_error("ssd: turns must be 1, or 2 of segments = 1");
   const DeviceGuard guard(target.device);
   const bool gated = t.z != 0;
+  if (a.normed) {
+    // kNoSum everywhere
+    check(cudaMemsetAsync(p.squares, 0xFF, squares, reinterpret_cast<cudaStream_t>(target.stream)), "ssd: squares");
+    return launch_normed(p, a, target);
+  }
   if (a.heads == 2) {
     return gated ? launch_pair<PairConfig<true>>(p, a, target) : launch_pair<PairConfig<false>>(p, a, target);
   }

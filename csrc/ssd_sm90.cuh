@@ -92,9 +92,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ssd_kernel(const __grid_c
       init_barrier(shared.passed_full(buffer), 4 * Config::kWalkers);
       init_barrier(shared.passed_empty(buffer), 4);
     }
-    for (int reader = 0; reader < Config::kReaders; ++reader) {
-      init_barrier(shared.y_full(reader), 4);
-      init_barrier(shared.y_empty(reader), 1);
+    for (int output = 0; output < Config::kOutputs; ++output) {
+      init_barrier(shared.y_full(output), 4);
+      init_barrier(shared.y_empty(output), 1);
     }
     if (Config::kTurns > 1) store_shared(shared.entered(), 0.f), __threadfence();
     fence_barrier_init();

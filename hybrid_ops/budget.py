@@ -8,7 +8,8 @@ of small scale hides in any whole-tensor error.
 
 A slice of few values can be lucky, its baseline nearly exact; so the baseline counts as no better than what one
 rounding makes on average: with u the unit roundoff and mantissas spread evenly (log-uniform in [1, 2)), the error of
-one value is 0.42 u in RMS and at most 0.72 u, the mean of 1/mantissa.
+one value is 0.42 u in RMS and at most 0.72 u, the mean of 1/mantissa. Of a result that is rounded on its way too, by
+all implementations, it counts as no better than so many roundings, sqrt(roundings) times as much.
 """
 
 from typing import NamedTuple
@@ -52,7 +53,14 @@ def errors(got, ref, axis):
 
 
 def measure(
-    name: str, got: Tensor, ref: np.ndarray, baseline: np.ndarray, x_dtype: torch.dtype, *, axis: int | None = -1
+    name: str,
+    got: Tensor,
+    ref: np.ndarray,
+    baseline: np.ndarray,
+    x_dtype: torch.dtype,
+    *,
+    axis: int | None = -1,
+    roundings: int = 1,
 ) -> Measure:
     """How much of its budget the result `got` needs; `ref` and `baseline` have its shape."""
     if tuple(got.shape) != ref.shape:
@@ -63,16 +71,16 @@ def measure(
     if not np.isfinite(value).all() and np.isfinite(ref).all():
         return Measure(np.inf, f"{name} has values that are not finite")
     allowance = 2.0**-22 if x_dtype == torch.float32 else 0.0
-    unit = torch.finfo(x_dtype).eps / 2
+    unit = torch.finfo(x_dtype).eps / 2 * roundings**0.5
     ratio, complaint = 0.0, None
-    for kind, one_rounding, mine, theirs in zip(
+    for kind, at_least, mine, theirs in zip(
         ("RMS", "max"),
         (0.42 * unit, 0.72 * unit),
         errors(value, ref, axis),
         errors(round_to(baseline, x_dtype), ref, axis),
         strict=True,
     ):
-        budget = FACTOR * np.maximum(theirs, one_rounding) + allowance
+        budget = FACTOR * np.maximum(theirs, at_least) + allowance
         over = ~(mine <= budget)  # NaN is over
         ratio = max(ratio, float((mine / np.maximum(budget, 1e-300)).max()))
         if over.any() and complaint is None:
@@ -84,10 +92,17 @@ def measure(
 
 
 def assert_within(
-    name: str, got: Tensor, ref: np.ndarray, baseline: np.ndarray, x_dtype: torch.dtype, *, axis: int | None = -1
+    name: str,
+    got: Tensor,
+    ref: np.ndarray,
+    baseline: np.ndarray,
+    x_dtype: torch.dtype,
+    *,
+    axis: int | None = -1,
+    roundings: int = 1,
 ) -> float:
     """Fail unless `got` is within the budget; returns the part of it that was needed."""
-    ratio, complaint = measure(name, got, ref, baseline, x_dtype, axis=axis)
+    ratio, complaint = measure(name, got, ref, baseline, x_dtype, axis=axis, roundings=roundings)
     if complaint is not None:
         raise AssertionError(complaint)
     return ratio

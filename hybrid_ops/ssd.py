@@ -13,6 +13,7 @@ from ._csrc import ssd as _csrc_ssd
 from ._library import Choice, define, explains
 from ._torch import ssd as _torch_ssd
 from ._torch import ssd_bwd as _torch_ssd_bwd
+from .norm import gated_rms_norm
 
 # kernels cut sequences into pieces of at most this many tokens: a split there is a split between pieces for all of them
 _LARGEST_CHUNK = 128
@@ -44,6 +45,8 @@ def ssd_chunk_scan(
     interval_slots: Tensor | None = None,
     null_slot: int = -1,
     batch_invariant: bool = False,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-5,
     out: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
@@ -54,6 +57,10 @@ def ssd_chunk_scan(
         dt'_t = clamp(softplus(dt_t + dt_bias), *dt_limit)          softplus only with dt_softplus
         S_t   = exp(dt'_t A) S_{t-1} + dt'_t x_t (outer) B_t[g]     S: (headdim, dstate)
         y_t   = (S_t C_t[g] + D x_t) * silu(z_t)
+
+    and with `norm_weight`, over the features of all heads of a group::
+
+        y_t   = y_t / sqrt(mean(y_t^2) + norm_eps) * norm_weight
 
     Args:
         x: (batch, seqlen, nheads, headdim), any strides.
@@ -90,6 +97,9 @@ def ssd_chunk_scan(
         null_slot: this slot, and any outside the pool, reads zeros and writes nothing.
         batch_invariant: a sequence's bits depend neither on the others nor on cuts at positions that are multiples of
             chunk_size (>= 128), given float32 states and `seq_offsets`.
+        norm_weight: (nheads * headdim,), of `gated_rms_norm` behind the scan; None for no norm. Where the CUDA kernel
+            gates and norms y itself, y goes through memory once, not three times.
+        norm_eps: added to the mean square.
         out: y is written here; x's shape and dtype. Not where a gradient is needed.
         impl: "auto", "cuda", "triton" or "torch".
 
@@ -97,9 +107,9 @@ def ssd_chunk_scan(
         y in x's dtype and shape, followed by the final states and the interval states where asked for; with a pool y
         alone.
 
-    x in float32, bfloat16 or float16 (float64 on the CPU); D, z, dt, dt_bias in any of them. Arithmetic and the state
-    between tokens are float32 (float64). Differentiable in all floating arguments, in y and in the returned states; not
-    with a pool.
+    x in float32, bfloat16 or float16 (float64 on the CPU); D, z, dt, dt_bias, norm_weight in any of them. Arithmetic
+    and the state between tokens are float32 (float64). Differentiable in all floating arguments, in y and in the
+    returned states; not with a pool.
 
     Raises:
         ValueError, TypeError: an argument that is not the one expected; nothing has been written then.
@@ -116,25 +126,52 @@ def ssd_chunk_scan(
     _device.check_impl(impl)
     slots = (read_slots, write_slots, interval_slots)
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, seq_offsets)
-    compute, low, high, run = _check(
+    compute, low, high, run, normed = _check(
         *(*tensors, *slots, ssm_state, null_slot, return_final_states, state_dtype),
-        *(dt_limit, chunk_size, state_interval, batch_invariant, dt_softplus, out, impl),
+        *(dt_limit, chunk_size, state_interval, batch_invariant, dt_softplus, norm_weight, norm_eps, out, impl),
     )
-    needs_grad = _checks.needs_grad(*tensors[:9])
+    needs_grad = _checks.needs_grad(*tensors[:9], norm_weight)
     _checks.out(out, x, needs_grad)
-    options = (dt_softplus, low, high, state_interval, null_slot, batch_invariant, impl)
+    if norm_weight is not None and (needs_grad or not normed):
+        arguments: dict[str, Any] = dict(
+            **dict(D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, chunk_size=chunk_size),
+            **dict(initial_states=initial_states, seq_idx=seq_idx, cu_seqlens=cu_seqlens, seq_offsets=seq_offsets),
+            **dict(return_final_states=return_final_states, state_interval=state_interval, state_dtype=state_dtype),
+            **dict(ssm_state=ssm_state, read_slots=read_slots, write_slots=write_slots, interval_slots=interval_slots),
+            **dict(null_slot=null_slot, batch_invariant=batch_invariant, impl=impl),
+        )
+        results = ssd_chunk_scan(x, dt, A, B, C, **arguments)
+        y, *states = (results,) if isinstance(results, Tensor) else results
+        y = _norm(y, z, norm_weight, norm_eps, B.shape[2], out, impl)
+        return (y, *states) if states else y
+    options = (dt_softplus, low, high, state_interval, null_slot, batch_invariant, norm_eps, impl)
     if ssm_state is not None:
         if needs_grad or _checks.needs_grad(ssm_state):
             raise ValueError("ssm_state must be None where a gradient is needed: pools are not differentiable")
         y = x.new_empty(*x.shape) if out is None else out
-        _ssd_fwd_op(*tensors, *slots, y, None, None, ssm_state, *options, run=run)
+        _ssd_fwd_op(*tensors, *slots, y, None, None, ssm_state, norm_weight, *options, run=run)
         return y
     stored = state_dtype or compute
     if needs_grad:
         results = _SSDChunkScan.apply(*tensors, return_final_states, stored, options)
     else:
-        results = _ssd_chunk_scan(*tensors, return_final_states, stored, options, out, run)
+        results = _ssd_chunk_scan(*tensors, return_final_states, stored, options, out, run, norm_weight)
     return results[0] if len(results) == 1 else results
+
+
+def _norm(
+    y: Tensor, z: Tensor | None, weight: Tensor, eps: float, ngroups: int, out: Tensor | None, impl: str
+) -> Tensor:
+    """The norm behind a scan that has not gated its y."""
+    normed = gated_rms_norm(
+        y.flatten(2),
+        None if z is None else z.flatten(2),
+        weight,
+        eps=eps,
+        group_size=weight.shape[0] // ngroups,
+        impl=impl,
+    ).view(y.shape)
+    return normed if out is None else out.copy_(normed)
 
 
 @_checks.remembered
@@ -163,14 +200,20 @@ def _check(
     state_interval: int,
     batch_invariant: bool,
     dt_softplus: bool,
+    norm_weight: Tensor | None,
+    norm_eps: float,
     out: Tensor | None,
     impl: str,
-) -> tuple[torch.dtype, float, float, Callable[..., None] | None]:
-    """The dtype that states have unless asked otherwise, the bounds of dt', and the CUDA kernel's launch, where that is
-    what a plain call comes to."""
+) -> tuple[torch.dtype, float, float, Callable[..., None] | None, bool]:
+    """The dtype that states have unless asked otherwise, the bounds of dt', the CUDA kernel's launch, where that is
+    what a plain call comes to, and whether it norms y."""
     compute = _check_inputs(x, dt, A, B, C, D, z, dt_bias)
     low, high = _check_options(dt_limit, chunk_size, state_interval, batch_invariant)
     _checks.number("null_slot", null_slot)
+    _checks.number("norm_eps", norm_eps)
+    if norm_weight is not None:
+        features = x.shape[2] * x.shape[3]
+        _checks.tensor("norm_weight", norm_weight, (features,), dtype=_floats(compute), device=x.device)
     nseq = _check_sequences(x, seq_idx, cu_seqlens, seq_offsets, state_interval)
     state_shape = (nseq, *x.shape[2:], B.shape[3])
     floats = _floats(compute)
@@ -193,9 +236,10 @@ def _check(
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, seq_offsets, *slots.values())
     run = None
     if _checks.eager_on_gpu(x):
-        options = (dt_softplus, low, high, state_interval, null_slot, batch_invariant)
-        run = _cuda_launch(impl, tensors, out, return_final_states, state_dtype or compute, ssm_state, *options)
-    return compute, low, high, run
+        options = (dt_softplus, low, high, state_interval, null_slot, batch_invariant, norm_eps)
+        stored = state_dtype or compute
+        run = _cuda_launch(impl, tensors, out, return_final_states, stored, ssm_state, norm_weight, *options)
+    return compute, low, high, run, norm_weight is not None and run is not None
 
 
 def _floats(compute: torch.dtype) -> tuple[torch.dtype, ...]:
@@ -321,6 +365,7 @@ def _choose(
     dstate: int = 128,
     state_interval: int = 0,
     batch_invariant: bool = False,
+    norm: bool = False,
     **_: Any,
 ) -> Choice:
     x = torch.empty(batch, seqlen, nheads, headdim, dtype=dtype, device="meta")
@@ -332,8 +377,9 @@ def _choose(
     chosen, reason = _device.choose(impl, torch.device(device), refusal)
     if chosen == "cuda":
         sms = _device.num_sms_to_explain(device)
-        problem = (batch, batch * seqlen, nheads, ngroups, headdim, dstate, batch_invariant)
-        return Choice(chosen, _csrc_ssd.config(*problem, sms)._asdict(), reason)
+        inside = norm and _csrc_ssd.norm_refusal(headdim, dstate, x, A.to(dtype), batch_invariant) is None
+        problem = (batch, batch * seqlen, nheads, ngroups, headdim, dstate, batch_invariant, sms, norm, inside)
+        return Choice(chosen, _csrc_ssd.config(*problem)._asdict(), reason)
     if chosen != "triton":
         return Choice(chosen, dict(Q=_torch_ssd.chunk_of(headdim, dstate, state_interval)), reason)
     from .triton_kernels import ssd as kernels
@@ -364,10 +410,14 @@ def _cuda_launch(
     return_final_states: bool,
     state_dtype: torch.dtype,
     pool: Tensor | None,
+    norm_weight: Tensor | None,
     *options: Any,
 ) -> Callable[..., None] | None:
-    """What the operator comes to for results that are yet to be allocated; None where it is not the CUDA kernel."""
+    """What the operator comes to for results that are yet to be allocated; None where it is not the CUDA kernel, or
+    this is not to norm y."""
     x, state_interval = tensors[0], options[3]
+    if norm_weight is not None and not _norms(tensors, norm_weight, options[5]):
+        return None
     if pool is None:
         B, cu_seqlens = tensors[3], tensors[10]
         results = _new_results(x, B, cu_seqlens, return_final_states, state_dtype, state_interval, out, "meta")
@@ -375,29 +425,44 @@ def _cuda_launch(
         results = (x.new_empty(x.shape, device="meta") if out is None else out, None, None)
     if _choice(impl, (*tensors, *results, pool), state_interval) != "cuda":
         return None
-    return _csrc_ssd.ssd_chunk_scan(*(*tensors, *results, pool, *options))
+    return _csrc_ssd.ssd_chunk_scan(*(*tensors, *results, pool, norm_weight, *options))
+
+
+def _norms(tensors: tuple[Any, ...], norm_weight: Tensor, batch_invariant: bool) -> bool:
+    """Whether the CUDA kernel, if it is taken, norms y itself."""
+    x, B, z, cu_seqlens = tensors[0], tensors[3], tensors[6], tensors[10]
+    batch, seqlen, nheads, headdim = x.shape
+    ngroups, dstate = B.shape[2:]
+    if not x.numel() or _csrc_ssd.norm_refusal(headdim, dstate, z, norm_weight, batch_invariant):
+        return False
+    nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sms = _device.num_sms(x.device.index)
+    problem = (nseq, batch * seqlen, nheads, ngroups, headdim, dstate, batch_invariant, sms, True, True)
+    return _csrc_ssd.config(*problem).normed
 
 
 def _ssd_fwd(*arguments: Any) -> None:
-    *tensors_and_options, impl = arguments
-    tensors = arguments[:19]
-    chosen = _choice(impl, tensors, arguments[22])
+    tensors, norm_weight, impl = arguments[:19], arguments[19], arguments[-1]
+    chosen = _choice(impl, tensors, arguments[23])
     if chosen == "cuda":
-        _csrc_ssd.ssd_chunk_scan(*tensors_and_options)(*arguments)
-    elif chosen == "triton":
+        _csrc_ssd.ssd_chunk_scan(*arguments[:-1])(*arguments)
+        return
+    if norm_weight is not None:
+        raise ValueError("norm_weight must be None but for the CUDA kernel: hybrid_ops.ssd_chunk_scan norms behind it")
+    if chosen == "triton":
         from .triton_kernels import ssd as kernels
 
-        kernels.ssd_chunk_scan(*tensors_and_options)
+        kernels.ssd_chunk_scan(*tensors, *arguments[20:26])
     else:
-        _torch_ssd.ssd_chunk_scan(*tensors_and_options)
+        _torch_ssd.ssd_chunk_scan(*tensors, *arguments[20:26])
 
 
 _ssd_fwd_op = define(
     "ssd_chunk_scan_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, Tensor? seq_offsets, Tensor? read_slots, "
     "Tensor? write_slots, Tensor? interval_slots, Tensor(a!) y, Tensor(b!)? final_states, Tensor(c!)? interval_states, "
-    "Tensor(d!)? ssm_state, bool dt_softplus, float dt_min, float dt_max, int state_interval, int null_slot, "
-    "bool batch_invariant, str impl)",
+    "Tensor(d!)? ssm_state, Tensor? norm_weight, bool dt_softplus, float dt_min, float dt_max, int state_interval, "
+    "int null_slot, bool batch_invariant, float norm_eps, str impl)",
     _ssd_fwd,
 )
 
@@ -445,6 +510,7 @@ def _ssd_chunk_scan(
     options: tuple[Any, ...],
     out: Tensor | None = None,
     run: Callable[..., None] | None = None,
+    norm_weight: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Allocate the results, fill them, and return those that were asked for."""
     y, final_states, interval_states = _new_results(
@@ -452,7 +518,7 @@ def _ssd_chunk_scan(
     )
     _ssd_fwd_op(
         *(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, seq_offsets),
-        *(None, None, None, y, final_states, interval_states, None),
+        *(None, None, None, y, final_states, interval_states, None, norm_weight),
         *options,
         run=run,
     )

@@ -236,7 +236,7 @@ def test_a_sample_has_both_ends(tokens, monkeypatch):
 def test_cases_have_unique_agreed_names(cases):
     names = [(case.op, case.name, case.dtype) for case in cases()]
     assert len(set(names)) == len(names)
-    sequences = r"(-L\d+)?-b\d+(-(strided|channel-last|packed\d+|residual|gated|stochastic|tp8|T\d+-a\d))*"
+    sequences = r"(-L\d+)?-b\d+(-(strided|channel-last|packed\d+|residual|gated|normed|stochastic|tp8|T\d+-a\d))*"
     tokens = (
         r"-T\d+(-(up|down|tensor|row|1x128|128x128|mx|column|1x16|16x16|swizzled|hadamard|modelopt|4over6|w4a16|tp8))*"
     )

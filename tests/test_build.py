@@ -53,6 +53,8 @@ KERNELS = {  # of each header: every dtype and form at least once; nvcc compiles
         "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<80, 1, false, hybrid_ops::Sharing::turns>>",
         "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<128, 1, true, hybrid_ops::Sharing::segments>>",
         "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<64, 2, true, hybrid_ops::Sharing::none>>",
+        "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<64, 1, true, hybrid_ops::Sharing::segments, true>>",
+        "hybrid_ops::ssd_kernel<hybrid_ops::SsdConfig<80, 1, true, hybrid_ops::Sharing::none, true>>",
     ],
     "ssd_pair_sm90.cuh": [
         "hybrid_ops::ssd_pair_kernel<hybrid_ops::PairConfig<false>>",
@@ -362,7 +364,7 @@ def test_machine_code_of_the_ssd(extension, tmp_path):
     subprocess.run([cuobjdump(), "--extract-elf", "ssd_sm90", extension], cwd=tmp_path, check=True)
     (cubin,) = tmp_path.glob("*.cubin")
     machine_code = sass.of_cubin(cuobjdump(), cubin)
-    assert machine_code.count("Function :") == 26
+    assert machine_code.count("Function :") == 29
     assert sass.products_disturbed(machine_code) == []
     assert sass.loads_left_behind(machine_code) == []
 

@@ -205,14 +205,14 @@ def test_opcheck():
     y, state, kept = torch.empty(2, 20, 4, 8), torch.zeros(2, 4, 8, 16), torch.empty(2, 2, 4, 8, 16)
     D, bias = torch.ones(4, 8), torch.zeros(4)
     op = torch.ops.hybrid_ops.ssd_chunk_scan_fwd.default
-    options = (True, 0.0, 1.0, 16, -1, False, "torch")
+    options = (None, True, 0.0, 1.0, 16, -1, False, 0.0, "torch")
     torch.library.opcheck(op, (*inputs, D, y, bias, state, *[None] * 6, y.clone(), state.clone(), kept, None, *options))
     pool = (int32(0, 1), int32(1, 0), int32([2], [3]))
     torch.library.opcheck(op, (*inputs, *[None] * 7, *pool, y, None, None, torch.zeros(4, 4, 8, 16), *options))
     op = torch.ops.hybrid_ops.ssd_chunk_scan_bwd.default
     leaves = (*inputs, D, y, bias, state)
     grads = [torch.empty_like(t) for t in leaves]
-    torch.library.opcheck(op, (y, state, kept.zero_(), *leaves, None, None, None, *grads, *options[:4]))
+    torch.library.opcheck(op, (y, state, kept.zero_(), *leaves, None, None, None, *grads, *options[1:5]))
 
 
 def compiled_scan(x, dt, A, B, C, D, z, states):

@@ -64,11 +64,13 @@ struct SsdArgs {
   int turns;             // CTAs that all walk a sequence and take turns with its y: 1, or 2 of whole sequences
   std::uint64_t ticket;  // any number that memory is unlikely to hold
   int num_sms;
+  bool normed;  // y, over the features of each group of heads
+  float norm_eps;
 };
 
 struct SsdTensors {
   std::uintptr_t x, dt, A, B, C, D, z, dt_bias, initial, cu_seqlens, seq_offsets, read_slots, write_slots,
-      interval_slots, y, final, interval, interval_base;
+      interval_slots, y, final, interval, interval_base, norm_weight;
   std::uintptr_t workspace;
 };
 

@@ -1,29 +1,10 @@
 // What leaves a chunk of the SSD scan: y, made by the readers, and stored by a warp of warpgroup 0.
 #pragma once
 
+#include "common/ssd_norm.cuh"
 #include "common/ssd_segments.cuh"
 
 namespace hybrid_ops {
-
-// Where a lane points at for columns 16 j .. of a warp's 16 rows of tiles: a matrix of 8 x 8 each for {columns, the
-// next 8} x {rows, rows + 8}. The four places in a tile are worth a register each, which the compiler would find anew
-// for every chunk.
-template <typename Config>
-struct RowPlaces {
-  uint32 in_tile[4];
-
-  __device__ __forceinline__ RowPlaces(int warp, int lane) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      in_tile[j] = swizzled(0, 16 * warp + lane % 16, 2 * j + lane / 16);
-      asm volatile("" : "+r"(in_tile[j]));
-    }
-  }
-
-  __device__ __forceinline__ uint32 at(uint32 tiles, int j) const {
-    return tiles + j / 4 * Config::kTileBytes + in_tile[j % 4];
-  }
-};
 
 // A warp's 16 tokens of C as operands of wgmma: columns 16 k .. in c[k].
 template <typename Config>
@@ -78,15 +59,22 @@ __device__ __forceinline__ void add_skips(float (&y)[Config::kFeatures / 2],
   }
 }
 
-// y + skip x, and the gate, as x is laid out.
+// y + skip x, and the gate, as x is laid out. Where y will be normed, times the weights of the norm, and `squares` are
+// those of a lane's part of its two rows, without weights.
 template <typename Config>
-__device__ __forceinline__ void finish_rows(uint32 (&x)[Config::kFeatures / 16][4], const float (&skip)[2],
-                                            const float (&y)[Config::kFeatures / 2], uint32 z_tiles,
-                                            const RowPlaces<Config>& places) {
+__device__ __forceinline__ void finish_rows(uint32 weights, uint32 (&x)[Config::kFeatures / 16][4], float (&squares)[2],
+                                            const float (&skip)[2], const float (&y)[Config::kFeatures / 2],
+                                            uint32 z_tiles, const RowPlaces<Config>& places) {
+  squares[0] = squares[1] = 0.f;
 #pragma unroll
   for (int j = 0; j < Config::kFeatures / 16; ++j) {
     uint32 z[4];
     if constexpr (Config::kGated) load_matrices(z, places.at(z_tiles, j));
+    uint32 of_norm[2] = {};
+    if constexpr (Config::kNormed) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) load_word(of_norm[i], weights + (16 * j + 8 * i) * 2);
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float* sum = &y[8 * j + 2 * i];
@@ -96,15 +84,20 @@ __device__ __forceinline__ void finish_rows(uint32 (&x)[Config::kFeatures / 16][
         y0 *= z0 * sigmoid<bf16>(z0);
         y1 *= z1 * sigmoid<bf16>(z1);
       }
+      if constexpr (Config::kNormed) {
+        squares[i % 2] = fmaf(y0, y0, fmaf(y1, y1, squares[i % 2]));
+        y0 *= low_half(of_norm[i / 2]);
+        y1 *= high_half(of_norm[i / 2]);
+      }
       x[j][i] = pack_bf16(y0, y1);
     }
   }
 }
 
 // Like for_each_chunk for who makes y: find(unit, iteration) where only a state is to be found, and else enter(unit),
-// and chunk(unit, c, iteration, turn) for every chunk, of which it is the `turn`-th.
-template <typename Config, typename Find, typename Enter, typename Chunk>
-__device__ __forceinline__ void for_each_scanned(const SsdParams& p, Find find, Enter enter, Chunk chunk) {
+// chunk(unit, c, iteration, turn) for every chunk, of which it is the `turn`-th, and leave(unit, the next turn).
+template <typename Config, typename Find, typename Enter, typename Chunk, typename Leave>
+__device__ __forceinline__ void for_each_scanned(const SsdParams& p, Find find, Enter enter, Chunk chunk, Leave leave) {
   uint32 iteration = 0, found = 0;
   for_each_unit<Config>(p, [&](const Unit& unit) {
     if constexpr (Config::kSplit) {
@@ -119,6 +112,7 @@ __device__ __forceinline__ void for_each_scanned(const SsdParams& p, Find find, 
     for (int c = 0; c < unit.chunks; ++c, ++iteration) {
       if (makes_y<Config>(iteration)) chunk(unit, c, iteration, (iteration - found) / Config::kTurns);
     }
+    leave(unit, (iteration - found) / Config::kTurns);
   });
 }
 
@@ -131,6 +125,7 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
   int place = place_of(16 * warp + lane / 4) * 4;  // of its first row in products; of row + 8 the next but one
   const bool never = p.nseq < 0, D_per_feature = p.D.data != nullptr && p.D_strides[1] != 0;
   float D = 0.f;
+  GroupSums<Config> sums{p, warp, lane};
   for_each_scanned<Config>(
       p,
       [&](const Unit& unit, uint32 iteration) {
@@ -138,9 +133,10 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
         find_state(p, finder, unit, iteration, 1 + reader);
       },
       [&](const Unit& unit) {
+        if constexpr (Config::kNormed) sums.enter(shared.weights(reader), 1 + Config::kWalkers + reader, unit);
         if (p.D.data != nullptr && !D_per_feature) D = p.D[unit.head * p.D_strides[0]];
       },
-      [&](const Unit& unit, int, uint32 iteration, uint32 turn) {
+      [&](const Unit& unit, int c, uint32 iteration, uint32 turn) {
         if (turn % Config::kReaders != reader) return;
         // addresses made of it would be in registers throughout, of which there is none left
         if constexpr (Config::kSplit && (Config::kHalves == 2 || Config::kGated)) {
@@ -149,15 +145,15 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
         const int s = iteration % Config::kStages;
         const uint32 group = shared.group(iteration);
         const int buffer = turn % Config::kBuffers;
-        uint32 c[kSteps][4], m[4][4], x[Config::kFeatures / 16][4];
+        uint32 C[kSteps][4], m[4][4], x[Config::kFeatures / 16][4];
         float cb[32], y[Config::kFeatures / 2];  // C B^T [64, 64]; Y [64, P]
         shared.wait_for_inputs(iteration);
-        load_C<Config>(c, group + Config::kC, places);
+        load_C<Config>(C, group + Config::kC, places);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
           const uint32 offset = k / 4 * Config::kTileBytes + k % 4 * 32;
-          wgmma<false>(cb, c[k], swizzled_operand(shared.operand(group), offset), k > 0);
+          wgmma<false>(cb, C[k], swizzled_operand(shared.operand(group), offset), k > 0);
         }
         wgmma_commit();
         const float a[2] = {load_shared(shared.per_token(s, kA) + place),
@@ -169,7 +165,7 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {  // C S^T
           const uint32 offset = k / 4 * Config::kColumnBytes + k % 4 * 32;
-          wgmma<false>(y, c[k], swizzled_operand(shared.operand(shared.passed(buffer)), offset), k > 0);
+          wgmma<false>(y, C[k], swizzled_operand(shared.operand(shared.passed(buffer)), offset), k > 0);
         }
         wgmma_commit();
         wgmma_wait<1>();
@@ -179,7 +175,7 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
         mix_rows(m, skip, cb, a, b, warp, lane);
         const float reach[2] = {exp2_fast(a[0]), exp2_fast(a[1])};
         wgmma_wait<0>();
-        keep_operands(c, never, group);
+        keep_operands(C, never, group);
         __syncwarp();
         if (lane == 0) arrive(shared.passed_empty(buffer));
 #pragma unroll
@@ -190,6 +186,10 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
           wgmma<true>(y, m[k], swizzled_operand(shared.operand(shared.x(s, 0)), k * 2048, Config::kTileBytes), true);
         }
         wgmma_commit();
+        const uint32 before = turn - Config::kReaders;  // this reader's last one, whose y is normed behind this one's
+        if constexpr (Config::kNormed) {
+          if (c >= Config::kReaders) sums.ask(c - Config::kReaders);
+        }
 #pragma unroll
         for (int j = 0; j < Config::kFeatures / 16; ++j) {
           load_matrices(x[j], places.at(shared.x(s, 0), j));
@@ -200,64 +200,84 @@ __device__ __forceinline__ void make_outputs(const SsdParams& p, const SharedMem
         if (D_per_feature) add_skips<Config>(y, x, p, unit.head, lane);
         skip[0] += D;
         skip[1] += D;
-        finish_rows<Config>(x, skip, y, shared.z(s, 0), places);
-        wait(shared.y_empty(reader), (turn / Config::kReaders + 1) & 1);
+        float squares[2];
+        finish_rows<Config>(shared.weights(reader) + lane % 4 * 4, x, squares, skip, y, shared.z(s, 0), places);
+        if constexpr (Config::kNormed) sums.tell(c, squares);
+        const int output = turn % Config::kOutputs;
+        wait(shared.y_empty(output), (turn / Config::kOutputs + 1) & 1);
 #pragma unroll
         for (int j = 0; j < Config::kFeatures / 16; ++j) {
-          store_matrices(places.at(shared.y(reader, 0), j), x[j][0], x[j][1], x[j][2], x[j][3]);
+          store_matrices(places.at(shared.y(output, 0), j), x[j][0], x[j][1], x[j][2], x[j][3]);
         }
         __syncwarp();
         if (lane == 0) {
           arrive(shared.empty(s));  // not before y, made of all that was loaded, is stored: see Walker::walk
-          arrive(shared.y_full(reader));
+          if (!Config::kNormed) arrive(shared.y_full(output));
+        }
+        if constexpr (Config::kNormed) {
+          if (c >= Config::kReaders) norm_rows(shared, c - Config::kReaders, before, sums, places);
+        }
+      },
+      [&](const Unit& unit, uint32 next) {
+        if constexpr (Config::kNormed) {
+          const uint32 ago = 1 + (next + Config::kReaders - 1 - reader) % Config::kReaders;
+          if (ago > unit.chunks) return;
+          sums.ask(unit.chunks - ago);
+          norm_rows(shared, unit.chunks - ago, next - ago, sums, places);
         }
       });
 }
 
-// y from shared memory to where it belongs: whole chunks by TMA, others token by token, for what lies beside a sequence
-// is not ours to write.
+// A head's y of chunk c, in `output`, to where it belongs: a whole chunk by TMA, another token by token, for what lies
+// beside a sequence is not ours to write.
+template <typename Config>
+__device__ __forceinline__ void store_output(const SsdParams& p, const SharedMemory<Config>& shared, const Unit& unit,
+                                             int c, int head, int output) {
+  constexpr int kTiles = Config::kTiles / Config::kHeads;  // of a head's y
+  const int lane = threadIdx.x % 32, token = unit.first + c * kChunk;
+  const int low = max(unit.begin - token, 0), high = min(unit.end - token, kChunk);
+  if (high - low == kChunk) {
+    if (lane == 0) {
+      fence_async_proxy();
+      for (int tile = 0; tile < kTiles; ++tile) {
+        store_box(p.y_map, shared.y(output, tile), 64 * tile, head, token, unit.row);
+      }
+      wait_for_stores<false>();
+    }
+  } else {
+    bf16* y = p.y + unit.row * p.y_strides[0] + head * p.y_strides[2];
+#pragma unroll 1
+    for (int place = lane; place < kChunk * kTiles * 8; place += 32) {
+      const int row = place / (kTiles * 8), column = place % (kTiles * 8);
+      uint4 v;
+      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                   : "r"(swizzled(shared.y(output, column / 8), row, column % 8))
+                   : "memory");
+      if (row >= low && row < high && 8 * column < p.headdim) {
+        *reinterpret_cast<uint4*>(y + static_cast<int64>(token + row) * p.y_strides[1] + 8 * column) = v;
+      }
+    }
+  }
+  __syncwarp();
+  if (lane == 0) arrive(shared.y_empty(output));
+}
+
 template <typename Config>
 __device__ __forceinline__ void store_chunks(const SsdParams& p, const SharedMemory<Config>& shared) {
-  constexpr int kTiles = Config::kTiles / Config::kHeads;  // of a head's y
-  const int lane = threadIdx.x % 32;
   for_each_scanned<Config>(
       p, [](const Unit&, uint32) {}, [](const Unit&) {},
       [&](const Unit& unit, int c, uint32, uint32 turn) {
-        const int token = unit.first + c * kChunk;
-        const int low = max(unit.begin - token, 0), high = min(unit.end - token, kChunk);
 #pragma unroll 1
         for (int i = 0; i < Config::kHeads; ++i) {
           const uint32 number = turn * Config::kHeads + i;  // of outputs
-          const int output = number % Config::kOutputs, head = unit.head + i;
+          const int output = number % Config::kOutputs;
           wait(shared.y_full(output), (number / Config::kOutputs) & 1);
-          if (high - low == kChunk) {
-            if (lane == 0) {
-              fence_async_proxy();
-              for (int tile = 0; tile < kTiles; ++tile) {
-                store_box(p.y_map, shared.y(output, tile), 64 * tile, head, token, unit.row);
-              }
-              wait_for_stores<false>();
-            }
-          } else {
-            bf16* y = p.y + unit.row * p.y_strides[0] + head * p.y_strides[2];
-#pragma unroll 1
-            for (int place = lane; place < kChunk * kTiles * 8; place += 32) {
-              const int row = place / (kTiles * 8), column = place % (kTiles * 8);
-              uint4 v;
-              asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                           : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                           : "r"(swizzled(shared.y(output, column / 8), row, column % 8))
-                           : "memory");
-              if (row >= low && row < high && 8 * column < p.headdim) {
-                *reinterpret_cast<uint4*>(y + static_cast<int64>(token + row) * p.y_strides[1] + 8 * column) = v;
-              }
-            }
-          }
-          __syncwarp();
-          if (lane == 0) arrive(shared.y_empty(output));
+          store_output(p, shared, unit, c, unit.head + i, output);
         }
-      });
-  if (lane == 0) wait_for_stores<true>();
+      },
+      [](const Unit&, uint32) {});
+  if (threadIdx.x % 32 == 0) wait_for_stores<true>();
 }
 
 }  // namespace hybrid_ops

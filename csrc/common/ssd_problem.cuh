@@ -39,11 +39,14 @@ struct SsdParams {
   const int* cu_seqlens;   // (nseq + 1,) or null: every batch row is a sequence
   const int* seq_offsets;  // (nseq,) or null: a sequence's first token has this position
   States initial, final, interval;
-  const int* interval_base;  // (nseq,) or null: a packed sequence's first row of `interval`
-  int segments;              // of a sequence, each walked by a CTA of its own; 1: sequences are not split
-  float* pieces;             // what these CTAs tell each other, see ssd_segments.cuh: states and decays,
-  uint64* flags;             // and that they are there,
-  uint64 ticket;             // by this number
+  const int* interval_base;       // (nseq,) or null: a packed sequence's first row of `interval`
+  int segments;                   // of a sequence, each walked by a CTA of its own; 1: sequences are not split
+  float* pieces;                  // what these CTAs tell each other, see ssd_segments.cuh: states and decays,
+  uint64* flags;                  // and that they are there,
+  uint64 ticket;                  // by this number
+  const bf16* norm_weight;        // (nheads * headdim,), where y is normed
+  float* squares;                 // what CTAs tell each other for that, see ssd_norm.cuh
+  float norm_eps, inverse_group;  // 1 / features of a group
   float dt_min, dt_max;
   int seqlen, nseq, nheads, headdim, dstate, heads_per_group;
   int num_slots, null_slot, num_intervals, state_interval;
@@ -91,7 +94,8 @@ constexpr int kBarrierBytes = 512;
 // as one alone would, and make y of every second one.
 enum class Sharing { none, segments, turns };
 
-template <int kFeatures_, int kHalves_, bool kGated_, Sharing kSharing>
+// kNormed: y is normed over the features of each group of heads, see ssd_norm.cuh.
+template <int kFeatures_, int kHalves_, bool kGated_, Sharing kSharing, bool kNormed_ = false>
 struct SsdConfig : InputSizes<1, (kFeatures_ + 63) / 64, kHalves_, kGated_> {
   using Sizes = InputSizes<1, (kFeatures_ + 63) / 64, kHalves_, kGated_>;
   using Sizes::kTiles, Sizes::kTileBytes, Sizes::kGroupTiles, Sizes::kGroupBytes, Sizes::kHeadBytes;
@@ -99,6 +103,7 @@ struct SsdConfig : InputSizes<1, (kFeatures_ + 63) / 64, kHalves_, kGated_> {
   static constexpr int kHalves = kHalves_;      // 2: a state is too wide for one warpgroup
   static constexpr bool kSplit = kSharing == Sharing::segments;
   static constexpr int kTurns = kSharing == Sharing::turns ? 2 : 1;
+  static constexpr bool kNormed = kNormed_;
 
   static constexpr int kWalkers = kTiles * kHalves;  // warpgroups with a part of the state
   // and those that make y, each of every so many chunks; the second would have no registers beside two walkers
@@ -122,15 +127,17 @@ struct SsdConfig : InputSizes<1, (kFeatures_ + 63) / 64, kHalves_, kGated_> {
   // features by 64 columns; y on its way out
   static constexpr int kColumnBytes = kFeatures * 128;
   static constexpr int kPassedBytes = kGroupTiles * kColumnBytes;
-  static constexpr int kBuffers = kReaders;  // of states that enter a chunk
-  static constexpr int kOutputs = kReaders;  // places of y
+  static constexpr int kBuffers = kReaders;            // of states that enter a chunk
+  static constexpr int kOutputs = kReaders + kNormed;  // places of y, which waits for the norm a while
   static constexpr int kOutputBytes = kTiles * kTileBytes;
+
+  static constexpr int kWeightBytes = kNormed ? kReaders * kTiles * 128 : 0;  // of a norm, for each reader
 
   // of B and C as many as leave room for those of x, z, of which more than kMost were no faster
   static constexpr int kGroupStages = kHalves == 2 ? 2 : kHeadBytes > kTileBytes ? 3 : 4;
   static constexpr int kMost = kReaders == 1 ? 8 : 4;
   static constexpr int kFixedBytes =
-      kGroupStages * kGroupBytes + kBuffers * kPassedBytes + kOutputs * kOutputBytes + kBarrierBytes;
+      kGroupStages * kGroupBytes + kBuffers * kPassedBytes + kOutputs * kOutputBytes + kBarrierBytes + kWeightBytes;
   // who takes every second chunk finds it in every second stage, and so misses no phase of a barrier
   static constexpr int kSkipping = kReaders * kTurns;
   static constexpr int kStages = Sizes::stages_beside(kFixedBytes, kMost) / kSkipping * kSkipping;
@@ -190,6 +197,11 @@ struct SharedMemory {
   // where CTAs take turns: how many warps of the second one have had the state that enters a sequence, a number
   __device__ __forceinline__ uint32 entered() const { return found_decay() + 8; }
 
+  // where y is normed: a head's weights, as a reader takes them
+  __device__ __forceinline__ uint32 weights(uint32 reader) const {
+    return barrier(0) + kBarrierBytes + reader * Config::kTiles * 128;
+  }
+
   // A warp is done with a stage of B and C, `count`-fold: a lane tells each CTA that loads parts of it.
   __device__ __forceinline__ void leave_group(uint32 iteration, int lane, uint32 count = 1) const {
     if constexpr (Config::kPaired) {
@@ -225,6 +237,10 @@ __device__ __forceinline__ void load_shared4(float* v, uint32 address) {
                : "memory");
 }
 
+__device__ __forceinline__ void load_word(uint32& v, uint32 address) {
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+}
+
 // The numbers of a lane's 16 tokens: see place_of. Of the first `sixteens` 16s, others are zeros: what a load returns
 // to registers is what it costs.
 __device__ __forceinline__ void load_tokens(float (&numbers)[16], uint32 tokens, int lane, int sixteens = 4) {
@@ -238,6 +254,10 @@ __device__ __forceinline__ void load_tokens(float (&numbers)[16], uint32 tokens,
 
 __device__ __forceinline__ void store_shared(uint32 address, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
+}
+
+__device__ __forceinline__ void store_word(uint32 address, uint32 v) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
 
 __device__ __forceinline__ void store_shared2(uint32 address, float x, float y) {
@@ -270,6 +290,26 @@ __device__ __forceinline__ float high_half(uint32 packed) { return __uint_as_flo
 __device__ __forceinline__ uint32 swizzled(uint32 tile, int row, int column) {
   return tile + row * 128 + ((column ^ (row & 7)) << 4);
 }
+
+// Where a lane points at for columns 16 j .. of a warp's 16 rows of tiles: a matrix of 8 x 8 each for {columns, the
+// next 8} x {rows, rows + 8}. The four places in a tile are worth a register each, which the compiler would find anew
+// for every chunk.
+template <typename Config>
+struct RowPlaces {
+  uint32 in_tile[4];
+
+  __device__ __forceinline__ RowPlaces(int warp, int lane) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      in_tile[j] = swizzled(0, 16 * warp + lane % 16, 2 * j + lane / 16);
+      asm volatile("" : "+r"(in_tile[j]));
+    }
+  }
+
+  __device__ __forceinline__ uint32 at(uint32 tiles, int j) const {
+    return tiles + j / 4 * Config::kTileBytes + in_tile[j % 4];
+  }
+};
 
 // ---------------------------------------------------------------------------------------------------- work units
 

@@ -1,6 +1,7 @@
 """Launcher of csrc/ssd_sm90.cu, and what that kernel does not take."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,12 +19,17 @@ class Config(NamedTuple):
     segments: int  # of a sequence, which run side by side
     heads: int = 1  # that a CTA walks side by side: 2 where those of a group come in pairs, and segments is 1
     turns: int = 1  # CTAs that all walk a sequence, and make y of its chunks in turn: 2, where segments and heads are 1
+    normed: bool = False  # y by the kernel itself; else, where a norm is asked for, by another kernel behind it
 
 
 # microseconds, of an H100, of a chunk of one head: of its y, of its state alone, and where two CTAs take turns; by how
 # many warpgroups walk a state, and of how many columns each; and of a chunk of two heads side by side
 _CHUNK_US = {"headdim 64": (0.96, 0.52, 0.75), "headdim 128": (1.3, 0.88, 0.93), "dstate 256": (1.7, 0.8, 1.31)}
 _PAIR_US = 1.6
+# of a chunk of one head whose y is gated and normed, of an H200; of clearing what CTAs tell each other for that; of the
+# norm's own kernel, beside its bytes
+_NORMED_US = {"headdim 64": 1.36, "headdim 128": 2.18}
+_CLEAR_US, _NORM_US, _NORM_BYTES_A_US = 2.5, 2.0, 4.0e6
 # of a launch; of CTAs that tell each other their states, and of each of these states
 _LAUNCH_US, _EXCHANGE_US, _STATE_US = 8.0, 3.0, 0.55
 
@@ -38,22 +44,35 @@ def config(
     dstate: int,
     batch_invariant: bool,
     num_sms: int,
+    norm: bool = False,
+    norm_inside: bool = False,
 ) -> Config:
     """For `total` tokens of `nseq` sequences: where there are too few sequences' heads for all multiprocessors, two
     CTAs that take turns, or, where that saves more time than it takes to find the states that enter them, segments;
-    pairs of heads where there are so many that even of these each multiprocessor has its share."""
+    pairs of heads where there are so many that even of these each multiprocessor has its share.
+
+    norm: of the gated y, which this kernel may do itself with `norm_inside`."""
     kind = "dstate 256" if dstate > 128 else "headdim 128" if headdim > 64 else "headdim 64"
     chunk, state, turn = _CHUNK_US[kind]
     chunks = -(-total // (CHUNK * max(nseq, 1)))
 
     def cost(config: Config) -> float:
-        segments, heads, turns = config
-        length, rounds = -(-chunks // segments), -(-nseq * (nheads // heads) // (num_sms // (segments * turns)))
+        segments, heads, turns, normed = config
+        together = nheads // ngroups if normed else 1
+        at_once = num_sms // (segments * turns) // together * together
+        if at_once == 0:
+            return math.inf
+        length, rounds = -(-chunks // segments), -(-nseq * (nheads // heads) // at_once)
+        launches, of_y = _LAUNCH_US, chunk
+        if normed:
+            launches, of_y = _LAUNCH_US + _CLEAR_US, _NORMED_US[kind]
+        elif norm:
+            launches += _NORM_US + 6 * total * nheads * headdim / _NORM_BYTES_A_US
         if segments == 1:
-            return rounds * length * (_PAIR_US if heads > 1 else turn if turns > 1 else chunk) + _LAUNCH_US
+            return rounds * length * (_PAIR_US if heads > 1 else turn if turns > 1 else of_y) + launches
         found = -(-length // 2) if segments == 2 else length  # see pieces_before of csrc/common/ssd_problem.cuh
         exchange = _EXCHANGE_US + _STATE_US * (segments - 1)
-        return rounds * (length * chunk + found * state + exchange) + _LAUNCH_US
+        return rounds * (length * of_y + found * state + exchange) + launches
 
     choices = [Config(1)]
     if num_sms >= 2:
@@ -62,6 +81,10 @@ def config(
         choices += [Config(segments) for segments in range(2, min(16, num_sms) + 1)]
         if headdim <= 64 and dstate <= 128 and nheads // ngroups % 2 == 0:
             choices.append(Config(1, heads=2))
+    if norm_inside:
+        choices.append(Config(1, normed=True))
+        if headdim <= 64:
+            choices += [Config(segments, normed=True) for segments in range(2, min(16, num_sms) + 1)]
     return min(choices, key=cost)
 
 
@@ -110,6 +133,19 @@ def refusal(
     return None
 
 
+def norm_refusal(headdim: int, dstate: int, z: Tensor | None, norm_weight: Tensor, batch_invariant: bool) -> str | None:
+    """Why this kernel cannot norm the y of a problem that it can take."""
+    if z is None or z.dtype != torch.bfloat16 or not _begins_at_multiples(z, 4):
+        return "the CUDA kernel norms y with a gate in bfloat16 whose rows begin at multiples of 4 bytes"
+    if norm_weight.dtype != torch.bfloat16 or not norm_weight.is_contiguous() or norm_weight.data_ptr() % 4:
+        return "the CUDA kernel norms y with contiguous weights in bfloat16"
+    if headdim > 80 or dstate > 128:
+        return f"the CUDA kernel norms y with headdim up to 80 and dstate up to 128, not {headdim} and {dstate}"
+    if batch_invariant:
+        return "the CUDA kernel norms y where that is faster, which depends on the batch"
+    return None
+
+
 def _begins_at_multiples(t: Tensor, nbytes: int) -> bool:
     """Of so many bytes: the address and every stride that is ever taken, but of neighbours. TMA takes those of 16."""
     strides = [t.stride(i) * t.element_size() for i in range(3) if t.shape[i] > 1]
@@ -137,12 +173,14 @@ def ssd_chunk_scan(
     final_states: Tensor | None,
     interval_states: Tensor | None,
     ssm_state: Tensor | None,
+    norm_weight: Tensor | None,
     dt_softplus: bool,
     dt_min: float,
     dt_max: float,
     state_interval: int,
     null_slot: int,
     batch_invariant: bool,
+    norm_eps: float,
     chosen: Config | None = None,
 ) -> Callable[..., None]:
     """What fills y and the states, given the operator's arguments; for those of one signature."""
@@ -154,7 +192,8 @@ def ssd_chunk_scan(
     index = x.device.index
     num_sms = _device.num_sms(index)
     if chosen is None:
-        chosen = config(nseq, batch * seqlen, nheads, ngroups, headdim, dstate, batch_invariant, num_sms)
+        norm = norm_weight is not None
+        chosen = config(nseq, batch * seqlen, nheads, ngroups, headdim, dstate, batch_invariant, num_sms, norm, norm)
     states = sources(initial_states, final_states, interval_states, ssm_state, read_slots, write_slots, interval_slots)
     num_intervals = 0
     if interval_slots is not None:
@@ -182,10 +221,13 @@ def ssd_chunk_scan(
         heads=chosen.heads,
         turns=chosen.turns,
         num_sms=num_sms,
+        normed=chosen.normed,
+        norm_eps=norm_eps,
     )
 
     def run(*arguments: Any) -> None:
-        *inputs, initial, _, cu_seqlens, offsets, read, write, interval_slots, y, final, interval, pool = arguments[:19]
+        *inputs, initial, _, cu_seqlens, offsets, read, write, interval_slots = arguments[:15]
+        y, final, interval, pool, norm_weight = arguments[15:20]
         base = None
         if interval is not None:
             interval.zero_()
@@ -194,7 +236,7 @@ def ssd_chunk_scan(
         if pool is not None:
             initial, final, interval = sources(initial, final, interval, pool, read, write, interval_slots)
         indices = (cu_seqlens, offsets, read, write, interval_slots)
-        tensors = (*inputs, initial, *indices, y, final, interval, base)
+        tensors = (*inputs, initial, *indices, y, final, interval, base, norm_weight)
         launch(tensors, index, torch._C._cuda_getCurrentRawStream(index))
 
     return run

@@ -168,8 +168,11 @@ class Mamba2Mixer(nn.Module):
             ssm_state=None if state is None else state.ssm,
             read_slots=slots,
             write_slots=slots,
+            z=z.unflatten(-1, (self.num_heads, self.head_dim)),
+            norm_weight=self.norm.weight,
+            norm_eps=self.norm.eps,
         )
-        return self.out_proj(self.norm(y.flatten(-2), z))  # type: ignore[union-attr]
+        return self.out_proj(y.flatten(-2))  # type: ignore[union-attr]
 
     def step(self, u: Tensor, state: MambaState, *, dt_limit: tuple[float, float] = (0.0, math.inf)) -> Tensor:
         """The next tokens of every sequence: u (batch, seqlen, hidden) -> (batch, seqlen, hidden).
