@@ -1,13 +1,14 @@
 """Our model against transformers' own `nemotron_h`, on weights that it saved and we loaded."""
 
+import functools
 import math
 
 import pytest
 import torch
 
+from hybrid_ops import ssd_chunk_scan
 from hybrid_ops.models import NemotronHConfig, NemotronHForCausalLM
-from hybrid_ops.nn import Attention, Mamba2Mixer, MoE
-from hybrid_ops.norm import gated_rms_norm
+from hybrid_ops.nn import Attention, Mamba2Mixer, MoE, mamba2
 
 from .random_models import COMMON, CONFIGS, redraw
 
@@ -128,10 +129,13 @@ def without_d(model):
 def without_gate(model):
     for module in model.modules():
         if isinstance(module, Mamba2Mixer):
-            norm = module.norm
-            norm.forward = lambda x, z, norm=norm: gated_rms_norm(
-                x, None, norm.weight, eps=norm.eps, group_size=norm.group_size
-            )
+            module.forward = functools.partial(ungated, module.forward)
+
+
+def ungated(forward, *args, **kwargs):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mamba2, "ssd_chunk_scan", lambda *tensors, z, **rest: ssd_chunk_scan(*tensors, **rest))
+        return forward(*args, **kwargs)
 
 
 def without_conv_history(model):
