@@ -86,6 +86,23 @@ __device__ __forceinline__ void load_floats(const float* place, float (&values)[
 template <typename State, int kDstate, bool kUsual>
 inline constexpr int kStepCtas = kUsual || kDstate > 64 || sizeof(State) == 4 ? 2 : 1;
 
+// Asks L2 for the first states of a CTA that has its place before the kernel before has ended. The slot, and what is in
+// it, may be that kernel's work, so nothing is taken from here: the slot is read again, and lines in L2 are written to
+// there. Asking for 64 KB holds back what is asked for behind it.
+template <typename State>
+__device__ __forceinline__ void ask_for_states(const Mamba2StepParams& p, const State* states, int b, int count) {
+  int slot = b;
+  if (p.slots != nullptr) {  // not through L1, where the line would stay
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];"
+                 : "=r"(slot)
+                 : "l"(p.slots + static_cast<int64>(b) * p.slots_stride)
+                 : "memory");
+  }
+  if (slot < 0 || slot >= p.nslots) return;
+  const unsigned bytes = static_cast<unsigned>(count * sizeof(State));
+  ask_for(states + slot * p.state_slot_stride, min(bytes, 16384u));
+}
+
 // kUsual: what `is_usual` says is known at compile time and costs no instructions: where sequences are few the latency
 // of a step is for a large part the time to issue them.
 template <typename State, int kDstate, bool kStochastic, bool kUsual>
@@ -125,7 +142,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kStepCtas<State, kDstate, kUsu
   int c = kChannels * threadIdx.x;
   const int my_head = threads - 1 - threadIdx.x;  // of the CTA: the last threads have least to do
 
-  wait_for_kernel_before();  // the first access to global memory comes behind it
+  if (kUsual && !p.crowded && threadIdx.x == threads - 32) {
+    ask_for_states(p, static_cast<const State*>(p.state) + static_cast<int64>(first) * kDstate, b, p.rows * kDstate);
+  }
+  wait_for_kernel_before();  // the first access to global memory whose result is used comes behind it
   let_next_kernel_start();
   if (p.slots != nullptr && lane == 0) {
     copy_async<4>(&slots[warp], p.slots + static_cast<int64>(b) * p.slots_stride);
