@@ -444,12 +444,11 @@ def _norms(tensors: tuple[Any, ...], norm_weight: Tensor, batch_invariant: bool)
 def _ssd_fwd(*arguments: Any) -> None:
     tensors, norm_weight, impl = arguments[:19], arguments[19], arguments[-1]
     chosen = _choice(impl, tensors, arguments[23])
+    if norm_weight is not None and not (chosen == "cuda" and _norms(tensors, norm_weight, arguments[25])):
+        raise ValueError("norm_weight must be None where no kernel norms y: hybrid_ops.ssd_chunk_scan does behind it")
     if chosen == "cuda":
         _csrc_ssd.ssd_chunk_scan(*arguments[:-1])(*arguments)
-        return
-    if norm_weight is not None:
-        raise ValueError("norm_weight must be None but for the CUDA kernel: hybrid_ops.ssd_chunk_scan norms behind it")
-    if chosen == "triton":
+    elif chosen == "triton":
         from .triton_kernels import ssd as kernels
 
         kernels.ssd_chunk_scan(*tensors, *arguments[20:26])

@@ -147,6 +147,27 @@ def test_errors(change, error, message):
         hybrid_ops.ssd_chunk_scan(**inputs("cpu") | change)
 
 
+def test_operator_refuses():
+    """The operator itself, which has no norm behind it."""
+    t = inputs("cpu")
+    tensors = (
+        t["x"],
+        t["dt"],
+        t["A"],
+        t["B"],
+        t["C"],
+        None,
+        t["z"],
+        *[None] * 8,
+        torch.empty_like(t["x"]),
+        *[None] * 3,
+    )
+    with pytest.raises(ValueError, match="norm_weight must be None where no kernel norms y"):
+        torch.ops.hybrid_ops.ssd_chunk_scan_fwd(
+            *tensors, t["norm_weight"], False, 0.0, 1.0, 0, -1, False, 1e-5, "torch"
+        )
+
+
 def test_norm_configuration():
     """In the kernel where that is faster than the norm's own kernel behind it."""
 
