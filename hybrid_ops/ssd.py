@@ -378,7 +378,7 @@ def _choose(
     if chosen == "cuda":
         sms = _device.num_sms_to_explain(device)
         inside = norm and _csrc_ssd.norm_refusal(headdim, dstate, x, A.to(dtype), batch_invariant) is None
-        problem = (batch, batch * seqlen, nheads, ngroups, headdim, dstate, batch_invariant, sms, norm, inside)
+        problem = (batch, batch * seqlen, nheads, ngroups, headdim, dstate, batch_invariant, sms, inside)
         return Choice(chosen, _csrc_ssd.config(*problem)._asdict(), reason)
     if chosen != "triton":
         return Choice(chosen, dict(Q=_torch_ssd.chunk_of(headdim, dstate, state_interval)), reason)
@@ -437,7 +437,7 @@ def _norms(tensors: tuple[Any, ...], norm_weight: Tensor, batch_invariant: bool)
         return False
     nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     sms = _device.num_sms(x.device.index)
-    problem = (nseq, batch * seqlen, nheads, ngroups, headdim, dstate, batch_invariant, sms, True, True)
+    problem = (nseq, batch * seqlen, nheads, ngroups, headdim, dstate, batch_invariant, sms, True)
     return _csrc_ssd.config(*problem).normed
 
 

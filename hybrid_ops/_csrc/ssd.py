@@ -45,13 +45,12 @@ def config(
     batch_invariant: bool,
     num_sms: int,
     norm: bool = False,
-    norm_inside: bool = False,
 ) -> Config:
     """For `total` tokens of `nseq` sequences: where there are too few sequences' heads for all multiprocessors, two
     CTAs that take turns, or, where that saves more time than it takes to find the states that enter them, segments;
     pairs of heads where there are so many that even of these each multiprocessor has its share.
 
-    norm: of the gated y, which this kernel may do itself with `norm_inside`."""
+    norm: y is to be gated and normed, which this kernel can do itself; where not, another one behind it."""
     kind = "dstate 256" if dstate > 128 else "headdim 128" if headdim > 64 else "headdim 64"
     chunk, state, turn = _CHUNK_US[kind]
     chunks = -(-total // (CHUNK * max(nseq, 1)))
@@ -81,7 +80,7 @@ def config(
         choices += [Config(segments) for segments in range(2, min(16, num_sms) + 1)]
         if headdim <= 64 and dstate <= 128 and nheads // ngroups % 2 == 0:
             choices.append(Config(1, heads=2))
-    if norm_inside:
+    if norm:
         choices.append(Config(1, normed=True))
         if headdim <= 64:
             choices += [Config(segments, normed=True) for segments in range(2, min(16, num_sms) + 1)]
@@ -193,7 +192,7 @@ def ssd_chunk_scan(
     num_sms = _device.num_sms(index)
     if chosen is None:
         norm = norm_weight is not None
-        chosen = config(nseq, batch * seqlen, nheads, ngroups, headdim, dstate, batch_invariant, num_sms, norm, norm)
+        chosen = config(nseq, batch * seqlen, nheads, ngroups, headdim, dstate, batch_invariant, num_sms, norm)
     states = sources(initial_states, final_states, interval_states, ssm_state, read_slots, write_slots, interval_slots)
     num_intervals = 0
     if interval_slots is not None:
